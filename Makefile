@@ -1,0 +1,59 @@
+# Two commands on a fresh machine (Python 3.10 or newer, pip, make): `make demo`, `make test`.
+# Everything is installed into a virtual environment of its own, at pinned versions.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format docs clean
+
+help:  ## show this list
+	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/installed-plot  ## vanilla PPO against PPO-max on a toy world, with curves
+	$(BIN)/python examples/ppo_llama.py
+
+test: $(VENV)/installed-dev  ## the tests, doctests included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
+
+lint: $(VENV)/installed-dev  ## style, format, import floors, sizes, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_size.py
+	$(BIN)/python tools/check_docs.py
+
+types: $(VENV)/installed-dev  ## static types
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks for
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/installed-docs  ## reference pages from the docstrings, into site/
+	$(BIN)/pdoc --docformat google --math --output-directory site mossrlhf
+
+clean:  ## remove the environment, builds and caches; outputs/ is kept
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras; a change of the requirements installs again.
+$(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing mossrlhf[$*] into $(VENV); the first time this takes a few minutes."
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
+	@touch $@
+
+# Where Python comes without ensurepip, its own pip fills the new environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mossrlhf needs Python 3.10 or newer, got " + sys.version + "; try: make PYTHON=python3.11")'
+	@echo "Creating a virtual environment in $(VENV) with $$($(PYTHON) --version)."
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $@ --disable-pip-version-check install --quiet pip; }

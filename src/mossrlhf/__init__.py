@@ -1,0 +1,62 @@
+"""Composable PPO-max: the paper's algorithm as parts to assemble, swap and read.
+
+Names are imported when first used, so that ``import mossrlhf`` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mossrlhf.version import __version__
+
+_HOMES = {
+    "types": ("Advantages", "LossOutput", "Rollout", "TokenStats"),
+    "models": ("ActorCritic", "RewardModel", "ValueHead", "policy_stats"),
+    "rewards": ("ModelReward", "RewardFunction", "RewardSet"),
+    "shaping": ("RewardShaper", "RollingReturnMoments", "RunningMoments"),
+    "advantage": ("AdvantageEstimator", "GroupRelative", "LeaveOneOut", "ReinforcePlusPlus"),
+    "loss": ("PPOMaxLoss",),
+    "buffer": ("RolloutBuffer", "micro_batches"),
+    "sampling": ("HFSampler", "Sampler"),
+    "config": ("TrainerConfig",),
+    "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
+    "trainer": ("Trainer",),
+    "reward_trainer": ("RankingLoss", "RewardTrainer"),
+    "toyworld": ("ToyWorld",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("data", "functional", "presets", "toyworld")
+
+__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
+
+if TYPE_CHECKING:
+    from mossrlhf import data, functional, presets, toyworld
+    from mossrlhf.advantage import (
+        AdvantageEstimator,
+        GroupRelative,
+        LeaveOneOut,
+        ReinforcePlusPlus,
+    )
+    from mossrlhf.buffer import RolloutBuffer, micro_batches
+    from mossrlhf.config import TrainerConfig
+    from mossrlhf.loss import PPOMaxLoss
+    from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
+    from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
+    from mossrlhf.reward_trainer import RankingLoss, RewardTrainer
+    from mossrlhf.rewards import ModelReward, RewardFunction, RewardSet
+    from mossrlhf.sampling import HFSampler, Sampler
+    from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments
+    from mossrlhf.toyworld import ToyWorld
+    from mossrlhf.trainer import Trainer
+    from mossrlhf.types import Advantages, LossOutput, Rollout, TokenStats
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"mossrlhf.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"mossrlhf.{name}")
+    raise AttributeError(f"module 'mossrlhf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

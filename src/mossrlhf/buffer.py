@@ -1,0 +1,139 @@
+"""A small experience buffer: rollouts in, minibatches out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mossrlhf.types import Rollout
+
+
+class RolloutBuffer:
+    """Holds the rollouts of one iteration and deals them out in minibatches.
+
+    A minibatch is a number of *sequences*; a token budget splits it further, into micro-batches
+    (`micro_batches`), which changes speed and memory alone.
+
+    Source: P1 §5.1 (sample 128, train in batches of 32).
+    """
+
+    def __init__(self) -> None:
+        self._rollouts: list[Rollout] = []
+
+    def __len__(self) -> int:
+        """Return the number of sequences held."""
+        return sum(len(rollout) for rollout in self._rollouts)
+
+    def add(self, rollout: Rollout) -> None:
+        """Add the sequences of a rollout.
+
+        Args:
+            rollout: B sequences, filled in like those already here.
+        """
+        self._rollouts.append(rollout)
+
+    def clear(self) -> None:
+        """Forget everything held."""
+        self._rollouts.clear()
+
+    def all(self) -> Rollout:
+        """Return everything held as one rollout.
+
+        Raises:
+            ValueError: where the buffer is empty, or rollouts are not filled in alike.
+        """
+        return Rollout.concat(self._rollouts)
+
+    def minibatches(
+        self, size: int, epochs: int = 1, generator: torch.Generator | None = None
+    ) -> Iterator[Rollout]:
+        """Deal out the sequences, shuffled anew in every epoch.
+
+        Args:
+            size: sequences in a minibatch; the last of an epoch may hold fewer.
+            epochs: how often every sequence is dealt out.
+            generator: source of the order, on the CPU; None keeps the order of addition.
+
+        Yields:
+            rollouts of at most `size` sequences.
+
+        Raises:
+            ValueError: where `size` is below 1 or the buffer is empty.
+
+        Source: P1 Algorithm 1.
+        """
+        if size < 1:
+            raise ValueError(f"size: got {size}, expected at least 1 sequence in a minibatch")
+        everything = self.all()
+        for _ in range(epochs):
+            order = torch.arange(len(everything))
+            if generator is not None:
+                order = torch.randperm(len(everything), generator=generator)
+            for index in order.split(size):
+                yield everything.select(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rollouts held, to be stored."""
+        return {"rollouts": list(self._rollouts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: that dictionary.
+        """
+        self._rollouts = list(state["rollouts"])
+
+
+def split(
+    rollout: Rollout, size: int | None = None, max_tokens: int | None = None
+) -> list[Int[Tensor, " K"]]:
+    """Split the sequences of a rollout into groups that fit into memory.
+
+    Args:
+        rollout: B sequences.
+        size: most sequences in one group; None for no bound.
+        max_tokens: most *padded* tokens in one (sequences times the longest of them); then
+            sequences of like length go together. A longer sequence gets a group of its own.
+
+    Returns:
+        the rows of each group, ``[K]``; every row in exactly one.
+
+    Raises:
+        ValueError: where a bound is below 1.
+
+    Source: ours.
+    """
+    for name, bound in (("size", size), ("max_tokens", max_tokens)):
+        if bound is not None and bound < 1:
+            raise ValueError(f"{name}: got {bound}, expected at least 1, or None for no bound")
+    if max_tokens is None:
+        return list(torch.arange(len(rollout)).split(size or len(rollout)))
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu()
+    groups: list[list[int]] = []
+    for row in torch.argsort(lengths, stable=True).tolist():
+        # Ascending order: the newest row is the longest of its group.
+        fits = bool(groups) and (len(groups[-1]) + 1) * int(lengths[row]) <= max_tokens
+        if fits and (size is None or len(groups[-1]) < size):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [torch.tensor(group) for group in groups]
+
+
+def micro_batches(
+    minibatch: Rollout, size: int | None = None, max_tokens: int | None = None
+) -> list[Rollout]:
+    """Split a minibatch into micro-batches, by the rules of `split`.
+
+    Args:
+        minibatch: the sequences of one optimizer step.
+        size: most sequences in one micro-batch; None for no bound.
+        max_tokens: most padded tokens in one; None for no bound.
+
+    Source: ours.
+    """
+    groups = split(minibatch, size, max_tokens)
+    return [minibatch] if len(groups) == 1 else [minibatch.select(rows) for rows in groups]

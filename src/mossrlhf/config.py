@@ -1,0 +1,139 @@
+"""The one configuration class: how long, how much at a time, how fast, and where to."""
+
+from dataclasses import dataclass
+
+from mossrlhf.strict import check_range, strict
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How `Trainer` runs; what it optimizes is said by the objects it is given.
+
+    Names that mean the same as in `transformers.TrainingArguments` are spelled the same.
+
+    Args:
+        output_dir: where checkpoints, tables and pictures go.
+        seed: of sampling and of the order of prompts and minibatches.
+        learning_rate: of the policy (P1 and C: 5e-7).
+        critic_learning_rate: of the critic (P1: 1.65e-6, C: 1.5e-6).
+        lr_scheduler_type: a schedule of transformers; "inverse_sqrt" is C's.
+        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1 and C: 0.1).
+        adam_beta1: Adam's β₁ (P1, C).
+        adam_beta2: Adam's β₂ (P1, C).
+        adam_epsilon: Adam's ε (C).
+        weight_decay: of AdamW.
+        max_grad_norm: bound on the gradient's norm, policy and critic apart; None for none.
+        clip_grad_jointly: whether one bound holds for policy and critic together, as in C.
+        total_steps: PPO iterations: rollouts with the optimizer steps that follow.
+        rollout_size: responses in a rollout, over all processes (P1: 128).
+        minibatch_size: responses to an optimizer step, over all processes (P1: 32).
+        num_ppo_epochs: times each response is trained on.
+        samples_per_prompt: responses drawn for a prompt, for group baselines.
+        micro_batch_size: responses at a time on a process; None for all. Speed and memory alone.
+        max_tokens: padded tokens at a time on a process; None for no bound. Speed and memory alone.
+        max_prompt_length: tokens; longer dialogues lose their oldest turns. None: what the
+            model's context leaves beside a response.
+        critic_pretrain_steps: iterations in which the critic alone learns, before step 1.
+        bootstrap_truncated: whether the critic's value stands in for the rest of a truncated
+            response.
+        bf16: whether to compute in bfloat16 (autocast; parameters stay float32).
+        gradient_checkpointing: whether to recompute activations in the backward pass.
+        disable_dropout: whether dropout is off in all models.
+        logging_steps: iterations between lines of the log.
+        eval_steps: iterations between evaluations; None for none.
+        save_steps: iterations between checkpoints; None for the last and the best alone.
+        save_total_limit: checkpoints kept beside the best; None for all.
+        metric_for_best_model: a metric; its greatest value marks the best checkpoint. None for
+            no best.
+        report_to: trackers of accelerate ("tensorboard", "wandb", …).
+        run_name: for the trackers.
+        disable_tqdm: whether the console stays quiet: no progress bar, no table.
+        collapse_kl: nats per sequence beyond which, with few distinct bigrams, the policy counts
+            as collapsed.
+        max_kl: nats per sequence at which training stops; None for never.
+
+    Raises:
+        ValueError: where a number is out of range, or sizes do not divide.
+        TypeError: where an option is unknown; it says what was probably meant.
+
+    Source: P1 App. B and C's scripts where marked; the others are ours.
+    """
+
+    output_dir: str = "outputs"
+    seed: int = 0
+    learning_rate: float = 5e-7
+    critic_learning_rate: float = 1.5e-6
+    lr_scheduler_type: str = "constant_with_warmup"
+    warmup_steps: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-6
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    clip_grad_jointly: bool = False
+    total_steps: int = 1000
+    rollout_size: int = 128
+    minibatch_size: int = 32
+    num_ppo_epochs: int = 1
+    samples_per_prompt: int = 1
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
+    max_prompt_length: int | None = None
+    critic_pretrain_steps: int = 0
+    bootstrap_truncated: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    disable_dropout: bool = True
+    logging_steps: int = 1
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = 2
+    metric_for_best_model: str | None = None
+    report_to: tuple[str, ...] = ()
+    run_name: str | None = None
+    disable_tqdm: bool = False
+    collapse_kl: float = 25.0
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, low: float, above: bool = False) -> None:
+            check_range("TrainerConfig", name, getattr(self, name), low, above=above)
+
+        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
+            check(name, 0)
+        for name in ("adam_epsilon", "max_grad_norm", "collapse_kl", "max_kl"):
+            check(name, 0, above=True)
+        for name in ("total_steps", "critic_pretrain_steps"):
+            check(name, 0)
+        counts = "rollout_size minibatch_size num_ppo_epochs samples_per_prompt micro_batch_size "
+        counts += "max_tokens max_prompt_length logging_steps eval_steps save_steps"
+        for name in counts.split():
+            check(name, 1)
+        check_range("TrainerConfig", "save_total_limit", self.save_total_limit, 1)
+        if self.rollout_size % self.samples_per_prompt:
+            raise ValueError(
+                f"TrainerConfig(rollout_size={self.rollout_size}, samples_per_prompt="
+                f"{self.samples_per_prompt}): the rollout must hold whole groups; make "
+                "rollout_size a multiple of samples_per_prompt"
+            )
+        if self.minibatch_size > self.rollout_size:
+            raise ValueError(
+                f"TrainerConfig(minibatch_size={self.minibatch_size}, rollout_size="
+                f"{self.rollout_size}): a minibatch cannot hold more responses than the rollout; "
+                "lower minibatch_size"
+            )
+        if isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", (self.report_to,))
+
+    def optimizer_steps(self, pretraining: bool = False) -> int:
+        """Return the optimizer steps of a whole run.
+
+        Args:
+            pretraining: whether to count those of the critic's warm-up as well.
+
+        Source: ours.
+        """
+        per_rollout = -(-self.rollout_size // self.minibatch_size) * self.num_ppo_epochs
+        iterations = self.total_steps + (self.critic_pretrain_steps if pretraining else 0)
+        return iterations * per_rollout

@@ -1,0 +1,36 @@
+"""Dialogue data: readers for the formats in use, chat templates, collation."""
+
+from mossrlhf.data import formats
+from mossrlhf.data.collate import PairCollator, SFTCollator, pad, pad_id
+from mossrlhf.data.feed import PromptBatch, Shuffled, prompt_batch
+from mossrlhf.data.formats import DataError
+from mossrlhf.data.readers import load_pairs, load_prompts, load_sft
+from mossrlhf.data.templates import (
+    dialogue_template,
+    encode_prompt,
+    encode_response,
+    encode_text,
+    prompt_encodings,
+    set_dialogue_template,
+)
+
+__all__ = [
+    "DataError",
+    "PairCollator",
+    "PromptBatch",
+    "SFTCollator",
+    "Shuffled",
+    "dialogue_template",
+    "encode_prompt",
+    "encode_response",
+    "encode_text",
+    "formats",
+    "load_pairs",
+    "load_prompts",
+    "load_sft",
+    "pad",
+    "pad_id",
+    "prompt_batch",
+    "prompt_encodings",
+    "set_dialogue_template",
+]

@@ -1,0 +1,223 @@
+"""Optimizer steps: roles in turn, one denominator, one place where accelerate's divisions end."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from mossrlhf.buffer import micro_batches
+from mossrlhf.config import TrainerConfig
+from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.models import IGNORED_LABEL, ActorCritic
+from mossrlhf.types import Rollout
+
+ROLES = ("critic", "policy", "ptx")
+"""The order in which roles run: forward and backward of one before the next."""
+
+
+class Engine:
+    """The trained models with their optimizers, and the one way to move them.
+
+    Args:
+        model: policy and critic.
+        args: learning rates, clipping, micro-batches.
+        accelerator: places the models and reduces over processes.
+
+    Source: ours; optimizers as in C (AdamW, β = (0.9, 0.95), ε = 1e-6).
+    """
+
+    def __init__(self, model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.bare = model
+        parts: dict[str, nn.Module] = {"policy": model.policy}
+        if model.critic is not None:
+            parts["critic"] = model.critic
+        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
+        self.optimizers = {role: self._optimizer(m, rates[role]) for role, m in parts.items()}
+        self.schedulers = {role: self._scheduler(role, o) for role, o in self.optimizers.items()}
+        prepared = accelerator.prepare(model, *self.optimizers.values())
+        self.model = prepared[0]
+        self.optimizers = dict(zip(parts, prepared[1:], strict=True))
+
+    def _optimizer(self, module: nn.Module, rate: float) -> torch.optim.Optimizer:
+        args = self.args
+        return torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+
+    def _scheduler(self, role: str, optimizer: torch.optim.Optimizer) -> Any:
+        # Made before `prepare`, and stepped by hand: accelerate would step it once a process.
+        total = self.args.optimizer_steps(pretraining=role == "critic")
+        warmup = self.args.warmup_steps
+        warmup = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+        return get_scheduler(self.args.lr_scheduler_type, optimizer, warmup, total)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes.
+
+        Args:
+            tensor: any shape; left as it is.
+        """
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.clone(), reduction="sum")  # type: ignore[no-any-return]
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each role."""
+        return {r: float(o.param_groups[0]["lr"]) for r, o in self.optimizers.items()}
+
+    def step(
+        self,
+        minibatch: Rollout,
+        loss: PPOMaxLoss,
+        roles: Sequence[str] = ("critic", "policy"),
+        ptx: Mapping[str, Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take one optimizer step of the given roles.
+
+        Every loss is a sum over tokens divided by the tokens of the whole step, over all
+        micro-batches and processes, so that neither changes anything but speed.
+
+        Args:
+            minibatch: this process's sequences, annotated and estimated.
+            loss: what to minimize.
+            roles: "policy" and "critic" as wanted; roles without an optimizer are passed over.
+            ptx: a batch of pre-training data for the policy, or None.
+
+        Returns:
+            statistics as this process's shares (they add up over processes), and gradient norms
+            (alike on all of them), scalars by name.
+
+        Raises:
+            FloatingPointError: where a loss or gradient is not finite; nothing has moved.
+        """
+        minibatch = loss.prepare(minibatch, self.reduce)
+        parts = self._parts(minibatch)
+        stats: dict[str, Tensor] = {}
+        for role in ROLES:
+            if role == "ptx":
+                if ptx is not None and "policy" in roles:
+                    self._backward_ptx(ptx, loss, stats)
+            elif role in roles and role in self.optimizers:
+                self._backward(role, parts, loss, stats)
+        norms = self._clip(roles)
+        self._require_finite({**stats, **norms}, minibatch)
+        for role in roles:
+            if role in self.optimizers:
+                self.optimizers[role].step()
+                self.schedulers[role].step()
+                self.optimizers[role].zero_grad()
+        return stats, norms
+
+    def _parts(self, minibatch: Rollout) -> list[Rollout]:
+        parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(
+                torch.tensor([len(parts)], device=self.accelerator.device)
+            )
+            # Under a token budget processes may split differently, and wait for each other in
+            # every backward: the shorter ones add micro-batches of weight zero.
+            spare = int(counts.max()) - len(parts)
+            parts = parts + [_weightless(parts[0])] * spare
+        return parts
+
+    def _backward(
+        self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
+    ) -> None:
+        weights = "token_weights" if role == "policy" else "state_weights"
+        sums = torch.stack([getattr(part, weights).sum() for part in parts])
+        denominator = self.reduce(sums.sum())
+        extra: dict[str, Any] = {}
+        if role == "policy":
+            extra["entropy"] = loss.entropy_coef is not None
+        share = loss.policy if role == "policy" else loss.critic
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            output = self._accumulate(
+                last, role, part, partial(share, batch=part, denominator=denominator), **extra
+            )
+            for name, value in output.items():
+                stats[name] = stats.get(name, 0.0) + value
+
+    def _backward_ptx(
+        self, batch: Mapping[str, Tensor], loss: PPOMaxLoss, stats: dict[str, Tensor]
+    ) -> None:
+        counted = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+        share = partial(loss.ptx, denominator=self.reduce(counted.float()))
+        stats.update(self._accumulate(True, "ptx", batch, share))
+
+    def _accumulate(
+        self, sync: bool, role: str, part: Any, share: Any, **extra: Any
+    ) -> dict[str, Tensor]:
+        # Gradients of earlier micro-batches wait for the last one to be averaged with it.
+        with nullcontext() if sync else self.accelerator.no_sync(self.model):
+            output = self.model(role, part, share, **extra)
+            self._differentiate(output.loss)
+        stats: dict[str, Tensor] = output.stats
+        return stats
+
+    def _differentiate(self, share: Tensor) -> None:
+        # Processes average gradients and `backward` divides by accumulation steps; shares are to
+        # be added up.
+        accelerator = self.accelerator
+        factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        accelerator.backward(share * factor)
+
+    def _clip(self, roles: Sequence[str]) -> dict[str, Tensor]:
+        groups = {
+            role: [p for group in self.optimizers[role].param_groups for p in group["params"]]
+            for role in roles
+            if role in self.optimizers
+        }
+        if self.args.clip_grad_jointly:
+            groups = {"joint": [p for parameters in groups.values() for p in parameters]}
+        bound = self.args.max_grad_norm
+        limit = math.inf if bound is None else bound
+        return {
+            f"{name}/grad_norm": self.accelerator.clip_grad_norm_(parameters, limit).detach()
+            for name, parameters in groups.items()
+        }
+
+    def _require_finite(self, stats: Mapping[str, Tensor], minibatch: Rollout) -> None:
+        values = torch.stack([value.double() for value in stats.values()])
+        broken = self.reduce((~torch.isfinite(values)).double())
+        if not bool(broken.any()):
+            return
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        names = [n for n, b in zip(stats, broken.tolist(), strict=True) if b]
+        raise FloatingPointError(
+            f"not finite: {', '.join(names)}; the step was not taken. {_suspect(minibatch)} "
+            "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
+        )
+
+
+def _weightless(part: Rollout) -> Rollout:
+    return replace(
+        part,
+        weights=torch.zeros_like(part.token_weights),
+        state_mask=None if part.state_mask is None else torch.zeros_like(part.state_mask),
+    )
+
+
+def _suspect(minibatch: Rollout) -> str:
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+        value: Tensor | None = getattr(minibatch, name)
+        if value is None:
+            continue
+        rows = (~torch.isfinite(value) & minibatch.mask).any(dim=1).nonzero().flatten().tolist()
+        if rows:
+            return f"In the minibatch, {name} of sample {rows[0]} is not finite."
+    return "The minibatch itself is finite, so it is the models' forward or backward."

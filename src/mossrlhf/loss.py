@@ -1,0 +1,299 @@
+"""The PPO-max loss: clipped surrogate, clipped value loss, entropy, KL and PTX terms."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mossrlhf.functional.logprobs import kl_k2, kl_k3
+from mossrlhf.functional.losses import clipped_policy_loss, clipped_value_loss
+from mossrlhf.functional.reduce import Reduce, whiten
+from mossrlhf.strict import check_range, strict
+from mossrlhf.types import LossOutput, Rollout, TokenStats
+
+
+def _weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ w·x that a NaN of weight zero does not spoil."""
+    return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class PPOMaxLoss:
+    """The losses of PPO-max, each term a switch.
+
+    For another algorithm override `policy_loss` (per token) alone: reduction, denominators and
+    statistics stay.
+
+    Args:
+        policy_clip: ε of the clipped surrogate, or (ε_low, ε_high); None for no clip.
+        dual_clip: c > 1, bound on the loss of tokens of negative advantage; None for none.
+        value_clip: ε_v of the clipped value loss, in units of reward; None for no clip.
+        value_coef: factor on the value loss. Under Adam it matters only where gradients are
+            clipped jointly or policy and critic share parameters.
+        entropy_coef: factor on the entropy bonus; None for none.
+        entropy_target: δ_H, nats per token: the bonus becomes a pull of the mean entropy towards
+            it, coef·|H̄ − δ_H|. Above ln V it never binds. None for a plain bonus.
+        kl_loss_coef: factor on a KL term towards the reference *in the loss*, by its k2 estimate;
+            None for none. (The KL penalty in the reward is `RewardShaper.kl_coef`.)
+        ptx_coef: λ_ptx, factor on the language-model loss of pre-training data; None for none.
+        advantage_norm: whether to whiten advantages over each minibatch.
+        advantage_clip: bound on |advantage| within each minibatch, after whitening; None for none.
+        reference_ratio: whether the ratio is taken to the reference instead of the policy that
+            drew the tokens: P1's "importance sampling", an infinite experience buffer.
+
+    Raises:
+        ValueError: where a clip or coefficient is negative, or `entropy_target` stands alone.
+
+    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (C).
+    """
+
+    policy_clip: float | tuple[float, float] | None = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    value_coef: float = 1.0
+    entropy_coef: float | None = None
+    entropy_target: float | None = None
+    kl_loss_coef: float | None = None
+    ptx_coef: float | None = None
+    advantage_norm: bool = False
+    advantage_clip: float | None = None
+    reference_ratio: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.clip_range or (0.1, 0.1)
+        check_range("PPOMaxLoss", "policy_clip", low, 0, 1, above=True)
+        check_range("PPOMaxLoss", "policy_clip", high, 0, above=True)
+        check_range("PPOMaxLoss", "dual_clip", self.dual_clip, 1, above=True)
+        check_range("PPOMaxLoss", "value_clip", self.value_clip, 0, above=True)
+        check_range("PPOMaxLoss", "advantage_clip", self.advantage_clip, 0, above=True)
+        for name in ("value_coef", "entropy_coef", "kl_loss_coef", "ptx_coef"):
+            check_range("PPOMaxLoss", name, getattr(self, name), 0)
+        if self.entropy_target is not None and self.entropy_coef is None:
+            raise ValueError(
+                f"PPOMaxLoss(entropy_target={self.entropy_target}): entropy_coef is None, so the "
+                "target has no weight; set entropy_coef (P1: 0.01) or leave the target out"
+            )
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """(ε_low, ε_high) of the surrogate, or None."""
+        if self.policy_clip is None or isinstance(self.policy_clip, tuple):
+            return self.policy_clip
+        return self.policy_clip, self.policy_clip
+
+    def policy_loss(
+        self,
+        logprob: Float[Tensor, " N"],
+        old_logprob: Float[Tensor, " N"],
+        advantage: Float[Tensor, " N"],
+        entropy: Float[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " N"]:
+        """Compute the policy's loss for each token; override it for another algorithm.
+
+        Args:
+            logprob: ``[N]`` under the policy being trained, nats.
+            old_logprob: ``[N]`` under the one the ratio is taken to.
+            advantage: ``[N]``.
+            entropy: ``[N]`` nats, its sign turned where a target asks for less of it; None where
+                no entropy term is on.
+
+        Returns:
+            ``[N]`` loss per token.
+
+        Source: P1 eq. 15.
+        """
+        loss = clipped_policy_loss(
+            logprob, old_logprob, advantage, self.clip_range, self.dual_clip
+        )
+        if entropy is not None and self.entropy_coef is not None:
+            loss = loss - self.entropy_coef * entropy
+        return loss
+
+    def value_loss(
+        self,
+        value: Float[Tensor, " N"],
+        old_value: Float[Tensor, " N"],
+        returns: Float[Tensor, " N"],
+    ) -> Float[Tensor, " N"]:
+        """Compute the critic's loss for each token.
+
+        Args:
+            value: ``[N]`` of the critic being trained, in units of reward.
+            old_value: ``[N]`` of the critic when the rollout was annotated.
+            returns: ``[N]`` targets.
+
+        Returns:
+            ``[N]`` loss per token, before `value_coef`.
+
+        Source: P1 eq. 16.
+        """
+        return clipped_value_loss(value, old_value, returns, self.value_clip)
+
+    def prepare(
+        self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor
+    ) -> Rollout:
+        """Do what needs the whole minibatch, before it is split into micro-batches.
+
+        Whitens and clips advantages where asked for, and finds the side on which the mean
+        entropy lies of its target: |H̄ − δ_H| is no sum over tokens, but its gradient is
+        sign(H̄ − δ_H) times that of one, with H̄ from when the rollout was annotated.
+
+        Args:
+            minibatch: the sequences of one optimizer step of this process.
+            reduce: sums a tensor over all processes.
+
+        Returns:
+            the minibatch, ready to be split.
+
+        Source: P1 §5.3.1 (advantage normalization and clipping); the treatment of H̄ is ours.
+        """
+        advantages = minibatch.advantages
+        if advantages is not None and self.advantage_norm:
+            advantages = whiten(advantages, minibatch.mask, reduce=reduce)
+        if advantages is not None and self.advantage_clip is not None:
+            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        minibatch = replace(minibatch, advantages=advantages)
+        if self.entropy_target is None or minibatch.entropies is None:
+            return minibatch
+        weights = minibatch.token_weights
+        mean = reduce(_weighted(minibatch.entropies, weights)) / reduce(weights.sum())
+        side = torch.sign(self.entropy_target - mean).expand(len(minibatch))
+        return replace(minibatch, extra={**minibatch.extra, "entropy_side": side})
+
+    def policy(
+        self, stats: TokenStats, batch: Rollout, denominator: Float[Tensor, ""] | None = None
+    ) -> LossOutput:
+        """Return the policy's share of the loss, and its statistics.
+
+        Args:
+            stats: `TokenStats` of the N tokens of ``batch.mask``, under the policy being trained.
+            batch: an annotated micro-batch.
+            denominator: sum of the token weights of the whole optimizer step; None for the
+                batch's own.
+
+        Raises:
+            ValueError: where the batch has not been annotated as the switches need it.
+
+        Source: P1 eq. 15; statistics: P1 §5.2.
+        """
+        weights = batch.token_weights[batch.mask]
+        if denominator is None:
+            denominator = weights.sum()
+        old_logprob = self._old_logprob(batch)[batch.mask]
+        advantage = _filled(batch, "advantages")[batch.mask]
+        entropy = stats.entropy
+        if entropy is not None and "entropy_side" in batch.extra:
+            side = batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
+            entropy = entropy * side
+        per_token = self.policy_loss(stats.logprob, old_logprob, advantage, entropy)
+        loss = _weighted(per_token, weights)
+        if self.kl_loss_coef is not None:
+            reference = _filled(batch, "ref_logprobs")[batch.mask]
+            penalty = kl_k2(stats.logprob, reference)
+            loss = loss + self.kl_loss_coef * _weighted(penalty, weights)
+        loss = loss / denominator
+        logged = self._policy_stats(stats.logprob.detach(), old_logprob, advantage, weights)
+        shares = {name: value / denominator for name, value in logged.items()}
+        return LossOutput(loss, {"policy/loss": loss.detach(), **shares})
+
+    def critic(
+        self,
+        value: Float[Tensor, " N"],
+        batch: Rollout,
+        denominator: Float[Tensor, ""] | None = None,
+    ) -> LossOutput:
+        """Return the critic's share of the loss, and its statistics.
+
+        Args:
+            value: ``[N]`` for the states of ``batch.states``, by the critic being trained.
+            batch: an annotated micro-batch.
+            denominator: sum of the state weights of the whole optimizer step; None for the
+                batch's own.
+
+        Raises:
+            ValueError: where the batch has no values or returns.
+
+        Source: P1 eq. 16.
+        """
+        weights = batch.state_weights[batch.states]
+        if denominator is None:
+            denominator = weights.sum()
+        old_value = _filled(batch, "values")[batch.states]
+        returns = _filled(batch, "returns")[batch.states]
+        loss = _weighted(self.value_loss(value, old_value, returns), weights) / denominator
+        stats = {"critic/loss": loss.detach()}
+        if self.value_clip is not None:
+            moved = (value.detach() - old_value).abs() > self.value_clip
+            stats["critic/clip_fraction"] = _weighted(moved.to(weights), weights) / denominator
+        return LossOutput(self.value_coef * loss, stats)
+
+    def ptx(
+        self,
+        loss: Float[Tensor, ""],
+        tokens: Int[Tensor, ""],
+        denominator: Float[Tensor, ""] | None = None,
+    ) -> LossOutput:
+        """Return the share of the language-model loss on pre-training data.
+
+        Args:
+            loss: summed over the tokens of the micro-batch, nats.
+            tokens: how many they are.
+            denominator: tokens of the whole optimizer step; None for `tokens`.
+
+        Source: P1 eq. 17.
+        """
+        mean = loss / (tokens if denominator is None else denominator)
+        return LossOutput((self.ptx_coef or 0.0) * mean, {"ptx/loss": mean.detach()})
+
+    def __call__(
+        self,
+        stats: TokenStats,
+        batch: Rollout,
+        value: Float[Tensor, " M"] | None = None,
+    ) -> LossOutput:
+        """Return policy and critic loss of a whole minibatch in one: L_policy + c_v·L_value.
+
+        `Trainer` takes the two in turn (the sum's gradient, at half the peak memory); this is
+        for loops of one's own.
+
+        Args:
+            stats: `TokenStats` of the N tokens of ``batch.mask``, under the policy being trained.
+            batch: an annotated minibatch, `prepare`d where a switch needs it.
+            value: ``[M]`` for the states of ``batch.states``; None where there is no critic.
+
+        Source: P1 §3.2.
+        """
+        policy = self.policy(stats, batch)
+        if value is None:
+            return policy
+        critic = self.critic(value, batch)
+        return LossOutput(policy.loss + critic.loss, {**policy.stats, **critic.stats})
+
+    def _old_logprob(self, batch: Rollout) -> Tensor:
+        return _filled(batch, "ref_logprobs" if self.reference_ratio else "logprobs")
+
+    def _policy_stats(
+        self, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        ratio = torch.exp(logprob - old_logprob)
+        stats = {
+            "policy/ratio": _weighted(ratio, weights),
+            "policy/approx_kl_per_token": _weighted(kl_k3(old_logprob, logprob), weights),
+        }
+        if self.clip_range is not None:
+            low, high = self.clip_range
+            bound = torch.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
+            stats["policy/clip_fraction"] = _weighted(bound.to(weights), weights)
+        return stats
+
+
+def _filled(batch: Rollout, name: str) -> Tensor:
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        raise ValueError(
+            f"batch.{name}: got None, expected [B, T]; fill it in before the loss "
+            "(Trainer.annotate and Trainer.estimate do, given the models it needs)"
+        )
+    return value

@@ -1,0 +1,113 @@
+"""Two watchers: a policy that has collapsed, and one that does not move."""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class CollapseWarning(UserWarning):
+    """The policy has collapsed into repeating what the reward likes."""
+
+
+class StillPolicyWarning(UserWarning):
+    """Optimizer steps leave the policy's parameters as they were."""
+
+
+class CollapseWatch:
+    """Says when responses have become monotonous and far from the reference, at any length.
+
+    Collapsed: KL per sequence beyond a bound *and* distinct-2 under half of the reference's.
+    Score and loss do not show it, and length shows only one of its forms.
+
+    Args:
+        kl_bound: nats per sequence.
+        reference_distinct_2: of as many responses of the reference.
+
+    Source: P1 §5.2 (pattern collapse: KL explodes, diversity goes); the rule is ours.
+    """
+
+    def __init__(self, kl_bound: float, reference_distinct_2: float | None) -> None:
+        self.kl_bound = kl_bound
+        self.reference_distinct_2 = reference_distinct_2
+        self.warned = False
+
+    def __call__(self, metrics: Mapping[str, float]) -> bool:
+        """Look at the metrics of one iteration; warn the first time in a row.
+
+        Args:
+            metrics: with ``kl/ref_per_sequence`` and ``response/distinct_2``.
+
+        Returns:
+            whether the policy counts as collapsed.
+        """
+        kl = metrics.get("kl/ref_per_sequence")
+        distinct = metrics.get("response/distinct_2")
+        if kl is None or distinct is None or self.reference_distinct_2 is None:
+            return False
+        collapsed = kl > self.kl_bound and distinct < 0.5 * self.reference_distinct_2
+        if collapsed and not self.warned:
+            warnings.warn(
+                f"the policy has collapsed: KL to the reference {kl:.1f} nats per sequence "
+                f"(bound {self.kl_bound:g}) and distinct-2 {distinct:.3f}, under half of the "
+                f"reference's {self.reference_distinct_2:.3f}. A rising score means nothing now; "
+                "raise RewardShaper(kl_coef=), clip the reward, or lower the learning rate",
+                CollapseWarning,
+                stacklevel=3,
+            )
+        self.warned = collapsed
+        return collapsed
+
+
+class StillWatch:
+    """Says when the policy's parameters stay put, step after step.
+
+    In pure bfloat16 a learning rate of 5e-7 is rounded away: AdamW changes hardly any weight and
+    nothing fails. A sample of the parameters is compared before and after each iteration.
+
+    Args:
+        policy: the trained policy.
+        patience: iterations in a row before it warns.
+        least: share of the sampled weights that must change.
+        sample: weights looked at in each parameter.
+
+    Source: ours.
+    """
+
+    def __init__(
+        self, policy: nn.Module, patience: int = 3, least: float = 0.05, sample: int = 256
+    ) -> None:
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.patience, self.least, self.sample = patience, least, sample
+        self.still = 0
+        self.before = self._look()
+
+    def _look(self) -> Tensor:
+        # Parameters sharded to nothing on this process have nothing to show.
+        parts = [p.detach().flatten()[: self.sample].float() for p in self.parameters if p.numel()]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def __call__(self, learning_rate: float) -> float:
+        """Compare with the last look; warn once the patience is at its end.
+
+        Args:
+            learning_rate: of the policy; at 0 nothing is expected to move.
+
+        Returns:
+            share of the sampled weights that changed.
+        """
+        now = self._look()
+        changed = float((now != self.before).float().mean()) if now.numel() else 1.0
+        self.before = now
+        self.still = self.still + 1 if changed < self.least and learning_rate > 0 else 0
+        if self.still == self.patience:
+            warnings.warn(
+                f"the policy is not moving: {changed:.1%} of its weights changed in the last "
+                f"iteration, {self.patience} iterations in a row under {self.least:.0%}, at a "
+                f"learning rate of {learning_rate:g}. Train float32 parameters (with bf16=True for "
+                "the arithmetic), check requires_grad, or raise learning_rate",
+                StillPolicyWarning,
+                stacklevel=3,
+            )
+        return changed

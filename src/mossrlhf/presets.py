@@ -1,0 +1,152 @@
+"""Named compositions of components: no hidden flags, every number marked P1, C, TRL or ours.
+
+Each returns keyword arguments of `Trainer`; options of `TrainerConfig` can be given, others are
+changed by replacing a component::
+
+    Trainer(model, reward=reward, train_dataset=prompts, **presets.ppo_max(total_steps=200))
+"""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from mossrlhf.advantage import AdvantageEstimator
+from mossrlhf.config import TrainerConfig
+from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.shaping import RewardShaper
+
+
+def ppo_max(**options: Any) -> dict[str, Any]:
+    """PPO-max, the paper's algorithm.
+
+    KL penalty η = 0.05 (P1), scores normalized by running moments (P1) and clipped at δ = 0.8
+    (P1, App. B.1, advised there), value clip 0.2 (C), surrogate clip 0.2 (C), GAE γ = 1,
+    λ = 0.9 (P1, App. C.3), gradient norms clipped at 1 (C), learning rates 5e-7 (P1, C) and
+    1.65e-6 (P1), warm-up over 10 % (P1), 128 responses in minibatches of 32 (P1 §5.1), the
+    critic pre-trained for 50 iterations (the number is ours; P1 gives none).
+
+    Args:
+        options: of `TrainerConfig`.
+
+    Returns:
+        keyword arguments of `Trainer`.
+
+    Source: P1 §5.4.
+    """
+    settings = {"critic_learning_rate": 1.65e-6, "critic_pretrain_steps": 50, **options}
+    return {
+        "args": TrainerConfig(**settings),
+        "shaper": RewardShaper(kl_coef=0.05, normalize=True, clip=0.8),
+        "advantage": AdvantageEstimator(gamma=1.0, lam=0.9),
+        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
+    }
+
+
+def vanilla_ppo(**options: Any) -> dict[str, Any]:
+    """PPO with the clipped surrogate and GAE alone: what PPO-max is held against.
+
+    No KL penalty, no reward normalization or clip, no value clip, no critic pre-training, no
+    bound on gradients; surrogate clip 0.2 (C), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
+
+    Args:
+        options: of `TrainerConfig`.
+
+    Returns:
+        keyword arguments of `Trainer`.
+
+    Source: P1 §5.2 (vanilla PPO).
+    """
+    settings = {"critic_learning_rate": 1.65e-6, "max_grad_norm": None, **options}
+    return {
+        "args": TrainerConfig(**settings),
+        "shaper": RewardShaper(kl_coef=None),
+        "advantage": AdvantageEstimator(gamma=1.0, lam=0.9),
+        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=None),
+    }
+
+
+def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
+    """What the released scripts of MOSS-RLHF switch on, which is less than the paper.
+
+    Reward scaling by the running std of scores, surrogate and value clip 0.2, one gradient bound
+    of 1 for policy and critic together, KL penalty 0.01 (en) or 0.1 (zh), GAE λ = 0.95, learning
+    rates 5e-7 and 1.5e-6 with inverse-square-root decay, rollouts of 2 in one batch of 2 for one
+    epoch: one step per rollout, so the ratio is about 1 and neither clip normally binds. No
+    reward clip, no advantage normalization, no PTX, no critic pre-training. Sampling at
+    temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens; what is drawn is then
+    scored at temperature 1 there, at 0.8 here.
+
+    Args:
+        language: "en" or "zh".
+        options: of `TrainerConfig`.
+
+    Returns:
+        keyword arguments of `Trainer`.
+
+    Raises:
+        ValueError: where the language is neither.
+
+    Source: C (``train_ppo_{en,zh}.sh``, ``config.py``).
+    """
+    coefficients = {"en": 0.01, "zh": 0.1}
+    if language not in coefficients:
+        raise ValueError(
+            f"language: got {language!r}, expected 'en' or 'zh', the two the scripts exist for"
+        )
+    settings = {
+        "learning_rate": 5e-7,
+        "critic_learning_rate": 1.5e-6,
+        "lr_scheduler_type": "inverse_sqrt",
+        "rollout_size": 2,
+        "minibatch_size": 2,
+        "num_ppo_epochs": 1,
+        "max_grad_norm": 1.0,
+        "clip_grad_jointly": True,
+        **options,
+    }
+    return {
+        "args": TrainerConfig(**settings),
+        "shaper": RewardShaper(kl_coef=coefficients[language], scale=True),
+        "advantage": AdvantageEstimator(gamma=1.0, lam=0.95),
+        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
+        "generation_config": GenerationConfig(
+            max_new_tokens=512, do_sample=True, temperature=0.8, top_p=0.9, repetition_penalty=1.1
+        ),
+    }
+
+
+def trl_ppo(**options: Any) -> dict[str, Any]:
+    """TRL 1.12's PPO, to the letter.
+
+    Advantages whitened over the rollout (unbiased variance), score one step after the end of a
+    response, KL penalty 0.05 by k1, clips 0.2, value coefficient 0.1 and one learning rate of
+    3e-6, decaying linearly, four epochs, policy and critic clipped jointly at 1, temperature 0.7,
+    responses of at most 53 tokens.
+
+    Args:
+        options: of `TrainerConfig`.
+
+    Returns:
+        keyword arguments of `Trainer`.
+
+    Source: TRL 1.12.0, ``trl.experimental.ppo``.
+    """
+    settings = {
+        "learning_rate": 3e-6,
+        "critic_learning_rate": options.get("learning_rate", 3e-6),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "num_ppo_epochs": 4,
+        "max_grad_norm": 1.0,
+        "clip_grad_jointly": True,
+        **options,
+    }
+    return {
+        "args": TrainerConfig(**settings),
+        "shaper": RewardShaper(kl_coef=0.05, score_after_end=True),
+        "advantage": AdvantageEstimator(gamma=1.0, lam=0.95, whiten=True, correction=1),
+        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2, value_coef=0.1),
+        "generation_config": GenerationConfig(max_new_tokens=53, do_sample=True, temperature=0.7),
+    }

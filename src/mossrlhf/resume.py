@@ -1,0 +1,140 @@
+"""Saving a trainer whole, and going on from there as if nothing had happened."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+
+from mossrlhf.checkpoint import (
+    STATE,
+    checkpoints,
+    load_tensors,
+    load_trained,
+    pack_optimizer,
+    prune,
+    random_state,
+    read_json,
+    save_tensors,
+    set_random_state,
+    trained_tensors,
+    unpack_optimizer,
+    write_json,
+    written_aside,
+)
+from mossrlhf.version import __version__
+
+if TYPE_CHECKING:
+    from mossrlhf.trainer import Trainer
+
+
+def save_checkpoint(trainer: "Trainer") -> Path:
+    """Write everything a run needs to go on to ``checkpoint-<step>``, and prune older ones.
+
+    The models as others load them (``policy/``, ``critic/``), trained parameters, optimizers,
+    schedules, running moments, random states of every process, places in the datasets, history.
+
+    Args:
+        trainer: what to save.
+
+    Returns:
+        the folder.
+
+    Source: ours.
+    """
+    run, accelerator = trainer.run, trainer.accelerator
+    path = trainer.output_dir / f"checkpoint-{run.state.global_step}"
+    own_random = random_state()
+    randoms = [own_random]
+    if accelerator.num_processes > 1:
+        randoms = gather_object([own_random])
+    if accelerator.is_main_process:
+        with written_aside(path) as folder:
+            trainer.save_model(folder)
+            save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
+            plain: dict[str, Any] = {}
+            for role, optimizer in trainer.engine.optimizers.items():
+                tensors, plain[role] = pack_optimizer(optimizer)
+                save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
+            for index, (tensors, _) in enumerate(randoms):
+                save_tensors(tensors, folder / f"random_{index}.safetensors")
+            save_tensors(
+                {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
+            )
+            state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
+            write_json(state, folder / STATE)
+        best = run.state.best_model_checkpoint
+        prune(trainer.output_dir, trainer.args.save_total_limit, Path(best) if best else None)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[Any]) -> Any:
+    state = trainer.run.state
+    return {
+        "version": __version__,
+        "global_step": state.global_step,
+        "pretrained": trainer.run.pretrained,
+        "best_metric": state.best_metric,
+        "best_global_step": state.best_global_step,
+        "best_model_checkpoint": state.best_model_checkpoint,
+        "shaper": trainer.shaper.state_dict(),
+        "prompts": trainer.prompts.state_dict(),
+        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
+        "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
+        "optimizers": optimizers,
+        "random": randoms,
+        "history": state.log_history,
+    }
+
+
+def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
+    """Bring a freshly built trainer to where a checkpoint was written.
+
+    Args:
+        trainer: built with the same models and components.
+        source: the checkpoint's folder; True for the newest in the output directory.
+
+    Raises:
+        FileNotFoundError: where there is no finished checkpoint.
+        ValueError: where it was made by another model.
+
+    Source: ours.
+    """
+    path = _find(trainer.output_dir, source)
+    saved = read_json(path / STATE)
+    load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
+    for role, optimizer in trainer.engine.optimizers.items():
+        tensors = load_tensors(path / f"optimizer_{role}.safetensors")
+        unpack_optimizer(optimizer, tensors, saved["optimizers"][role])
+        trainer.engine.schedulers[role].load_state_dict(saved["schedulers"][role])
+    trainer.shaper.load_state_dict(saved["shaper"])
+    trainer.prompts.load_state_dict(saved["prompts"])
+    if trainer.ptx is not None and saved["ptx"] is not None:
+        trainer.ptx.load_state_dict(saved["ptx"])
+    trainer.generator.set_state(load_tensors(path / "generator.safetensors")["minibatches"])
+    state = trainer.run.state
+    for name in ("global_step", "best_metric", "best_global_step", "best_model_checkpoint"):
+        setattr(state, name, saved[name])
+    state.log_history[:] = saved["history"]
+    trainer.run.pretrained = saved["pretrained"]
+    index = trainer.accelerator.process_index
+    if index < len(saved["random"]):
+        set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved["random"][index])
+
+
+def _find(output_dir: Path, source: str | Path | bool) -> Path:
+    if source is True:
+        found = checkpoints(output_dir)
+        if not found:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint=True: there is no finished checkpoint in "
+                f"{str(output_dir)!r}; train from the start, or name a folder"
+            )
+        return found[-1]
+    path = Path(str(source))
+    if not (path / STATE).is_file():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: {str(path)!r} is no finished checkpoint (it has no {STATE}); "
+            f"there are {[p.name for p in checkpoints(path.parent)]} beside it"
+        )
+    return path

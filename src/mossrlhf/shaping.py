@@ -1,0 +1,277 @@
+"""From scores to rewards: running moments, normalization, clipping and the KL penalty."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mossrlhf.functional.logprobs import kl_k1
+from mossrlhf.functional.reduce import Reduce
+from mossrlhf.strict import check_range, strict
+from mossrlhf.types import Rollout
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of everything seen so far, over all processes.
+
+    Args:
+        count: numbers seen.
+        mean: of them.
+        m2: Σ (x − mean)².
+
+    Source: P1 eq. 18 (historical mean and std); merged as in Chan et al. (1983).
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation; 1 until two numbers have been seen that differ."""
+        if self.count < 2 or self.m2 <= 0:
+            return 1.0
+        return float((self.m2 / (self.count - 1)) ** 0.5)
+
+    def update(
+        self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
+    ) -> None:
+        """Take in new numbers; entries that are not finite are passed over.
+
+        Args:
+            x: ``[B]``.
+            reduce: sums a tensor over all processes.
+        """
+        x = x[torch.isfinite(x)].double()
+        count, total = reduce(torch.stack([torch.ones_like(x).sum(), x.sum()])).tolist()
+        if count == 0:
+            return
+        batch_mean = total / count
+        m2 = float(reduce(((x - batch_mean) ** 2).sum()))
+        merged = self.count + count
+        shift = batch_mean - self.mean
+        self.m2 += m2 + shift**2 * self.count * count / merged
+        self.mean += shift * count / merged
+        self.count = merged
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what is remembered, as plain numbers."""
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: that mapping.
+        """
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+
+
+@dataclass
+class RollingReturnMoments(RunningMoments):
+    """Moments of a rolling discounted sum of scores, R ← γ·R + score.
+
+    P1's reward scaling divides by the standard deviation of this sum; C's by that of the scores
+    (plain `RunningMoments`). Use it as ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
+
+    Args:
+        gamma: discount γ between successive scores, in [0, 1].
+        rolling: R.
+
+    Source: P1 §5.3.1 (reward scaling), after arXiv 2005.12729.
+    """
+
+    gamma: float = 0.99
+    rolling: float = 0.0
+
+    def update(
+        self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
+    ) -> None:
+        """Fold scores into the sum, one after the other, and take in its values.
+
+        Args:
+            x: ``[B]`` scores.
+            reduce: sums a tensor over all processes; each keeps a sum of its own.
+        """
+        sums = []
+        for score in x[torch.isfinite(x)].tolist():
+            self.rolling = self.gamma * self.rolling + score
+            sums.append(self.rolling)
+        super().update(x.new_tensor(sums), reduce)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what is remembered, as plain numbers."""
+        return {**super().state_dict(), "rolling": self.rolling}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: that mapping.
+        """
+        super().load_state_dict(state)
+        self.rolling = state["rolling"]
+
+
+@strict
+@dataclass(kw_only=True)
+class RewardShaper:
+    """Makes per-token rewards of scores: r_t = −η(log π_old − log π_ref), + r̃ at the last token.
+
+    r̃ = clip((score − mean)/std, −δ, δ) by the running moments, which take the new scores in
+    first; the penalty for an unfinished response comes after the clip, so that none swallows it.
+
+    Args:
+        kl_coef: η, per nat; None for no penalty (and no need of a reference).
+        normalize: whether to subtract the running mean and divide by the running std.
+        scale: whether to divide by the running std alone; not together with `normalize`.
+        clip: δ, bound on |r̃|; None for none.
+        missing_eos_penalty: subtracted from r̃ where the response hit the length limit, in
+            units of r̃; None for none.
+        score_after_end: whether the score comes one step after the end of a response, as in TRL.
+        moments: the running moments; of scores, or `RollingReturnMoments`.
+
+    Raises:
+        ValueError: where a number is out of range, or `normalize` and `scale` are both on.
+
+    Source: P1 eqs. 18-19; order and placement as in C. η = 0.05 (P1's studies), 0.01 / 0.1 (C).
+    """
+
+    kl_coef: float | None = 0.05
+    normalize: bool = False
+    scale: bool = False
+    clip: float | None = None
+    missing_eos_penalty: float | None = None
+    score_after_end: bool = False
+    moments: RunningMoments = field(default_factory=RunningMoments)
+
+    def __post_init__(self) -> None:
+        check_range("RewardShaper", "kl_coef", self.kl_coef, 0)
+        check_range("RewardShaper", "clip", self.clip, 0, above=True)
+        check_range("RewardShaper", "missing_eos_penalty", self.missing_eos_penalty, 0)
+        if self.normalize and self.scale:
+            raise ValueError(
+                "RewardShaper(normalize=True, scale=True): both divide by the running std; "
+                "normalize also subtracts the mean. Choose one"
+            )
+        if self.normalize and isinstance(self.moments, RollingReturnMoments):
+            raise ValueError(
+                "RewardShaper(normalize=True, moments=RollingReturnMoments()): the mean of a "
+                "rolling sum is not that of the scores; use scale=True with it"
+            )
+
+    def shape(
+        self, scores: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
+    ) -> Float[Tensor, " B"]:
+        """Take scores into the moments, then normalize or scale, and clip them.
+
+        Args:
+            scores: ``[B]`` as the reward gave them; NaN (not applicable) becomes 0.
+            reduce: sums a tensor over all processes.
+
+        Returns:
+            ``[B]`` r̃.
+
+        Source: P1 eq. 18.
+        """
+        applicable = torch.isfinite(scores)
+        shaped = scores
+        if self.normalize or self.scale:
+            self.moments.update(scores, reduce)
+            center = self.moments.mean if self.normalize else 0.0
+            shaped = (scores - center) / self.moments.std
+        if self.clip is not None:
+            shaped = shaped.clamp(-self.clip, self.clip)
+        return torch.where(applicable, shaped, torch.zeros_like(shaped))
+
+    def __call__(
+        self, rollout: Rollout, reduce: Reduce = lambda tensor: tensor
+    ) -> Float[Tensor, "B T"]:
+        """Compute the rewards of a scored and annotated rollout.
+
+        Args:
+            rollout: with `scores` or `token_scores` or both, and, where there is a KL penalty,
+                `logprobs` and `ref_logprobs`.
+            reduce: sums a tensor over all processes.
+
+        Returns:
+            ``[B, T]`` rewards, zero outside the mask but for a score after the end.
+
+        Raises:
+            ValueError: where the rollout is not filled in as needed.
+
+        Source: P1 eq. 19.
+        """
+        rewards = torch.zeros_like(rollout.token_weights)
+        if self.kl_coef is not None:
+            if rollout.logprobs is None or rollout.ref_logprobs is None:
+                raise ValueError(
+                    f"RewardShaper(kl_coef={self.kl_coef}): the rollout has no log-probabilities "
+                    "of policy and reference; annotate it first, or set kl_coef=None"
+                )
+            penalty = self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
+            rewards = torch.where(rollout.mask, -penalty, rewards)
+        if rollout.token_scores is not None:
+            rewards = rewards + torch.where(rollout.mask, rollout.token_scores, 0.0)
+        if rollout.scores is None:
+            if rollout.token_scores is None:
+                raise ValueError("rollout.scores: got None; score the rollout first")
+            return rewards
+        shaped = self.shape(rollout.scores, reduce)
+        if self.missing_eos_penalty is not None:
+            shaped = shaped - self.missing_eos_penalty * rollout.truncated
+        return add_at_last(rewards, shaped, rollout.states)
+
+    def adapt(self, kl: float, target: float, gain: float = 0.1) -> None:
+        """Move η towards what keeps the KL divergence near a target.
+
+        η ← η·(1 + gain·clip(kl/target − 1, −0.2, 0.2)), a proportional controller.
+
+        Args:
+            kl: of the last step, nats per sequence.
+            target: wanted, nats per sequence.
+            gain: K_β of the controller.
+
+        Raises:
+            ValueError: where there is no KL penalty to adapt.
+
+        Source: Ziegler et al., arXiv 1909.08593 §2.2 (adaptive KL).
+        """
+        if self.kl_coef is None:
+            raise ValueError("RewardShaper.adapt: kl_coef is None, there is nothing to adapt")
+        error = max(-0.2, min(0.2, kl / target - 1.0))
+        self.kl_coef *= 1.0 + gain * error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running moments and the current η, as plain numbers."""
+        return {"kl_coef": self.kl_coef, "moments": self.moments.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: that mapping.
+        """
+        self.kl_coef = state["kl_coef"]
+        self.moments.load_state_dict(state["moments"])
+
+
+def add_at_last(
+    rewards: Float[Tensor, "B T"], scores: Float[Tensor, " B"], mask: Tensor
+) -> Float[Tensor, "B T"]:
+    """Add a score at the last entry of each row's mask; rows without any get none.
+
+    Args:
+        rewards: ``[B, T]``.
+        scores: ``[B]``.
+        mask: ``[B, T]``.
+
+    Source: P1 eq. 19: the score is given at the last token of the response.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)
+    return rewards + torch.where(positions == last, scores[:, None], torch.zeros_like(rewards))

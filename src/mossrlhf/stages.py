@@ -1,0 +1,360 @@
+"""The five stages of an iteration, and the parts they work with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mossrlhf.advantage import AdvantageEstimator
+from mossrlhf.buffer import RolloutBuffer, split
+from mossrlhf.checkpoint import require_writable
+from mossrlhf.config import TrainerConfig
+from mossrlhf.data import PromptBatch, SFTCollator, Shuffled, prompt_batch
+from mossrlhf.engine import Engine
+from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.metrics import Meter, rollout_metrics
+from mossrlhf.models import ActorCritic, RewardModel, policy_stats
+from mossrlhf.rewards import RewardSet
+from mossrlhf.roles import (
+    as_reference,
+    disable_dropout,
+    load_critic,
+    load_policy,
+    load_reference,
+    load_reward,
+    load_tokenizer,
+    make_accelerator,
+    policy_context,
+    prompt_budget,
+)
+from mossrlhf.signature import call_with
+from mossrlhf.sampling import HFSampler, Sampler
+from mossrlhf.shaping import RewardShaper
+from mossrlhf.types import Rollout
+
+Dataset = Sequence[Mapping[str, Any]]
+
+
+class Stages:
+    """The parts of PPO-max put together, and its five stages; `Trainer` runs them in turn.
+
+    Each stage takes a `Rollout` and returns a new one; nothing travels through `self` but models,
+    running statistics and counters.
+
+    Args:
+        model: the policy: a causal language model, or its folder or hub name.
+        reward: a `RewardModel`, any one-label sequence classifier, a folder or hub name, a
+            function ``reward(*, prompts, completions, completion_ids, **columns)``, or a list of
+            them or of (reward, weight) pairs; weight 0 is measured and never trained on.
+        train_dataset: records with ``prompt`` (string or messages); further columns reach the
+            reward.
+        critic: a `RewardModel`; None for a copy of the reward model where it reads the policy's
+            tokens, else the policy's backbone under a zero head; False for none.
+        ref_model: the reference; None for a copy of the policy as it is now (or the policy with
+            its adapters off).
+        args: how long, how much at a time, how fast.
+        eval_dataset: held-out records, for `evaluate`.
+        ptx_dataset: records of pre-training or SFT data for the PTX term.
+        processing_class: the policy's tokenizer; None to load it from the model's name.
+        peft_config: LoRA or another adapter; the base is then frozen.
+        generation_config: how responses are drawn, where no `sampler` is given.
+        shaper: scores → rewards.
+        advantage: rewards and values → advantages and returns.
+        loss: what is minimized.
+        sampler: draws responses; None for `HFSampler`.
+        accelerator: of accelerate; None for one made from `args`.
+
+    Raises:
+        ValueError: where the parts do not fit together; it says which and what to do.
+        TypeError: where one of them is of no use at all.
+
+    Source: P1 Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        *,
+        reward: Any,
+        train_dataset: Dataset,
+        critic: nn.Module | str | Path | bool | None = None,
+        ref_model: nn.Module | str | Path | None = None,
+        args: TrainerConfig | None = None,
+        eval_dataset: Dataset | None = None,
+        ptx_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        generation_config: GenerationConfig | None = None,
+        shaper: RewardShaper | None = None,
+        advantage: Any = None,
+        loss: PPOMaxLoss | None = None,
+        sampler: Sampler | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.args = args or TrainerConfig()
+        self.output_dir = Path(self.args.output_dir)
+        require_writable(self.output_dir)
+        self.accelerator = accelerator or make_accelerator(self.args)
+        self.shaper = shaper or RewardShaper()
+        self.advantage = advantage or AdvantageEstimator()
+        self.loss = loss or PPOMaxLoss()
+        self._require_fitting(ptx_dataset, generation_config, sampler)
+        self.processing_class = processing_class or load_tokenizer(model)
+        self.sampler = sampler or HFSampler.for_tokenizer(
+            self.processing_class, generation_config or GenerationConfig(max_new_tokens=512)
+        )
+        self.prompts = self._feed(train_dataset, "train_dataset")
+        self.eval_dataset = eval_dataset
+        self.ptx = self._feed(ptx_dataset, "ptx_dataset") if ptx_dataset is not None else None
+
+        policy = load_policy(model, peft_config)
+        self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
+        self.rewards = self._reward_set(reward)
+        self.ref_model = load_reference(ref_model, policy)
+        made = load_critic(critic, policy, self.rewards.same_tokenizer())
+        actor_critic = ActorCritic(policy, made, self.sampler.temperature)
+        for module in (actor_critic, self.ref_model):
+            if module is not None and self.args.disable_dropout:
+                disable_dropout(module)
+        if self.args.gradient_checkpointing:
+            policy.gradient_checkpointing_enable()  # type: ignore[operator]
+            if made is not None:
+                made.backbone.gradient_checkpointing_enable()
+        self.engine = Engine(actor_critic, self.args, self.accelerator)
+        if self.ref_model is not None:
+            self.ref_model.to(self.accelerator.device)
+        self._collate = SFTCollator(
+            self.processing_class, max_length=policy_context(policy)
+        )
+        self.generator = torch.Generator().manual_seed(self.args.seed)
+
+    def collect(self, prompts: PromptBatch | None = None) -> Rollout:
+        """Draw responses to the next prompts.
+
+        Args:
+            prompts: token ids and columns; None for the next of the training set.
+
+        Returns:
+            this process's share of the rollout, nothing scored yet.
+        """
+        if prompts is None:
+            per_process = self.args.rollout_size // self.accelerator.num_processes
+            records = self.prompts.next(per_process // self.args.samples_per_prompt)
+            prompts = self._encode(records, copies=self.args.samples_per_prompt)
+        return self._respond(self.policy, prompts)
+
+    def score(self, rollout: Rollout) -> Rollout:
+        """Ask the rewards about every response.
+
+        Args:
+            rollout: B responses.
+
+        Returns:
+            the rollout with `scores` or `token_scores`, and each reward under
+            ``extra["reward/<name>"]``.
+
+        Raises:
+            ValueError: where a reward function raises or returns what is not asked for.
+        """
+        self.model.eval()
+        with self.accelerator.autocast():
+            scores, token_scores, by_name = self.rewards(rollout)
+        extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
+        return replace(
+            rollout,
+            scores=scores,
+            token_scores=token_scores,
+            extra={**rollout.extra, **extra},
+        )
+
+    @torch.no_grad()
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """Note what policy, reference and critic say of every token before anything moves.
+
+        Args:
+            rollout: B responses.
+
+        Returns:
+            the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
+            `bootstrap` where there is a critic.
+        """
+        self.model.eval()
+        blank = torch.zeros_like(rollout.token_weights)
+        names = ["logprobs", "entropies", "ref_logprobs"]
+        names += ["values"] if self.critic is not None else []
+        noted = {name: blank.clone() for name in names}
+        after = torch.zeros_like(blank[:, 0])
+        for rows in split(rollout, self.args.micro_batch_size, self.args.max_tokens):
+            part = rollout.select(rows)
+            rows = rows.to(blank.device)
+            with self.accelerator.autocast():
+                stats = policy_stats(self.policy, part, self.model.temperature, entropy=True)
+                with as_reference(self.ref_model, self.policy) as reference:
+                    ref = policy_stats(reference, part, self.model.temperature)
+                values = self.model.values(part) if self.critic is not None else None
+            _note(noted["logprobs"], rows, part.mask, stats.logprob)
+            _note(noted["entropies"], rows, part.mask, stats.entropy)
+            _note(noted["ref_logprobs"], rows, part.mask, ref.logprob)
+            if values is not None:
+                _note(noted["values"], rows, part.states, values[0][part.states])
+                after[rows] = values[1].to(after)
+        if self.critic is not None and self.args.bootstrap_truncated:
+            noted["bootstrap"] = torch.where(rollout.truncated, after, torch.zeros_like(after))
+        return replace(rollout, **noted)
+
+    def estimate(self, rollout: Rollout) -> Rollout:
+        """Shape scores into rewards, and rewards into advantages and returns.
+
+        Args:
+            rollout: scored and annotated.
+
+        Returns:
+            the rollout with `rewards`, `advantages` and `returns`.
+        """
+        rewards = call_with(self.shaper, rollout, reduce=self.engine.reduce)
+        values = rollout.values if rollout.values is not None else torch.zeros_like(rewards)
+        estimated = call_with(
+            self.advantage,
+            rewards,
+            values,
+            rollout.states,
+            bootstrap=rollout.bootstrap,
+            counted=rollout.mask,
+            reduce=self.engine.reduce,
+        )
+        return replace(
+            rollout,
+            rewards=rewards,
+            advantages=estimated.advantages,
+            returns=estimated.returns,
+        )
+
+    def update(
+        self,
+        rollout: Rollout,
+        roles: Sequence[str] = ("critic", "policy"),
+        loss: PPOMaxLoss | None = None,
+    ) -> dict[str, float]:
+        """Train on a rollout: `num_ppo_epochs` times over it, in minibatches.
+
+        Args:
+            rollout: estimated.
+            roles: who learns.
+            loss: what to minimize; None for `self.loss`.
+
+        Returns:
+            metrics over all processes, by name (docs/metrics.md).
+
+        Raises:
+            FloatingPointError: where a loss or gradient is not finite.
+        """
+        loss = loss or self.loss
+        self.model.train(self.args.gradient_checkpointing or not self.args.disable_dropout)
+        buffer = RolloutBuffer()
+        buffer.add(rollout)
+        shares, norms = Meter(), Meter()
+        size = max(1, self.args.minibatch_size // self.accelerator.num_processes)
+        for minibatch in buffer.minibatches(size, self.args.num_ppo_epochs, self.generator):
+            ptx = self._ptx_batch(len(minibatch)) if "policy" in roles else None
+            stats, norm = self.engine.step(minibatch, loss, roles, ptx)
+            weight = self.engine.reduce(minibatch.token_weights.sum())
+            shares.add(stats, weight)
+            norms.add(norm, torch.ones_like(weight))
+        self.model.eval()
+        rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
+        return {
+            **rollout_metrics(rollout, self.engine.reduce),
+            **shares.compute(self.engine.reduce),
+            **norms.compute(),
+            **rates,
+        }
+
+    # What the stages share.
+
+    @property
+    def model(self) -> ActorCritic:
+        """The trained models, unwrapped."""
+        return self.engine.bare
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy, unwrapped."""
+        return self.model.policy
+
+    @property
+    def critic(self) -> RewardModel | None:
+        """The critic, unwrapped; None where there is none."""
+        return self.model.critic
+
+    def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
+        self.model.eval()
+        with self.accelerator.autocast():
+            rollout = self.sampler(model, prompts.ids)
+        rollout = replace(rollout, columns=prompts.columns)
+        if self.shaper.score_after_end:
+            rollout = rollout.with_end_states(self.sampler.max_new_tokens)
+        return rollout
+
+    def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
+        return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
+
+    def _feed(self, dataset: Dataset, name: str) -> Shuffled:
+        if len(dataset) == 0:
+            raise ValueError(f"{name}: it is empty, expected at least one record")
+        accelerator = self.accelerator
+        return Shuffled(
+            dataset, self.args.seed, accelerator.process_index, accelerator.num_processes
+        )
+
+    def _reward_set(self, rewards: Any) -> RewardSet:
+        listed = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in listed]
+        loaded = [(load_reward(r, self.processing_class), weight) for r, weight in pairs]
+        return RewardSet(loaded, self.processing_class).to(self.accelerator.device)
+
+    def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:
+        if self.ptx is None or self.loss.ptx_coef is None:
+            return None
+        batch = self._collate(self.ptx.next(size))
+        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
+
+    def _require_fitting(
+        self,
+        ptx_dataset: Dataset | None,
+        generation_config: GenerationConfig | None,
+        sampler: Sampler | None,
+    ) -> None:
+        if self.loss.ptx_coef is not None and ptx_dataset is None:
+            raise ValueError(
+                f"PPOMaxLoss(ptx_coef={self.loss.ptx_coef}): there is no pre-training data; pass "
+                "Trainer(ptx_dataset=), or set ptx_coef=None"
+            )
+        if generation_config is not None and sampler is not None:
+            raise ValueError(
+                "generation_config: got one beside a sampler, which draws by its own; give it to "
+                "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
+            )
+        world = self.accelerator.num_processes
+        for name in ("rollout_size", "minibatch_size"):
+            size, group = getattr(self.args, name), world
+            if name == "rollout_size":
+                group *= self.args.samples_per_prompt
+            if size % group:
+                raise ValueError(
+                    f"TrainerConfig({name}={size}): {world} processes with "
+                    f"{self.args.samples_per_prompt} samples per prompt cannot share it evenly; "
+                    f"make it a multiple of {group}"
+                )
+
+
+def _note(target: Tensor, rows: Tensor, mask: Tensor, values: Tensor | None) -> None:
+    """Write flat values to the masked places of some rows of ``[B, T]``."""
+    assert values is not None
+    block = torch.zeros(mask.shape, dtype=target.dtype, device=target.device)
+    block[mask] = values.to(target.dtype)
+    target[rows, : mask.shape[1]] = block

@@ -1,0 +1,282 @@
+"""`Trainer`: Algorithm 1 of P1."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mossrlhf.evaluation import compare, own_randomness
+from mossrlhf.metrics import distinct_2, rollout_metrics
+from mossrlhf.roles import as_reference, count_parameters
+from mossrlhf.run import Run
+from mossrlhf.stages import Stages
+from mossrlhf.types import Rollout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Dataset = Sequence[Mapping[str, Any]]
+
+
+class Trainer(Stages):
+    """PPO-max: collect → score → annotate → estimate → update, each a method to override.
+
+    Takes all arguments of `Stages`, among them ``model``, ``reward``, ``train_dataset``,
+    ``critic``, ``ref_model``, ``args``, ``eval_dataset``, ``ptx_dataset``, ``processing_class``,
+    ``peft_config``, ``generation_config``, ``shaper``, ``advantage``, ``loss``, ``sampler`` and
+    ``accelerator``, and:
+
+    Args:
+        model: the policy: a causal language model, or its folder or hub name.
+        callbacks: `transformers.TrainerCallback`s, called where they mean the same.
+        parts: the arguments of `Stages`.
+
+    Raises:
+        ValueError: where the parts do not fit together; it says which and what to do.
+        TypeError: where one of them is of no use at all.
+
+    Source: P1 Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        **parts: Any,
+    ) -> None:
+        super().__init__(model, **parts)
+        self.run = Run(self, callbacks)
+        self._references: dict[int, tuple[Dataset, Rollout]] = {}
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> list[dict[str, Any]]:
+        """Train until `TrainerConfig.total_steps`, or go on to there.
+
+        Ctrl-C stops after the iteration at hand and leaves everything usable; pressed again it
+        stops at once.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the newest in `output_dir`.
+
+        Returns:
+            `history`: one dict of metrics for each logged iteration.
+
+        Raises:
+            FloatingPointError: where a loss or gradient is not finite.
+            ValueError: where the checkpoint is not of this trainer.
+
+        Source: P1 Algorithm 1.
+        """
+        run = self.run
+        with run.session(resume_from_checkpoint):
+            self.pretrain_critic()
+            while not run.finished:
+                run.begin_step()
+                rollout = run.timed(self.collect)
+                rollout = run.timed(self.score, rollout)
+                rollout = run.timed(self.annotate, rollout)
+                rollout = run.timed(self.estimate, rollout)
+                metrics = run.timed(self.update, rollout)
+                run.end_step(rollout, metrics)
+        return self.history
+
+    def pretrain_critic(self, steps: int | None = None) -> list[dict[str, float]]:
+        """Let the critic alone learn the value of the policy as it is.
+
+        The value loss is not clipped meanwhile, and the policy's optimizer and schedule rest.
+
+        Args:
+            steps: iterations; None for those of `TrainerConfig.critic_pretrain_steps` that
+                have not been taken yet.
+
+        Returns:
+            metrics of each iteration.
+
+        Source: P1 §5.3.1 (critic pre-training). Its figure 8 trains "until it approaches zero".
+        """
+        history = []
+        if self.critic is None:
+            return history
+        for _ in self.run.pretraining(steps):
+            rollout = self.estimate(self.annotate(self.score(self.collect())))
+            metrics = self.update(rollout, ("critic",), replace(self.loss, value_clip=None))
+            history.append(metrics)
+            self.run.end_pretraining_step(metrics)
+        return history
+
+    def step(
+        self, rollout: Rollout, scores: Sequence[float] | Tensor | None = None
+    ) -> dict[str, float]:
+        """Learn from responses of one's own drawing: the stages after `collect` in one call.
+
+        Args:
+            rollout: B responses, as `collect` or a sampler returns them.
+            scores: ``[B]``; None to ask the rewards.
+
+        Returns:
+            the metrics of `update`.
+
+        Raises:
+            ValueError: where there are not B scores.
+        """
+        if scores is None:
+            rollout = self.score(rollout)
+        else:
+            given = torch.as_tensor(scores, dtype=torch.float32, device=rollout.mask.device)
+            if given.shape != (len(rollout),):
+                raise ValueError(
+                    f"scores: got {tuple(given.shape)}, expected one for each of the "
+                    f"{len(rollout)} responses"
+                )
+            rollout = replace(rollout, scores=given)
+        return self.update(self.estimate(self.annotate(rollout)))
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, rewards: Any = None
+    ) -> dict[str, float]:
+        """Answer held-out prompts with policy and reference, and let rewards compare them.
+
+        The training run is not disturbed: evaluation has random numbers of its own, and the
+        reference's answers stay the same from one evaluation to the next.
+
+        Args:
+            eval_dataset: records; None for the trainer's.
+            rewards: any rewards, trained ones or not; None for the trainer's.
+
+        Returns:
+            for each reward its mean on both sides, win, tie and lose rate; KL, perplexity,
+            length and variety of the policy's answers. Names begin with ``eval/``.
+
+        Raises:
+            ValueError: where there is nothing to evaluate on.
+
+        Source: P1 §5.5.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or len(dataset) < self.accelerator.num_processes:
+            raise ValueError(
+                "eval_dataset: there is none, or fewer records than processes; pass one to "
+                "Trainer(eval_dataset=) or to evaluate()"
+            )
+        judges = self.rewards if rewards is None else self._reward_set(rewards)
+        # The dataset is kept beside its answers, so that its id stays its own.
+        with own_randomness(self.args.seed):
+            ours = self._answers(self.policy, dataset)
+            if id(dataset) not in self._references:
+                with as_reference(self.ref_model, self.policy) as reference:
+                    self._references[id(dataset)] = (dataset, self._answers(reference, dataset))
+        theirs = self._references[id(dataset)][1]
+        ours = self.annotate(ours)
+        described = rollout_metrics(ours, self.engine.reduce)
+        metrics = {f"eval/{name}": value for name, value in described.items()}
+        metrics.update(compare(judges(ours)[2], judges(theirs)[2], self.engine.reduce))
+        return metrics
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics of every logged iteration and evaluation, in order."""
+        return self.run.state.log_history
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the curves that tell whether PPO works.
+
+        Args:
+            path: where to write the picture; None to return the figure alone.
+
+        Raises:
+            ImportError: without matplotlib; it says what to install.
+
+        Source: P1 figures 4 and 9.
+        """
+        from mossrlhf.plotting import plot_history
+
+        return plot_history(self.history, path)
+
+    def reference_distinct_2(self) -> float:
+        """Return distinct-2 of the reference's answers, to as many prompts as a rollout has."""
+        per_process = self.args.rollout_size // self.accelerator.num_processes
+        dataset = self.prompts.dataset
+        records = [dict(dataset[i % len(dataset)]) for i in range(per_process)]
+        with own_randomness(self.args.seed):
+            with as_reference(self.ref_model, self.policy) as reference:
+                rollout = self._respond(reference, self._encode(records))
+        return distinct_2(rollout.completions())
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write ``policy/`` (with the tokenizer) and ``critic/``, as transformers loads them.
+
+        Args:
+            output_dir: folder; None for `TrainerConfig.output_dir`.
+        """
+        folder = self.output_dir if output_dir is None else Path(output_dir)
+        if not self.accelerator.is_main_process:
+            return
+        self.policy.save_pretrained(folder / "policy")  # type: ignore[operator]
+        self.processing_class.save_pretrained(folder / "policy")
+        if self.critic is not None:
+            self.critic.save_pretrained(folder / "critic")
+            self.processing_class.save_pretrained(folder / "critic")
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Upload policy and tokenizer to the hub.
+
+        Args:
+            repo_id: ``owner/name``.
+            kwargs: passed to ``PreTrainedModel.push_to_hub``.
+        """
+        if self.accelerator.is_main_process:
+            self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
+            self.processing_class.push_to_hub(repo_id, **kwargs)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def _answers(self, model: nn.Module, dataset: Dataset) -> Rollout:
+        accelerator = self.accelerator
+        mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        records = [dict(dataset[i]) for i in mine]
+        size = max(1, self.args.rollout_size // accelerator.num_processes)
+        return Rollout.concat(
+            [
+                self._respond(model, self._encode(records[start : start + size]))
+                for start in range(0, len(records), size)
+            ]
+        )
+
+
+def describe(trainer: Trainer) -> str:
+    """Lay out every object and number in force.
+
+    Args:
+        trainer: any.
+
+    Source: ours.
+    """
+    accelerator = trainer.accelerator
+    lines = [
+        f"{type(trainer).__name__} on {accelerator.num_processes} x {accelerator.device}, "
+        f"mixed precision {accelerator.mixed_precision}",
+        f"policy:     {count_parameters(trainer.policy)}",
+        f"critic:     {count_parameters(trainer.critic)}",
+        f"reference:  {count_parameters(trainer.ref_model)}",
+        f"rewards:    {', '.join(f'{n} x {w:g}' for n, w in trainer.rewards.weights.items())}",
+        f"prompts:    {len(trainer.prompts.dataset)}, at most {trainer.max_prompt_length} tokens",
+    ]
+    for name in ("sampler", "shaper", "advantage", "loss", "args"):
+        part = getattr(trainer, name)
+        lines.append(f"{name}: {type(part).__name__}")
+        if is_dataclass(part):
+            shown = [(spec.name, getattr(part, spec.name)) for spec in fields(part) if spec.repr]
+            lines += [f"    {key} = {value!r}" for key, value in shown if key not in _SPREAD]
+            for key, value in shown:
+                if key in _SPREAD:
+                    config = trainer.sampler.effective.to_diff_dict()
+                    lines += [f"    {field} = {config[field]!r}" for field in sorted(config)]
+    return "\n".join(lines)
+
+
+_SPREAD = ("generation_config",)
