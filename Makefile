@@ -52,8 +52,8 @@ $(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 # Where Python comes without ensurepip, its own pip fills the new environment.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mossrlhf needs Python 3.10 or newer, got " + sys.version + "; try: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mossrlhf needs Python 3.10 or newer, got %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2])'
 	@echo "Creating a virtual environment in $(VENV) with $$($(PYTHON) --version)."
-	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $@ --disable-pip-version-check install --quiet pip; }

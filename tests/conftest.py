@@ -13,7 +13,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Before the first import of the package: its annotations are checked from here on.
-jaxtyping.install_import_hook("mossrlhf", "beartype.beartype")
+jaxtyping.install_import_hook("mossrlhf", "shapecheck.checker")
 
 torch.set_num_threads(1)  # the workers share the cores; small tensors gain nothing from more
 

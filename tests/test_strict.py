@@ -23,7 +23,9 @@ def test_known_options_pass():
 
 
 def test_a_slip_is_recognized():
-    expected = r"Options has no option 'gama'; did you mean 'gamma'\? \(its options: gamma, epochs\)"
+    expected = (
+        r"Options has no option 'gama'; did you mean 'gamma'\? \(its options: gamma, epochs\)"
+    )
     with pytest.raises(TypeError, match=expected):
         Options(gama=0.5)
 

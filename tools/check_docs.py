@@ -1,9 +1,9 @@
 """Hold the public names to their documentation: `python tools/check_docs.py`, in `make lint`.
 
-Looked at are the names in `mossrlhf.__all__` and `mossrlhf.functional.__all__`. Each needs
-a docstring that mentions every parameter, says `Raises:` where it raises, and has a
-`Source:` line (methods share their class's). A tensor's shape is in its annotation, or in
-brackets in the docstring.
+Looked at are the functions and classes in the `__all__` of MODULES. Each needs a docstring that
+mentions every parameter (or says "Args: those of" another), says `Raises:` where it raises, and has
+a `Source:` line; methods share their class's. A tensor's shape is in its annotation, or in brackets
+in the docstring.
 """
 
 import ast
@@ -18,9 +18,13 @@ from typing import Any, Union, get_args, get_origin
 from torch import Tensor
 
 import mossrlhf
+import mossrlhf.data
 import mossrlhf.functional
+import mossrlhf.presets
 
 PACKAGE = mossrlhf.__name__
+MODULES = (mossrlhf, mossrlhf.data, mossrlhf.functional, mossrlhf.presets)
+REFERENCE = re.compile(r"^\s*Args.*: those of `\w+`", re.MULTILINE)
 
 
 def raises(function: Callable) -> bool:
@@ -40,29 +44,36 @@ def is_shapeless(annotation: Any) -> bool:
 def check_callable(function: Callable, doc: str) -> Iterator[str]:
     """Yield what `doc` does not say about a function's parameters and errors."""
     for name, parameter in inspect.signature(function).parameters.items():
-        if name in ("self", "cls"):
+        if name in ("self", "cls") or name.startswith("_"):
             continue
-        if not re.search(rf"\b{name}\b", doc):
+        if not (re.search(rf"\b{name}\b", doc) or REFERENCE.search(doc)):
             yield f"parameter {name} is not mentioned"
         if is_shapeless(parameter.annotation) and "[" not in doc:
             yield f"parameter {name} is a tensor of unknown shape"
-    if raises(function) and "Raises:" not in doc:
+    if raises(function) and "Raises:" not in doc and not REFERENCE.search(doc):
         yield "it raises, but there is no Raises: section"
 
 
-def check_class(cls: type, doc: str) -> Iterator[str]:
-    """Yield what a class's docstrings do not say about its constructor and public methods."""
+def own_functions(cls: type) -> Iterator[tuple[str, Callable]]:
+    """Yield the constructor, public methods and properties that a class defines itself."""
     for name, member in vars(cls).items():
         function = member.fget if isinstance(member, property) else member
         function = inspect.unwrap(getattr(function, "__func__", function))
-        if not inspect.isfunction(function) or (name.startswith("_") and name != "__init__"):
-            continue
-        if name == "__init__":  # of a dataclass it is made up, without source
-            made_up = "__dataclass_fields__" in vars(cls)
-            names = inspect.signature(function).parameters if made_up else ()
-            missing = [n for n in names if n != "self" and not re.search(rf"\b{n}\b", doc)]
-            yield from (f"field {n} is not mentioned" for n in missing)
-            if not made_up:
+        is_public = name == "__init__" or not name.startswith("_")
+        if is_public and inspect.isfunction(function) and function.__module__ == cls.__module__:
+            yield name, function
+
+
+def check_class(cls: type) -> Iterator[str]:
+    """Yield what a class's docstrings do not say about its fields and public methods."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith(PACKAGE)]
+    doc = "\n".join(base.__doc__ or "" for base in bases)
+    for field in getattr(cls, "__dataclass_fields__", {}).values():
+        if field.init and not re.search(rf"\b{field.name}\b", doc):
+            yield f"field {field.name} is not mentioned"
+    for name, function in own_functions(cls):
+        if name == "__init__":
+            if "__dataclass_fields__" not in vars(cls):
                 yield from check_callable(function, f"{doc}\n{function.__doc__ or ''}")
         elif not function.__doc__:
             yield f"method {name} has no docstring"
@@ -72,36 +83,34 @@ def check_class(cls: type, doc: str) -> Iterator[str]:
 
 def check(thing: Any) -> Iterator[str]:
     """Yield what is missing from the documentation of one public object."""
-    if isinstance(thing, ModuleType):
-        for name in getattr(thing, "__all__", [n for n in vars(thing) if not n.startswith("_")]):
-            member = getattr(thing, name)
-            if getattr(member, "__module__", "").startswith(thing.__name__):
-                yield from (f"{name}: {it}" for it in check(member))
-        return
-    doc = inspect.getdoc(thing) if callable(thing) else "Source:"
+    doc = inspect.getdoc(thing)
+    is_error = inspect.isclass(thing) and issubclass(thing, Exception)
     if not doc:
         yield "no docstring"
-        return
-    if "Source:" not in doc:
+    elif "Source:" not in doc and not is_error:
         yield "no Source: line"
-    if inspect.isclass(thing):
-        yield from check_class(thing, doc)
-    elif inspect.isfunction(thing):
+    if doc and inspect.isclass(thing):
+        yield from check_class(thing)
+    elif doc and inspect.isfunction(thing):
         yield from check_callable(inspect.unwrap(thing), doc)
+
+
+def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield the functions and classes of the package that a module exports."""
+    for name in getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]):
+        thing = getattr(module, name)
+        if callable(thing) and getattr(thing, "__module__", "").startswith(PACKAGE):
+            yield f"{module.__name__}.{name}", thing
 
 
 def main() -> int:
     """Print what is missing, name by name; 1 if anything is."""
-    modules = (mossrlhf, mossrlhf.functional)
-    names = [(module, name) for module in modules for name in module.__all__]
-    problems = [
-        f"{module.__name__}.{name}: {problem}"
-        for module, name in names
-        for problem in check(getattr(module, name))
-    ]
-    for problem in problems:
+    found = [pair for module in reversed(MODULES) for pair in public(module)]
+    things = {id(thing): (name, thing) for name, thing in found}  # each once, by its first name
+    problems = [f"{name}: {gap}" for name, thing in things.values() for gap in check(thing)]
+    for problem in sorted(problems):
         print(f"UNDOCUMENTED  {problem}")
-    print(f"{len(names)} public names, {len(problems)} gaps in their documentation")
+    print(f"{len(things)} public names, {len(problems)} gaps in their documentation")
     return int(bool(problems))
 
 

@@ -1,6 +1,6 @@
 """The one configuration class: how long, how much at a time, how fast, and where to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mossrlhf.strict import check_range, strict
 
@@ -90,7 +90,7 @@ class TrainerConfig:
     save_steps: int | None = None
     save_total_limit: int | None = 2
     metric_for_best_model: str | None = None
-    report_to: tuple[str, ...] = ()
+    report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     disable_tqdm: bool = False
     collapse_kl: float = 25.0
@@ -124,7 +124,7 @@ class TrainerConfig:
                 "lower minibatch_size"
             )
         if isinstance(self.report_to, str):
-            object.__setattr__(self, "report_to", (self.report_to,))
+            object.__setattr__(self, "report_to", [self.report_to])
 
     def optimizer_steps(self, pretraining: bool = False) -> int:
         """Return the optimizer steps of a whole run.

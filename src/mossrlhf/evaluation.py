@@ -38,7 +38,8 @@ def win_rates(
         reduce: sums a tensor over all processes.
 
     Returns:
-        ``win_rate``, ``tie_rate`` and ``lose_rate``, which add up to 1.
+        ``win_rate``, ``tie_rate`` and ``lose_rate``, which add up to 1; all are 0 where no prompt
+        counts.
 
     Source: P1 §5.5 (win, tie, lose against the SFT model).
     """

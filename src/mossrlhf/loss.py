@@ -42,11 +42,15 @@ class PPOMaxLoss:
         advantage_clip: bound on |advantage| within each minibatch, after whitening; None for none.
         reference_ratio: whether the ratio is taken to the reference instead of the policy that
             drew the tokens: P1's "importance sampling", an infinite experience buffer.
+        sampler_ratio_cap: C ≥ 1: where the sampler's distribution is not the one scored (top-p, an
+            engine of its own), each token's policy loss is weighted by min(π_old/π_sampler, C);
+            None leaves the mismatch alone (it is reported either way).
 
     Raises:
         ValueError: where a clip or coefficient is negative, or `entropy_target` stands alone.
 
-    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (C).
+    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (C). Truncated
+        importance sampling: Ionides (2008).
     """
 
     policy_clip: float | tuple[float, float] | None = 0.2
@@ -60,12 +64,14 @@ class PPOMaxLoss:
     advantage_norm: bool = False
     advantage_clip: float | None = None
     reference_ratio: bool = False
+    sampler_ratio_cap: float | None = None
 
     def __post_init__(self) -> None:
         low, high = self.clip_range or (0.1, 0.1)
         check_range("PPOMaxLoss", "policy_clip", low, 0, 1, above=True)
         check_range("PPOMaxLoss", "policy_clip", high, 0, above=True)
         check_range("PPOMaxLoss", "dual_clip", self.dual_clip, 1, above=True)
+        check_range("PPOMaxLoss", "sampler_ratio_cap", self.sampler_ratio_cap, 1)
         check_range("PPOMaxLoss", "value_clip", self.value_clip, 0, above=True)
         check_range("PPOMaxLoss", "advantage_clip", self.advantage_clip, 0, above=True)
         for name in ("value_coef", "entropy_coef", "kl_loss_coef", "ptx_coef"):
@@ -104,9 +110,7 @@ class PPOMaxLoss:
 
         Source: P1 eq. 15.
         """
-        loss = clipped_policy_loss(
-            logprob, old_logprob, advantage, self.clip_range, self.dual_clip
-        )
+        loss = clipped_policy_loss(logprob, old_logprob, advantage, self.clip_range, self.dual_clip)
         if entropy is not None and self.entropy_coef is not None:
             loss = loss - self.entropy_coef * entropy
         return loss
@@ -131,9 +135,7 @@ class PPOMaxLoss:
         """
         return clipped_value_loss(value, old_value, returns, self.value_clip)
 
-    def prepare(
-        self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor
-    ) -> Rollout:
+    def prepare(self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor) -> Rollout:
         """Do what needs the whole minibatch, before it is split into micro-batches.
 
         Whitens and clips advantages where asked for, and finds the side on which the mean
@@ -147,6 +149,9 @@ class PPOMaxLoss:
         Returns:
             the minibatch, ready to be split.
 
+        Raises:
+            ValueError: where there is an entropy target, and no entropies.
+
         Source: P1 §5.3.1 (advantage normalization and clipping); the treatment of H̄ is ours.
         """
         advantages = minibatch.advantages
@@ -155,10 +160,10 @@ class PPOMaxLoss:
         if advantages is not None and self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         minibatch = replace(minibatch, advantages=advantages)
-        if self.entropy_target is None or minibatch.entropies is None:
+        if self.entropy_target is None:
             return minibatch
-        weights = minibatch.token_weights
-        mean = reduce(_weighted(minibatch.entropies, weights)) / reduce(weights.sum())
+        entropies, weights = _filled(minibatch, "entropies"), minibatch.token_weights
+        mean = reduce(_weighted(entropies, weights)) / reduce(weights.sum())
         side = torch.sign(self.entropy_target - mean).expand(len(minibatch))
         return replace(minibatch, extra={**minibatch.extra, "entropy_side": side})
 
@@ -183,11 +188,11 @@ class PPOMaxLoss:
             denominator = weights.sum()
         old_logprob = self._old_logprob(batch)[batch.mask]
         advantage = _filled(batch, "advantages")[batch.mask]
-        entropy = stats.entropy
-        if entropy is not None and "entropy_side" in batch.extra:
-            side = batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
-            entropy = entropy * side
+        entropy = self._entropy(stats, batch)
         per_token = self.policy_loss(stats.logprob, old_logprob, advantage, entropy)
+        if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
+            drift = _filled(batch, "logprobs") - batch.sampler_logprobs
+            per_token = per_token * drift.exp().clamp(max=self.sampler_ratio_cap)[batch.mask]
         loss = _weighted(per_token, weights)
         if self.kl_loss_coef is not None:
             reference = _filled(batch, "ref_logprobs")[batch.mask]
@@ -273,6 +278,24 @@ class PPOMaxLoss:
 
     def _old_logprob(self, batch: Rollout) -> Tensor:
         return _filled(batch, "ref_logprobs" if self.reference_ratio else "logprobs")
+
+    def _entropy(self, stats: TokenStats, batch: Rollout) -> Tensor | None:
+        if stats.entropy is None:
+            if self.entropy_coef is None:
+                return None
+            raise ValueError(
+                f"stats.entropy: got None, but PPOMaxLoss(entropy_coef={self.entropy_coef}) needs "
+                "it; compute it with policy_stats(..., entropy=True)"
+            )
+        if self.entropy_target is None:
+            return stats.entropy
+        if "entropy_side" not in batch.extra:
+            raise ValueError(
+                f"batch: PPOMaxLoss(entropy_target={self.entropy_target}) needs to know the mean "
+                "entropy of the whole minibatch; call prepare(minibatch) before splitting it"
+            )
+        side = batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
+        return stats.entropy * side
 
     def _policy_stats(
         self, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weights: Tensor

@@ -1,6 +1,7 @@
 """Sums that become means at the end: over tokens, micro-batches, steps and processes alike."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -47,9 +48,7 @@ class Meter:
         return dict(zip(self._sums, means.tolist(), strict=True))
 
 
-def rollout_metrics(
-    rollout: Rollout, reduce: Reduce = lambda tensor: tensor
-) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
     """Describe a finished rollout, over all processes: the monitors of P1 §5.2.
 
     Args:
@@ -113,21 +112,24 @@ def rollout_metrics(
 def explained_variance(
     rollout: Rollout, reduce: Reduce = lambda tensor: tensor
 ) -> Float[Tensor, ""]:
-    """1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one.
+    """1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one, below for a worse one.
 
     Args:
         rollout: with values and returns.
         reduce: sums a tensor over all processes.
 
     Returns:
-        scalar; 0 where the returns do not vary.
+        scalar; 0 where the returns do not vary by more than rounding.
 
     Source: ours; customary.
     """
-    assert rollout.values is not None and rollout.returns is not None
-    _, total = masked_moments(rollout.returns, rollout.states, reduce=reduce)
+    assert rollout.values is not None
+    assert rollout.returns is not None
+    mean, total = masked_moments(rollout.returns, rollout.states, reduce=reduce)
     _, left = masked_moments(rollout.returns - rollout.values, rollout.states, reduce=reduce)
-    return torch.where(total > 0, 1 - left / total.clamp(min=1e-12), torch.zeros_like(total))
+    # The mean of equal numbers is off by rounding: what then looks like variance is none.
+    varies = total > 1e-12 * mean**2
+    return torch.where(varies, 1 - left / total, torch.zeros_like(total))
 
 
 def distinct_2(completions: Sequence[Sequence[int]]) -> float:
@@ -141,5 +143,5 @@ def distinct_2(completions: Sequence[Sequence[int]]) -> float:
 
     Source: Li et al., arXiv 1510.03055 (distinct-n).
     """
-    bigrams = [pair for ids in completions for pair in zip(ids, ids[1:], strict=False)]
+    bigrams = [pair for ids in completions for pair in pairwise(ids)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

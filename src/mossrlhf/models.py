@@ -1,7 +1,6 @@
 """The trained modules: a value head, a reward model that is also the critic, and their union."""
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mossrlhf.functional.losses import lm_loss
 from mossrlhf.functional.logprobs import token_stats
+from mossrlhf.functional.losses import lm_loss
 from mossrlhf.functional.reduce import upcast
+from mossrlhf.signature import accepts
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 IGNORED_LABEL = -100
@@ -80,12 +80,12 @@ class RewardModel(nn.Module):
         hidden_size = backbone.config.get_text_config().hidden_size
         self.add_module(self._prefix, backbone)
         self.score = head if head is not None else ValueHead(hidden_size)
-        self._positions = accepts(backbone, "position_ids")
+        self._known = {name for name in ("position_ids", "use_cache") if accepts(backbone, name)}
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The bare transformer."""
-        return self.get_submodule(self._prefix)  # type: ignore[return-value]
+        return self.get_submodule(self._prefix)
 
     @property
     def device(self) -> torch.device:
@@ -105,10 +105,9 @@ class RewardModel(nn.Module):
             ``[B, L]`` float32, in units of reward; meaningless on padding.
         """
         mask = attention_mask.long()
-        extra: dict[str, Any] = {}
-        if self._positions:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.backbone(input_ids, attention_mask=mask, **extra)
+        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+        known = {name: value for name, value in extra.items() if name in self._known}
+        output = self.backbone(input_ids, attention_mask=mask, **known)
         return self.score(output.last_hidden_state)
 
     def forward(
@@ -139,19 +138,20 @@ class RewardModel(nn.Module):
             kwargs: passed to ``AutoModelForSequenceClassification.from_pretrained``.
 
         Raises:
-            ValueError: where the checkpoint has no ``score`` head, or more than one label.
+            ValueError: where the checkpoint has no ``score`` head, more than one label, or
+                lacks weights.
         """
         kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(path), output_loading_info=True, **kwargs
+            str(path), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         head = getattr(model, "score", None)
         lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
-        if head is None or any("score" in key for key in lost):
+        if head is None or lost:
             raise ValueError(
                 f"path: {str(path)!r} holds no one-label classifier with a head called 'score' "
-                f"(missing: {lost[:3]}); to start a reward model from a language model, use "
-                "RewardModel.from_language_model(path)"
+                f"(missing or of another shape: {lost[:3]}); to start a reward model from a "
+                "language model, use RewardModel.from_language_model(path)"
             )
         bias = head.bias is not None
         reward_model = cls(model.base_model, ValueHead(head.in_features, bias=bias))
@@ -183,7 +183,8 @@ class RewardModel(nn.Module):
             kwargs: passed to ``PreTrainedModel.save_pretrained`` (``max_shard_size`` …).
 
         Raises:
-            ValueError: where transformers has no sequence classifier for this family.
+            ValueError: where transformers has no sequence classifier for this family, or none
+                with a head like this one.
         """
         self._shell().save_pretrained(
             str(path), state_dict=kwargs.pop("state_dict", self.state_dict()), **kwargs
@@ -212,7 +213,14 @@ class RewardModel(nn.Module):
         architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[family]
         config.architectures = [architecture.__name__]
         with torch.device("meta"):
-            return architecture(config)
+            shell = architecture(config).to(self.backbone.dtype)
+        different = sorted(self.state_dict().keys() ^ shell.state_dict().keys())
+        if different:
+            raise ValueError(
+                f"transformers' {architecture.__name__} and this reward model differ in "
+                f"{different[:3]}, so saving would lose weights; save its state_dict() yourself"
+            )
+        return shell
 
 
 class ActorCritic(nn.Module):
@@ -333,17 +341,3 @@ def language_model_loss(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
     return lm_loss(output.logits, batch["labels"], IGNORED_LABEL)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward, adapters unwrapped, names `argument`.
-
-    Args:
-        model: a transformers model, with or without PEFT adapters around it.
-        argument: the keyword.
-
-    Source: ours.
-    """
-    get_base_model = getattr(model, "get_base_model", None)
-    base = get_base_model() if get_base_model is not None else model
-    return argument in inspect.signature(base.forward).parameters

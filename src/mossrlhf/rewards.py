@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from mossrlhf.types import Rollout
 Messages = Sequence[Mapping[str, str]]
 
 
+@runtime_checkable
 class RewardFunction(Protocol):
     """A reward that is a function; always called by keyword.
 
@@ -102,7 +103,7 @@ class ModelReward:
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
                 ids = list(tokenizer(prompt + completion)["input_ids"])
-                if tokenizer.eos_token_id is not None:
+                if tokenizer.eos_token_id not in (None, *ids[-1:]):
                     ids.append(tokenizer.eos_token_id)
             else:
                 turns = [*prompt, {"role": "assistant", "content": completion}]
@@ -147,7 +148,7 @@ def as_reward_model(model: nn.Module) -> RewardModel:
     return RewardModel(model.base_model, value_head)
 
 
-Reward = ModelReward | RewardModel | PreTrainedModel | Callable[..., Any]
+Reward: TypeAlias = ModelReward | RewardModel | PreTrainedModel | Callable[..., Any]
 
 
 class RewardSet:
@@ -167,7 +168,7 @@ class RewardSet:
 
     def __init__(
         self,
-        rewards: Reward | Sequence[Reward | tuple[Reward, float]],
+        rewards: Any,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
@@ -208,9 +209,7 @@ class RewardSet:
             model.to(device)
         return self
 
-    def __call__(
-        self, rollout: Rollout
-    ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+    def __call__(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         """Score a rollout by every reward.
 
         Args:
@@ -233,7 +232,7 @@ class RewardSet:
         by_name: dict[str, Tensor] = {}
         for (reward, weight), name in zip(self.rewards, self.names, strict=True):
             if isinstance(reward, ModelReward):
-                given = reward.score(rollout, prompts, completions)
+                given = _as_tensor(reward.score(rollout, prompts, completions), name, rollout)
             else:
                 texts = [p if isinstance(p, str) else self._render(p) for p in prompts]
                 columns = {k: v for k, v in rollout.columns.items() if k != "prompt"}
@@ -266,7 +265,7 @@ class RewardSet:
         return str(text)
 
 
-def reward_name(reward: Reward) -> str:
+def reward_name(reward: Any) -> str:
     """Return what metrics call a reward: its ``__name__``, or its class.
 
     Args:
@@ -277,7 +276,7 @@ def reward_name(reward: Reward) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
-def _as_reward(reward: Reward) -> Reward:
+def _as_reward(reward: Any) -> Reward:
     if isinstance(reward, ModelReward):
         return reward
     if isinstance(reward, nn.Module):
@@ -314,7 +313,13 @@ def _as_tensor(output: Any, name: str, rollout: Rollout) -> Tensor:
     if isinstance(output, Tensor):
         scores = output.detach().to(device, torch.float32)
     else:
-        numbers = [0.0 if value is None else float(value) for value in output]
+        try:
+            numbers = [0.0 if value is None else float(value) for value in output]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward {name!r} returned a {type(output).__name__}, expected a list of {size} "
+                f"numbers (None where it does not apply), or a tensor: {error}"
+            ) from error
         scores = torch.tensor(numbers, dtype=torch.float32, device=device)
         if len(numbers) == size:
             absent = torch.tensor([value is None for value in output], device=device)
@@ -324,7 +329,8 @@ def _as_tensor(output: Any, name: str, rollout: Rollout) -> Tensor:
             f"reward {name!r} returned {tuple(scores.shape)} values for {size} completions, "
             f"expected {shapes[0]}, or {shapes[1]} for one reward per token"
         )
-    wild = (~torch.isfinite(scores)).nonzero()
+    counted = rollout.mask if scores.ndim == 2 else torch.ones_like(absent)
+    wild = (~torch.isfinite(scores) & counted).nonzero()
     if len(wild):
         row = int(wild[0, 0])
         raise ValueError(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.models import RewardModel
-from mossrlhf.rewards import ModelReward, Reward, as_reward_model
+from mossrlhf.rewards import ModelReward, as_reward_model
 
 
 def load_policy(model: nn.Module | str | Path, peft_config: Any = None) -> nn.Module:
@@ -31,7 +31,7 @@ def load_policy(model: nn.Module | str | Path, peft_config: Any = None) -> nn.Mo
     """
     if isinstance(model, (str, Path)):
         model = AutoModelForCausalLM.from_pretrained(str(model))
-    if not isinstance(model, nn.Module):
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
         raise TypeError(
             f"model: got {type(model).__name__}, expected a causal language model, or the folder "
             "or hub name of one"
@@ -174,7 +174,7 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(backbone.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
 
-def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Reward:
+def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Any:
     """Load a reward model from its folder or hub name, with its tokenizer where it has another.
 
     Args:
@@ -203,7 +203,7 @@ def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "")
                 "pass ModelReward(model=, tokenizer=) with its own tokenizer, and it is scored "
                 "through text"
             )
-    return reward  # type: ignore[no-any-return]
+    return reward
 
 
 def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
@@ -285,6 +285,21 @@ def prompt_budget(policy: nn.Module, args: TrainerConfig, max_new_tokens: int) -
             f"not fit into the model's context of {limit}; lower one of them"
         )
     return wanted or left
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute a model's activations in the backward pass instead of keeping them.
+
+    Args:
+        model: a transformers model, with or without adapters.
+
+    Source: ours.
+    """
+    # Adapters on a frozen base: without a gradient at the input there would be none at all.
+    if not all(p.requires_grad for p in model.parameters()):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20
+    (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -3,20 +3,47 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.recording import Recorder, unwarped
+from mossrlhf.signature import inside
 from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
 
 FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """Sampling from the policy's own distribution; what a config leaves unset becomes this."""
 
+NEUTRAL = {
+    **FREE,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "watermarking_config": None,
+}
+"""The values, besides None, at which a field of a config leaves the distribution alone."""
 
+
+@runtime_checkable
 class Sampler(Protocol):
     """Draws one response for each prompt. `temperature` is the one they are scored at.
 
@@ -77,8 +104,9 @@ class HFSampler:
                     f"generation_config: {name} = {getattr(config, name)}, expected 1; for "
                     "several responses to a prompt set TrainerConfig.samples_per_prompt"
                 )
+        greedy = config.do_sample is False  # then transformers warns of what concerns sampling
         for name, value in FREE.items():
-            if getattr(config, name) is None:
+            if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
                 setattr(config, name, value)
         eos = self.eos_token_id
         config.eos_token_id = eos if isinstance(eos, int) else list(eos)
@@ -97,7 +125,7 @@ class HFSampler:
 
         Args:
             tokenizer: needs an eos token; without a padding token, eos pads.
-            generation_config: as above; its own ``eos_token_id`` goes first.
+            generation_config: as above; its own ``eos_token_id`` and ``pad_token_id`` go first.
             batch_size: prompts at a time.
 
         Raises:
@@ -111,7 +139,9 @@ class HFSampler:
                 "processing_class: has no eos token, so no response can end; set "
                 "tokenizer.eos_token or GenerationConfig(eos_token_id=)"
             )
-        pad = tokenizer.pad_token_id
+        pad = generation_config.pad_token_id
+        if pad is None:
+            pad = tokenizer.pad_token_id
         if pad is None:
             pad = eos if isinstance(eos, int) else eos[0]
         return cls(
@@ -134,15 +164,11 @@ class HFSampler:
     @property
     def departures(self) -> list[str]:
         """What makes the drawn distribution differ from the scored one, temperature apart."""
-        config = self.effective
-        names = ["top_k", "top_p", "repetition_penalty", "min_p", "typical_p", "do_sample"]
-        neutral = {**FREE, "min_p": None, "typical_p": None}
-        neutrals = {name: {neutral[name], None} for name in names}
-        neutrals["typical_p"].add(1.0)
+        given = {name: getattr(self.effective, name, None) for name in NEUTRAL}
         return [
-            f"{name}={getattr(config, name)}"
-            for name in names
-            if getattr(config, name) not in neutrals[name]
+            f"{name}={value}"
+            for name, value in given.items()
+            if name != "temperature" and value is not None and value != NEUTRAL[name]
         ]
 
     @torch.no_grad()
@@ -157,10 +183,14 @@ class HFSampler:
             a `Rollout` of B sequences on the model's device, nothing scored yet.
 
         Raises:
-            ValueError: where a prompt is empty.
+            ValueError: where there is no prompt, or an empty one.
         """
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise ValueError("prompts: one of them is empty, expected at least one token each")
+        empty = [index for index, prompt in enumerate(prompts) if len(prompt) == 0]
+        if empty or not prompts:
+            raise ValueError(
+                f"prompts: got {len(prompts)}, of which {empty} are empty; expected at least one, "
+                "and at least one token in each"
+            )
         size = self.batch_size or len(prompts)
         parts = [
             self._draw(model, prompts[start : start + size])
@@ -177,11 +207,20 @@ class HFSampler:
         )
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         attended = torch.arange(width, device=device) >= (width - lengths)[:, None]
-        with _only(model, self.effective):
+        config, extra, recorder = self.effective, {}, None
+        if self.departures and config.do_sample:
+            # What is drawn differs from what is scored: by how much is seen in the metrics.
+            recorder = Recorder(config)
+            config, extra = unwarped(config), {"logits_processor": [recorder]}
+        with _only(model, config):
             drawn: Tensor = model.generate(  # type: ignore[operator]
-                ids, attention_mask=attended.long(), generation_config=self.effective
+                ids, attention_mask=attended.long(), generation_config=config, **extra
             )
-        return self._assemble(ids, lengths, drawn[:, width:])
+        rollout = self._assemble(ids, lengths, drawn[:, width:])
+        if recorder is None:
+            return rollout
+        logprobs = recorder.logprobs(drawn)[:, : rollout.mask.shape[1]]
+        return replace(rollout, sampler_logprobs=torch.where(rollout.mask, logprobs, 0.0))
 
     def _assemble(self, ids: Tensor, prompt_lengths: Tensor, responses: Tensor) -> Rollout:
         """Turn left-padded prompts and their continuations into ``[prompt][response][pad]``."""
@@ -211,9 +250,16 @@ class HFSampler:
 @contextmanager
 def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `generate` fill what a config leaves open from that config, not from the checkpoint."""
-    own = model.generation_config
-    model.generation_config = config
+    # An adapted model may hold one of its own, which PEFT hands on to the model inside.
+    held = [
+        (holder, holder.generation_config)
+        for holder in (model, inside(model))
+        if "generation_config" in vars(holder)
+    ]
+    for holder, _ in held:
+        holder.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        for holder, own in held:
+            holder.generation_config = own

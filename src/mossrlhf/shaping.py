@@ -37,9 +37,7 @@ class RunningMoments:
             return 1.0
         return float((self.m2 / (self.count - 1)) ** 0.5)
 
-    def update(
-        self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
-    ) -> None:
+    def update(self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor) -> None:
         """Take in new numbers; entries that are not finite are passed over.
 
         Args:
@@ -76,7 +74,7 @@ class RollingReturnMoments(RunningMoments):
     """Moments of a rolling discounted sum of scores, R ← γ·R + score.
 
     P1's reward scaling divides by the standard deviation of this sum; C's by that of the scores
-    (plain `RunningMoments`). Use it as ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
+    (plain `RunningMoments`). For ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
 
     Args:
         gamma: discount γ between successive scores, in [0, 1].
@@ -88,9 +86,7 @@ class RollingReturnMoments(RunningMoments):
     gamma: float = 0.99
     rolling: float = 0.0
 
-    def update(
-        self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
-    ) -> None:
+    def update(self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor) -> None:
         """Fold scores into the sum, one after the other, and take in its values.
 
         Args:
@@ -178,7 +174,7 @@ class RewardShaper:
 
         Source: P1 eq. 18.
         """
-        applicable = torch.isfinite(scores)
+        applicable = ~torch.isnan(scores)
         shaped = scores
         if self.normalize or self.scale:
             self.moments.update(scores, reduce)
@@ -217,11 +213,12 @@ class RewardShaper:
             rewards = torch.where(rollout.mask, -penalty, rewards)
         if rollout.token_scores is not None:
             rewards = rewards + torch.where(rollout.mask, rollout.token_scores, 0.0)
-        if rollout.scores is None:
-            if rollout.token_scores is None:
-                raise ValueError("rollout.scores: got None; score the rollout first")
-            return rewards
-        shaped = self.shape(rollout.scores, reduce)
+        if rollout.scores is not None:
+            shaped = self.shape(rollout.scores, reduce)
+        elif rollout.token_scores is not None:
+            shaped = torch.zeros_like(rewards[:, 0])
+        else:
+            raise ValueError("rollout.scores: got None; score the rollout first")
         if self.missing_eos_penalty is not None:
             shaped = shaped - self.missing_eos_penalty * rollout.truncated
         return add_at_last(rewards, shaped, rollout.states)

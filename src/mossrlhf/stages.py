@@ -22,6 +22,7 @@ from mossrlhf.models import ActorCritic, RewardModel, policy_stats
 from mossrlhf.rewards import RewardSet
 from mossrlhf.roles import (
     as_reference,
+    checkpoint_activations,
     disable_dropout,
     load_critic,
     load_policy,
@@ -122,9 +123,9 @@ class Stages:
             if module is not None and self.args.disable_dropout:
                 disable_dropout(module)
         if self.args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()  # type: ignore[operator]
+            checkpoint_activations(policy)
             if made is not None:
-                made.backbone.gradient_checkpointing_enable()
+                checkpoint_activations(made.backbone)
         self.engine = Engine(actor_critic, self.args, self.accelerator)
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)

@@ -76,16 +76,16 @@ def strict(cls: type[T]) -> type[T]:
                 )
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked  # type: ignore[method-assign]
+    cls.__init__ = checked  # type: ignore[assignment, method-assign]
     return cls
 
 
 def check_range(
     owner: str,
     name: str,
-    value: float | int | None,
-    low: float | int,
-    high: float | int = float("inf"),
+    value: float | None,
+    low: float,
+    high: float = float("inf"),
     above: bool = False,
 ) -> None:
     """Refuse a number outside [low, high], or (low, high] where `above`; None passes.
@@ -103,7 +103,7 @@ def check_range(
 
     Source: ours.
     """
-    if value is None or (low < value if above else low <= value) and value <= high:
+    if value is None or ((low < value if above else low <= value) and value <= high):
         return
     opening = "(" if above else "["
     raise ValueError(

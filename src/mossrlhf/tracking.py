@@ -1,6 +1,7 @@
 """What a run says: lines on the console, tables of completions, numbers to the trackers."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +9,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("step", "step", "{:>6.0f}"),
-    ("score", "reward/score_mean", "{:>8.3f}"),
-    ("KL/seq", "kl/ref_per_sequence", "{:>8.2f}"),
-    ("length", "response/length_tokens", "{:>8.1f}"),
-    ("ppl", "perplexity/policy", "{:>8.2f}"),
-    ("ppl ref", "perplexity/ref", "{:>8.2f}"),
-    ("clip", "policy/clip_fraction", "{:>7.3f}"),
-    ("v-loss", "critic/loss", "{:>8.3f}"),
-    ("expl.", "critic/explained_variance", "{:>7.2f}"),
+COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+    ("step", "step", 6, 0),
+    ("score", "reward/score_mean", 8, 3),
+    ("KL/seq", "kl/ref_per_sequence", 8, 2),
+    ("length", "response/length_tokens", 8, 1),
+    ("ppl", "perplexity/policy", 8, 2),
+    ("ppl ref", "perplexity/ref", 8, 2),
+    ("clip", "policy/clip_fraction", 7, 3),
+    ("v-loss", "critic/loss", 8, 3),
+    ("expl.", "critic/explained_variance", 7, 2),
 )
-"""Heading, metric and format of each column of the console table: 77 characters in all."""
+"""Heading, metric, width and decimals of the columns of the console table: 76 characters in all."""
 
 
 class ConsoleTable:
@@ -49,7 +50,7 @@ class ConsoleTable:
     @staticmethod
     def heading() -> str:
         """Return the names of the columns, aligned with them."""
-        return " ".join(_fit(name, form) for name, _, form in COLUMNS)
+        return " ".join(name.rjust(width) for name, _, width, _ in COLUMNS)
 
     @staticmethod
     def line(metrics: Mapping[str, float]) -> str:
@@ -58,17 +59,15 @@ class ConsoleTable:
         Args:
             metrics: by name.
         """
-        cells = []
-        for _, name, form in COLUMNS:
-            value = metrics.get(name)
-            cells.append(_fit("" if value is None else form.format(value).strip(), form))
+        cells = [_fit(metrics.get(name), width, digits) for _, name, width, digits in COLUMNS]
         return " ".join(cells)
 
 
-def _fit(text: str, form: str) -> str:
-    width = int(form[3 : form.index(".")])
+def _fit(value: float | None, width: int, digits: int) -> str:
     # A number too wide for its column is given in fewer digits, never spilled over the next.
-    return (f"{float(text):.1e}" if len(text) > width else text).rjust(width)
+    forms = (f".{digits}f", ".1e", ".0e")
+    texts = [format(float(value), form) for form in forms] if value is not None else [""]
+    return next((text for text in texts if len(text) <= width), texts[-1]).rjust(width)
 
 
 @dataclass(frozen=True)
@@ -98,15 +97,21 @@ class Completions:
             step: the iteration.
             prompts: texts.
             completions: texts.
-            columns: numbers by name, one for each completion: scores, lengths, KL.
+            columns: numbers by name, one for each completion: scores, lengths, KL. What is not
+                finite (a reward that does not apply) is written as null.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for i in range(min(self.limit, len(completions))):
                 row: dict[str, Any] = {"step": step, "prompt": prompts[i]}
                 row["completion"] = completions[i]
-                row.update({name: round(float(column[i]), 4) for name, column in columns.items()})
+                row.update({name: _plain(column[i]) for name, column in columns.items()})
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _plain(value: float) -> float | None:
+    # NaN is no JSON, and most readers but Python's stumble over it.
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def completion_table(path: Path | str, step: int | None = None) -> list[dict[str, Any]]:
@@ -118,6 +123,7 @@ def completion_table(path: Path | str, step: int | None = None) -> list[dict[str
 
     Source: ours.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold.
+    with Path(path).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     return [row for row in rows if step is None or row["step"] == step]

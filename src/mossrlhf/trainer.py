@@ -1,6 +1,7 @@
 """`Trainer`: Algorithm 1 of P1."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,18 +164,39 @@ class Trainer(Stages):
                 "Trainer(eval_dataset=) or to evaluate()"
             )
         judges = self.rewards if rewards is None else self._reward_set(rewards)
-        # The dataset is kept beside its answers, so that its id stays its own.
-        with own_randomness(self.args.seed):
-            ours = self._answers(self.policy, dataset)
-            if id(dataset) not in self._references:
-                with as_reference(self.ref_model, self.policy) as reference:
-                    self._references[id(dataset)] = (dataset, self._answers(reference, dataset))
-        theirs = self._references[id(dataset)][1]
+        ours = self.answer(dataset)
+        theirs = self.answer(dataset, reference=True)
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
         metrics.update(compare(judges(ours)[2], judges(theirs)[2], self.engine.reduce))
         return metrics
+
+    def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
+        """Draw an answer to every prompt of a dataset, with random numbers of their own.
+
+        Args:
+            dataset: records with ``prompt``.
+            reference: whether the reference answers, whose answers are kept for the next call,
+                or the policy.
+
+        Returns:
+            this process's share of the answers, in order.
+        """
+        if reference and id(dataset) in self._references:
+            return self._references[id(dataset)][1]
+        accelerator = self.accelerator
+        mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        records = [dict(dataset[i]) for i in mine]
+        size = max(1, self.args.rollout_size // accelerator.num_processes)
+        parts = [records[start : start + size] for start in range(0, len(records), size)]
+        lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
+        with own_randomness(self.args.seed), lent as model:
+            answers = Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
+        if reference:
+            # The dataset is kept beside its answers, so that its id stays its own.
+            self._references[id(dataset)] = (dataset, answers)
+        return answers
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -198,13 +220,9 @@ class Trainer(Stages):
 
     def reference_distinct_2(self) -> float:
         """Return distinct-2 of the reference's answers, to as many prompts as a rollout has."""
-        per_process = self.args.rollout_size // self.accelerator.num_processes
         dataset = self.prompts.dataset
-        records = [dict(dataset[i % len(dataset)]) for i in range(per_process)]
-        with own_randomness(self.args.seed):
-            with as_reference(self.ref_model, self.policy) as reference:
-                rollout = self._respond(reference, self._encode(records))
-        return distinct_2(rollout.completions())
+        records = [dict(dataset[i % len(dataset)]) for i in range(self.args.rollout_size)]
+        return distinct_2(self.answer(records, reference=True).completions())
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write ``policy/`` (with the tokenizer) and ``critic/``, as transformers loads them.
@@ -235,18 +253,6 @@ class Trainer(Stages):
     def __repr__(self) -> str:
         return describe(self)
 
-    def _answers(self, model: nn.Module, dataset: Dataset) -> Rollout:
-        accelerator = self.accelerator
-        mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        records = [dict(dataset[i]) for i in mine]
-        size = max(1, self.args.rollout_size // accelerator.num_processes)
-        return Rollout.concat(
-            [
-                self._respond(model, self._encode(records[start : start + size]))
-                for start in range(0, len(records), size)
-            ]
-        )
-
 
 def describe(trainer: Trainer) -> str:
     """Lay out every object and number in force.
@@ -270,13 +276,12 @@ def describe(trainer: Trainer) -> str:
         part = getattr(trainer, name)
         lines.append(f"{name}: {type(part).__name__}")
         if is_dataclass(part):
-            shown = [(spec.name, getattr(part, spec.name)) for spec in fields(part) if spec.repr]
-            lines += [f"    {key} = {value!r}" for key, value in shown if key not in _SPREAD]
-            for key, value in shown:
-                if key in _SPREAD:
-                    config = trainer.sampler.effective.to_diff_dict()
-                    lines += [f"    {field} = {config[field]!r}" for field in sorted(config)]
+            shown = {spec.name: getattr(part, spec.name) for spec in fields(part)}
+            # Of a sampler the config in force is shown, not the one it was made of.
+            shown.pop("generation_config", None)
+            effective = shown.pop("effective", None)
+            if effective is not None:
+                shown |= effective.to_diff_dict()
+            lines += [f"    {key} = {value!r}" for key, value in shown.items()]
     return "\n".join(lines)
 
-
-_SPREAD = ("generation_config",)

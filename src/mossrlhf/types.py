@@ -147,7 +147,9 @@ class Rollout:
                     value = value[:, : width if spec.name == "input_ids" else length]
             picked[spec.name] = value
         rows = chosen.tolist()
-        picked["columns"] = {name: [column[i] for i in rows] for name, column in self.columns.items()}
+        picked["columns"] = {
+            name: [column[i] for i in rows] for name, column in self.columns.items()
+        }
         picked["extra"] = {name: value[chosen] for name, value in self.extra.items()}
         return Rollout(**picked)
 
@@ -166,7 +168,7 @@ class Rollout:
         after = (self.response_lengths < limit)[:, None] & (
             positions == self.response_lengths[:, None]
         )
-        widened = {
+        widened: dict[str, Any] = {
             spec.name: torch.nn.functional.pad(value, (0, 1))
             for spec in fields(self)
             if isinstance(value := getattr(self, spec.name), Tensor)
@@ -177,7 +179,7 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the rollout with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             spec.name: value.to(device)
             for spec in fields(self)
             if isinstance(value := getattr(self, spec.name), Tensor)
@@ -207,9 +209,7 @@ class Rollout:
         joined["columns"] = {
             key: [value for r in rollouts for value in r.columns[key]] for key in first.columns
         }
-        joined["extra"] = {
-            key: _join(key, [r.extra[key] for r in rollouts]) for key in first.extra
-        }
+        joined["extra"] = {key: _join(key, [r.extra[key] for r in rollouts]) for key in first.extra}
         return cls(**joined)
 
 

@@ -1,13 +1,10 @@
 """Tokenizers small enough to train in a test, one per habit that matters to prompts."""
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = ["Human: Hi there, how are you? Assistant: Sure. 你好，请问 <eos> " * 3]
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def train(pre_tokenizer, decoder, **special):
@@ -35,17 +32,9 @@ def tokenizer():
 @pytest.fixture
 def llama_tokenizer():
     """SentencePiece-like, as in Llama: a lone text opens with a space; bos is put before it."""
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer = train(metaspace, decoders.Metaspace(), bos_token="<s>", eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
-
-
-@pytest.fixture
-def shared():
-    """The folder of real data beside the repository."""
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared/data beside the repository: real data not checked")
-    return SHARED

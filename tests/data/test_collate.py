@@ -123,6 +123,8 @@ def test_both_sides_of_a_pair_keep_the_same_prompt(english):
     batch = PairCollator(english, max_length=len(whole) + len(rejected) - 1)([record])
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     assert lengths == [len(short) + len(chosen), len(short) + len(rejected)]
+    batch = PairCollator(english, max_length=len(whole) + len(rejected))([record])
+    assert batch["input_ids"].tolist()[1] == whole + rejected
     batch = PairCollator(english, max_length=len(short) + 2)([record])
     assert batch["input_ids"].tolist() == [short + chosen[:2], short + rejected[:2]]
 
@@ -134,7 +136,7 @@ def test_records_that_are_none_of_theirs_are_refused(english, collator):
 
 
 def test_real_pairs_fit(shared, english):
-    pairs = load_pairs(shared / "llama-factory" / "dpo_en_demo.json")
+    pairs = load_pairs(shared / "data" / "llama-factory" / "dpo_en_demo.json")
     pairs = [pair for pair in pairs if len(encode_prompt(english, pair["prompt"][-1:])) < 256][:32]
     batch = PairCollator(english, max_length=256)(pairs)
     assert batch["input_ids"].shape[0] == 2 * len(pairs)

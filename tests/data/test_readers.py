@@ -90,6 +90,8 @@ def test_sharegpt():
     assert load_pairs([record]) == [pair]
     assert load_prompts([record]) == [{"prompt": prompt, "id": 7}]
     assert load_sft([record])[0]["response"] == "Hello"
+    record["conversations"] = record["conversations"][1:]
+    assert load_pairs([{**record, "system": "Be kind"}]) == [pair]
 
 
 @pytest.mark.parametrize("key", ["conversations", "messages"])
@@ -115,6 +117,8 @@ def test_standard_strings_are_left_as_they_are():
     pair = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "level": 1}
     assert load_pairs([pair]) == [pair]
     assert load_prompts([pair]) == [{"prompt": "2 + 2 =", "level": 1}]
+    with pytest.raises(DataError, match="identical"):
+        load_pairs([{**pair, "rejected": "4 "}])
     assert load_sft([{"prompt": "1 +", "completion": " 1"}]) == [
         {"prompt": "1 +", "response": " 1"}
     ]
@@ -208,10 +212,10 @@ HH = {"chosen": f"{SHORT} A", "rejected": f"{SHORT} B"}
     ("bad", "reason"),
     [
         (HH | {"rejected": HH["chosen"]}, "identical"),
-        (HH | {"rejected": f"{SHORT} A "}, "identical"),
         (HH | {"chosen": f"{SHORT} "}, "chosen is ''"),
         (HH | {"chosen": None}, "chosen is None"),
         (HH | {"chosen": "Hi"}, "opens with"),
+        (HH | {"chosen": f"Hi{SHORT} A"}, "opens with"),
         (HH | {"chosen": "\n\nHuman: Ho\n\nAssistant: A"}, "share no human turn"),
         ({"chosen": "\n\nAssistant: A", "rejected": "\n\nAssistant: B"}, "share no human turn"),
         ({"prompt": "Hi"}, "not in the format hh_strings"),
@@ -358,11 +362,11 @@ def test_without_datasets_the_error_says_what_to_install(monkeypatch):
     ],
 )
 def test_real_files_are_read_whole(shared, load, name, count):
-    assert len(load(shared / name)) == count
+    assert len(load(shared / "data" / name)) == count
 
 
 def test_real_hh_pairs_say_what_the_file_says(shared):
-    path = shared / "hh-rlhf" / "harmless-base.jsonl"
+    path = shared / "data" / "hh-rlhf" / "harmless-base.jsonl"
     with pytest.warns(UserWarning, match=r"skipped 4 of 1900 .*jsonl:1069: chosen is ''"):
         pairs = load_pairs(path, skip_bad=True)
     raw = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -379,7 +383,7 @@ def test_real_hh_pairs_say_what_the_file_says(shared):
 
 @pytest.mark.parametrize("name", ["ppo_train.json", "ppo_valid.json"])
 def test_real_moss_dialogues_open_with_the_human(shared, name):
-    path = shared / "moss-rlhf" / name
+    path = shared / "data" / "moss-rlhf" / name
     with pytest.warns(UserWarning, match="20 of 31 dialogues open with the assistant"):
         assert len(load_prompts(path)) == 31
     records = load_prompts(path, format=formats.moss_dialogues)

@@ -154,6 +154,11 @@ def test_a_response_that_would_merge_into_the_prompt_leaves_it_alone(tokenizer):
     assert encode_response(tokenizer, prompt, response) == expected
 
 
+def test_strings_begin_with_no_bos_where_the_tokenizer_adds_none(tokenizer):
+    tokenizer.bos_token = "<unk>"
+    assert encode_prompt(tokenizer, "Hi there") == ids_of(tokenizer, "Hi there")
+
+
 def test_strings_begin_with_one_bos_and_do_not_end_with_eos(llama_tokenizer):
     bos, eos = llama_tokenizer.bos_token_id, llama_tokenizer.eos_token_id
     plain = ids_of(llama_tokenizer, "Hi there")
@@ -201,7 +206,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
 
 def test_real_pairs_decode_to_what_was_rendered(shared, tokenizer):
     set_dialogue_template(tokenizer, "zh")
-    for pair in load_pairs(shared / "llama-factory" / "dpo_zh_demo.json")[:40]:
+    for pair in load_pairs(shared / "data" / "llama-factory" / "dpo_zh_demo.json")[:40]:
         turns = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
         ids = encode_prompt(tokenizer, pair["prompt"])
         ids += encode_response(tokenizer, pair["prompt"], pair["chosen"])

@@ -86,9 +86,7 @@ def test_discounted_returns(batch, gamma):
     got = discounted_returns(torch.from_numpy(rewards), torch.from_numpy(mask), gamma).numpy()
     for b in range(len(mask)):
         kept = rewards[b, mask[b]]
-        expected = [
-            sum(gamma**i * r for i, r in enumerate(kept[t:])) for t in range(len(kept))
-        ]
+        expected = [sum(gamma**i * r for i, r in enumerate(kept[t:])) for t in range(len(kept))]
         np.testing.assert_allclose(got[b, mask[b]], expected, atol=1e-9)
     assert (got[~mask] == 0).all()
 

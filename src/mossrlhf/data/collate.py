@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data.formats import Prompt
-from mossrlhf.data.templates import encode_response, encode_text, prompt_encodings
+from mossrlhf.data.templates import (
+    encode_prompt,
+    encode_response,
+    encode_text,
+    prompt_encodings,
+)
 
 IGNORE = -100
 """The label of tokens outside the loss, as torch's cross entropy and transformers have it."""
@@ -47,7 +52,10 @@ def pad(
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokenizer's pad id, or its eos id, or 0: masked either way, so any will do."""
+    """Return the pad id of a `tokenizer`, or its eos id, or 0: masked out, so any will do.
+
+    Source: ours.
+    """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(candidate for candidate in candidates if candidate is not None)
 
@@ -133,9 +141,11 @@ def _encode(
     """Return the ids of a prompt and of its responses, cut so that each sequence fits."""
     answers = [encode_response(tokenizer, prompt, response) for response in responses]
     longest = max(map(len, answers))
+    if max_length is None:
+        return encode_prompt(tokenizer, prompt), answers
     ids: list[int] = []
     for ids in prompt_encodings(tokenizer, prompt):
-        if max_length is None or len(ids) + longest <= max_length:
+        if len(ids) + longest <= max_length:
             return ids, answers
     room = max_length - len(ids)
     if room < 1:

@@ -122,5 +122,3 @@ def prompt_batch(
         ids=[ids for ids in encoded for _ in range(copies)],
         columns={name: [record[name] for record in repeated] for name in names},
     )
-
-

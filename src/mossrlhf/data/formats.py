@@ -23,7 +23,6 @@ ROLES = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
-    "chatgpt": "assistant",
 }
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ANSWERS = ("response", "completion", "output", "chosen", "rejected")

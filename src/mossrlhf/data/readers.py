@@ -74,7 +74,11 @@ def load_pairs(
 ) -> list[Record]:
     """Read preferences: ``{"prompt", "chosen": str, "rejected": str, **other columns}`` each.
 
-    Args, Raises: those of `load_prompts`.
+    Args:
+        source: as for `load_prompts`; so are the others.
+        format: a function from a raw record to a canonical one, or None.
+        skip_bad: leave unusable records out, with one warning that counts them.
+        split: of the hub dataset.
 
     Returns:
         The records, in their order; `chosen` and `rejected` are the responses alone.
@@ -96,7 +100,11 @@ def load_sft(
 
     Of pairs, the chosen response is the one to imitate. Lists of utterances begin with the human.
 
-    Args, Raises: those of `load_prompts`.
+    Args:
+        source: as for `load_prompts`; so are the others.
+        format: a function from a raw record to a canonical one, or None.
+        skip_bad: leave unusable records out, with one warning that counts them.
+        split: of the hub dataset.
 
     Returns:
         The records, in their order, other columns included.

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterator
 
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data.formats import Message, Prompt
@@ -64,8 +63,7 @@ def set_dialogue_template(tokenizer: PreTrainedTokenizerBase, language: str) -> 
     tokenizer.chat_template = template
     if language == "en":
         return 0
-    marks = [AddedToken(mark, special=True, normalized=False) for mark in _speakers(language)]
-    return tokenizer.add_tokens(marks, special_tokens=True)
+    return tokenizer.add_tokens(list(_speakers(language)), special_tokens=True)
 
 
 def encode_prompt(
@@ -99,7 +97,14 @@ def encode_prompt(
 
 
 def prompt_encodings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iterator[list[int]]:
-    """Yield the token ids of a prompt: whole, then with ever fewer of its oldest turns."""
+    """Yield the token ids of a prompt: whole, then with ever fewer of its oldest turns.
+
+    Args:
+        tokenizer: as for `encode_prompt`.
+        prompt: as for `encode_prompt`.
+
+    Source: ours.
+    """
     if isinstance(prompt, str):
         yield _encode_string(tokenizer, prompt)
     else:
@@ -137,6 +142,10 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a document: as a string prompt, ended by eos.
+
+    Args:
+        tokenizer: with an end-of-sequence token.
+        text: the document.
 
     Raises:
         ValueError: where there is no eos token.

@@ -32,14 +32,14 @@ class Preference:
     Source: ours.
     """
 
-    content: Sequence[float] = (-1.5, 0.0, 0.9, 1.5, 1.8)
+    content: Sequence[float] = (-1.5, 0.4, 1.4, 2.0, 2.3)
     opener: float = 0.4
     closer: float = 0.3
-    refusal: float = 1.2
+    refusal: float = 1.6
     grounds: float = 0.4
     harm: float = -1.0
     unhelpful: float = -0.9
-    off_topic: float = -0.9
+    off_topic: float = -1.0
     rude: float = -1.2
     filler: float = -0.3
     repeat: float = -0.8

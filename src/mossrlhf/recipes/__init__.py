@@ -1,0 +1,1 @@
+"""Whole runs, from data to a picture: what ``mossrlhf demo`` and the examples consist of."""

@@ -1,0 +1,296 @@
+"""The main job: vanilla PPO, vanilla PPO with its learning rate tuned, and PPO-max, side by side.
+
+Everything happens in the toy world, where the true preference is known and used for measuring
+alone: it has weight 0 among the rewards, and no choice is made by it while anything runs.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from mossrlhf import presets
+from mossrlhf.data import prompt_batch
+from mossrlhf.models import RewardModel
+from mossrlhf.plotting import plot_arms
+from mossrlhf.recipes.report import samples_page, summary_table
+from mossrlhf.recipes.stages import fine_tune, train_reward_model
+from mossrlhf.sampling import HFSampler
+from mossrlhf.toyworld import ToyWorld
+from mossrlhf.trainer import Trainer
+from mossrlhf.version import __version__
+
+LEARNING_RATE = 1e-3
+"""Of vanilla PPO and PPO-max alike; a model of 0.2 M parameters takes large steps."""
+
+TUNED_LEARNING_RATE = 3e-4
+"""Vanilla PPO's best of 1e-3, 5e-4, 3e-4, 1e-4 (docs/toy_results.md has the sweep)."""
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Size and place of the main job.
+
+    Args:
+        lang: "en" or "zh".
+        seed: of the world, the models and the runs.
+        output_dir: where results go.
+        steps: PPO iterations of each arm.
+        arms: which of the three to run.
+    """
+
+    lang: str = "en"
+    seed: int = 0
+    output_dir: str = "outputs/demo"
+    steps: int = 100
+    arms: tuple[str, ...] = ("vanilla_ppo", "vanilla_ppo_tuned", "ppo_max")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the stages before PPO leave behind.
+
+    Args:
+        world: the toy world.
+        tokenizer: its tokenizer.
+        policy: the SFT model.
+        reward_model: trained on noisy pairs.
+    """
+
+    world: ToyWorld
+    tokenizer: PreTrainedTokenizerBase
+    policy: LlamaForCausalLM
+    reward_model: RewardModel
+
+
+def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
+    """Run the three stages and the three arms, and write the report.
+
+    Args:
+        config: language, seed, folder.
+
+    Returns:
+        what ``summary.json`` holds.
+
+    Source: P1 Figs. 4 and 9, at a scale of minutes.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.__dict__, indent=1) + "\n")
+    transformers.utils.logging.disable_progress_bar()
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    print(f"mossrlhf {__version__}: the toy world ({config.lang}, seed {config.seed})\n")
+    world = ToyWorld(lang=config.lang, seed=config.seed)
+    tokenizer = world.tokenizer()
+    policy, sft = clock("sft", lambda: _sft(world, tokenizer, folder, config.seed))
+    print(
+        f"SFT model           true quality {sft['true_quality']:.2f}, "
+        f"ended {sft['ended']:.0%}, well-formed {sft['well_formed']:.0%}"
+    )
+    reward_model, accuracy = clock(
+        "reward_model", lambda: _reward_model(world, tokenizer, policy, folder, config.seed)
+    )
+    print(f"reward model        right on {accuracy:.1%} of fresh pairs")
+    reward_model.save_pretrained(folder / "reward_model")
+    tokenizer.save_pretrained(folder / "reward_model")
+    stage = Stage(world, tokenizer, policy, reward_model)
+    histories: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[str]] = {}
+    for arm in config.arms:
+        print(f"\n{arm}")
+        trainer = clock(arm, lambda arm=arm: _run(arm, stage, config))
+        histories[arm] = trainer.history
+        runs[arm] = clock("evaluation", lambda t=trainer: _measure(t))
+        answers.setdefault("SFT", _texts(trainer, reference=True))
+        answers[arm] = _texts(trainer)
+        if arm == "ppo_max":
+            trainer.save_model(folder)
+    summary = {
+        "seed": config.seed,
+        "lang": config.lang,
+        "sft": sft,
+        "reward_model": {"accuracy": accuracy},
+        "runs": runs,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "versions": _versions(),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    questions = [record["prompt"][-1]["content"] for record in _held_out(world)]
+    samples = [
+        {"prompt": question, "answers": {name: texts[i] for name, texts in answers.items()}}
+        for i, question in enumerate(questions)
+    ]
+    samples_page("Samples", samples, folder / "samples.md", count=12, seed=config.seed)
+    plot_arms(histories, folder / "curves.png")
+    print("\n" + summary_table(runs))
+    print(f"\n{folder}/curves.png, samples.md, summary.json  ({sum(seconds.values()):.0f} s)")
+    return summary
+
+
+def _sft(
+    world: ToyWorld, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
+) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    torch.manual_seed(seed)
+    policy = LlamaForCausalLM(world.model_config())
+    fine_tune(
+        policy,
+        tokenizer,
+        world.sft_examples(3000),
+        folder / "sft",
+        learning_rate=3e-3,
+        num_train_epochs=4,
+        per_device_train_batch_size=32,
+        seed=seed,
+    )
+    prompts = world.prompts(256, split="eval", seed=1)
+    sampler = HFSampler.for_tokenizer(tokenizer, _generation(world))
+    torch.manual_seed(seed)
+    rollout = sampler(policy, prompt_batch(prompts, tokenizer).ids)
+    texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+    ended = (~rollout.truncated).tolist()
+    quality = [
+        world.true_quality(record, text, ended=end)
+        for record, text, end in zip(prompts, texts, ended, strict=True)
+    ]
+    return policy, {
+        "true_quality": sum(quality) / len(quality),
+        "ended": sum(ended) / len(ended),
+        "well_formed": sum(map(world.well_formed, texts)) / len(texts),
+    }
+
+
+def _reward_model(
+    world: ToyWorld,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: LlamaForCausalLM,
+    folder: Path,
+    seed: int,
+) -> tuple[RewardModel, float]:
+    # Fresh pairs are put in the order of the true preference: the label noise is not the
+    # reward model's fault.
+    fresh = [_truly_ordered(pair) for pair in world.pairs(500, split="eval", seed=1)]
+    fresh = [pair for pair in fresh if pair["margin"] > 0]
+    model, metrics = train_reward_model(
+        policy,
+        tokenizer,
+        world.pairs(1500),
+        fresh,
+        folder / "rm",
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=128,
+        seed=seed,
+    )
+    return model, metrics["accuracy"]
+
+
+def _truly_ordered(pair: dict[str, Any]) -> dict[str, Any]:
+    if pair["margin"] >= 0:
+        return pair
+    flipped = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    return {**pair, **flipped, "margin": -pair["margin"]}
+
+
+def _generation(world: ToyWorld) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=world.max_response_tokens, do_sample=True)
+
+
+def _parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The components of an arm; the two learning rates are all that differs besides."""
+    if arm == "ppo_max":
+        return presets.ppo_max(critic_pretrain_steps=10, **options)
+    return presets.vanilla_ppo(**options)
+
+
+def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
+    rate = TUNED_LEARNING_RATE if arm == "vanilla_ppo_tuned" else LEARNING_RATE
+    options = dict(
+        output_dir=str(Path(config.output_dir) / arm),
+        seed=config.seed,
+        total_steps=config.steps,
+        rollout_size=64,
+        minibatch_size=16,
+        learning_rate=rate,
+        critic_learning_rate=rate,
+        logging_steps=1,
+    )
+
+    def true_quality(**columns: Any) -> list[float]:
+        return stage.world.reward(**columns)
+
+    trainer = Trainer(
+        _copy(stage.policy),
+        reward=[stage.reward_model, (true_quality, 0.0)],
+        train_dataset=stage.world.prompts(4000, seed=2),
+        eval_dataset=_held_out(stage.world),
+        processing_class=stage.tokenizer,
+        generation_config=_generation(stage.world),
+        **_parts(arm, options),
+    )
+    trainer.train()
+    return trainer
+
+
+def _copy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
+    copied = LlamaForCausalLM(policy.config)
+    copied.load_state_dict(policy.state_dict())
+    return copied
+
+
+def _held_out(world: ToyWorld) -> list[dict[str, Any]]:
+    return world.prompts(300, split="eval", seed=3)
+
+
+def _texts(trainer: Trainer, reference: bool = False) -> list[str]:
+    assert trainer.eval_dataset is not None
+    ids = trainer.answer(trainer.eval_dataset, reference).completions()
+    return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
+
+
+def _measure(trainer: Trainer) -> dict[str, Any]:
+    metrics = trainer.evaluate()
+    recent = [entry for entry in trainer.history if "policy/collapsed" in entry][-10:]
+    return {
+        "reward_score": metrics["eval/reward_model/policy"],
+        "true_quality": metrics["eval/true_quality/policy"],
+        "kl_per_sequence": metrics["eval/kl/ref_per_sequence"],
+        "response_length": metrics["eval/response/length_tokens"],
+        "perplexity_policy": metrics["eval/perplexity/policy"],
+        "perplexity_sft": metrics["eval/perplexity/ref"],
+        "win_rate": metrics["eval/true_quality/win_rate"],
+        "lose_rate": metrics["eval/true_quality/lose_rate"],
+        "collapsed": any(entry["policy/collapsed"] for entry in recent),
+    }
+
+
+class _Clock:
+    """Adds up the seconds of named stages."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+
+def _versions() -> dict[str, str]:
+    found = {"mossrlhf": __version__}
+    for name in ("torch", "transformers", "accelerate", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # pragma: no cover - they are dependencies
+            continue
+    return found

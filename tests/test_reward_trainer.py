@@ -1,0 +1,495 @@
+"""`RewardTrainer`: the loss against formulas by hand, the trainer against itself and others."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.nn.functional import log_softmax
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from mossrlhf.data import PairCollator
+from mossrlhf.models import RewardModel
+from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer
+
+WORDS = ["<pad>", "</s>", "<unk>", "good", "bad", *"abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def language_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+
+
+def reward_model(seed=0, head=True, **changes):
+    model = RewardModel.from_language_model(language_model(seed, **changes))
+    if head:  # a zero head says 0 whatever is wrong before it
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model.eval()
+
+
+def pairs(count, seed=0, **columns):
+    """Pairs of random words, as long as chance has it; "good" is chosen, "bad" rejected."""
+    rng = np.random.default_rng(seed)
+
+    def words(*extra):
+        some = [*rng.choice(list("abcdefgh"), size=rng.integers(1, 6)), *extra]
+        return " ".join(rng.permutation(some))
+
+    return [
+        {"prompt": words(), "chosen": words("good"), "rejected": words("bad"), **columns}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(**changes):
+        quiet = dict(
+            output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False, save_strategy="no", logging_strategy="no",
+            per_device_eval_batch_size=4, max_grad_norm=0.0,
+        )  # fmt: skip
+        return TrainingArguments(**{**quiet, **changes})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _silence(monkeypatch):
+    """The trainer prints its logs where there is no progress bar."""
+    monkeypatch.setattr("builtins.print", lambda *_, **__: None)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def log_likelihood(model, tokenizer, record):
+    """log p(response, eos | prompt) and its number of tokens, token by token."""
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    response = [*tokenizer(record["chosen"])["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0]
+    total = 0.0
+    for offset, token in enumerate(response):
+        total += log_softmax(logits[len(prompt) + offset - 1], -1)[token].item()
+    return total, len(response)
+
+
+def score(model, tokenizer, record, answer):
+    ids = tokenizer(f"{record['prompt']} {record[answer]} </s>", return_tensors="pt")
+    with torch.no_grad():
+        return model(ids["input_ids"], ids["attention_mask"]).item()
+
+
+# ------------------------------------------------------------------------------------- the loss
+
+
+def scores_of(chosen, rejected, margin=None, nll=None, tokens=None):
+    rows = [chosen, rejected, margin or [0.0] * len(chosen), nll or [0.0] * len(chosen)]
+    rows.append(tokens or [1.0] * len(chosen))
+    return PairScores(*torch.tensor(rows, dtype=torch.float64))
+
+
+def test_loss_is_that_of_the_formula():
+    scores = scores_of([2, 0, -1], [1, 0, 2], [0.5, 0, 0], [3, 4, 5], [2, 1, 5])
+    sigma = 1 / (1 + np.exp(-np.array([0.5, 0.0, -3.0])))  # numpy, pair by pair
+    ranking = -np.log(sigma).mean()
+    output = RankingLoss()(scores)
+    assert output.loss.item() == pytest.approx(ranking)
+    output = RankingLoss(lm_coef=0.7)(scores)
+    assert output.loss.item() == pytest.approx(ranking + 0.7 * 12 / 8)
+    assert output.stats["ranking_loss"].item() == pytest.approx(ranking)
+    assert output.stats["lm_loss"].item() == pytest.approx(12 / 8)
+    smooth = -(0.9 * np.log(sigma) + 0.1 * np.log(1 - sigma)).mean()
+    assert RankingLoss(label_smoothing=0.1)(scores).loss.item() == pytest.approx(smooth)
+
+
+def test_statistics_count_ties_half():
+    stats = RankingLoss()(scores_of([2, 0, -1, 3], [1, 0, 2, -1], [5, 5, 5, 5])).stats
+    assert stats["accuracy"].item() == 2.5 / 4
+    assert stats["margin"].item() == (1 + 0 - 3 + 4) / 4
+
+
+def test_shares_of_parts_add_up_to_the_whole():
+    scores = scores_of([2, 0, -1], [1, 0, 2], [0.5, 0, 0], [3, 4, 5], [2, 1, 5])
+    loss = RankingLoss(lm_coef=0.7)
+    whole, counts = loss(scores), torch.tensor([3.0, 8.0])
+    parts = [loss(PairScores(*(x[s] for x in scores)), counts) for s in (slice(2), slice(2, 3))]
+    assert sum(part.loss for part in parts).item() == pytest.approx(whole.loss.item())
+    for name, value in whole.stats.items():
+        assert sum(part.stats[name] for part in parts).item() == pytest.approx(value.item())
+
+
+def test_gradient_survives_a_large_negative_margin():
+    chosen = torch.tensor([-30.0], requires_grad=True)
+    one = torch.ones(1)
+    RankingLoss()(PairScores(chosen, 0 * one, 0 * one, 0 * one, one)).loss.backward()
+    assert chosen.grad.item() == pytest.approx(-1.0)  # of −log(σ + 1e-5): −1e-8
+
+
+@pytest.mark.parametrize("options", [{"lm_coef": 0.0}, {"lm_coef": -1.0}, {"label_smoothing": 0.6}])
+def test_loss_refuses_numbers_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RankingLoss(**options)
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pair_model_reads_both_heads_in_one_pass(tokenizer, tied):
+    lm = language_model(tie_word_embeddings=tied)
+    model = reward_model(tie_word_embeddings=tied)
+    pair_model = PairModel(model, None if tied else lm.lm_head)
+    records = pairs(5)
+    batch = PairCollator(tokenizer)(records)
+    rows = {name: torch.stack(batch[name].chunk(2), 1) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        scores, nll = pair_model(**rows, chosen_labels=batch["chosen_labels"])
+    for i, record in enumerate(records):
+        likelihood, _ = log_likelihood(lm, tokenizer, record)
+        assert nll[i].item() == pytest.approx(-likelihood, rel=1e-4)
+        for j, answer in enumerate(("chosen", "rejected")):
+            alone = score(model, tokenizer, record, answer)
+            assert scores[i, j].item() == pytest.approx(alone, abs=1e-4)
+    assert not model.score._forward_pre_hooks
+
+
+# --------------------------------------------------------------------------- the trainer's sums
+
+
+@pytest.mark.parametrize("beta", [None, 0.5])
+def test_loss_of_a_batch_by_hand(tokenizer, arguments, beta):
+    lm, model, records = language_model(), reward_model(), pairs(4, margin=0.25)
+    leads = [
+        score(model, tokenizer, r, "chosen") - score(model, tokenizer, r, "rejected")
+        for r in records
+    ]
+    expected = np.mean([np.log1p(np.exp(-(lead - 0.25))) for lead in leads])
+    if beta is not None:
+        likelihoods, lengths = zip(
+            *(log_likelihood(lm, tokenizer, r) for r in records), strict=True
+        )
+        expected -= beta * sum(likelihoods) / sum(lengths)
+    trainer = RewardTrainer(
+        model, arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=beta),
+        lm_head=None if beta is None else lm.lm_head,
+    )  # fmt: skip
+    batch = trainer.data_collator(records)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+def run(tokenizer, args, count, **options):
+    """Train on all pairs with the LM term; the trainer, and its log."""
+    trainer = RewardTrainer(
+        reward_model(), args, processing_class=tokenizer, train_dataset=pairs(count),
+        loss=RankingLoss(lm_coef=0.5), lm_head=language_model().lm_head, **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def test_accumulation_changes_neither_steps_nor_logs(tokenizer, arguments):
+    """10 pairs a step, at once or as 3 + 3 + 3 + 1, whose means differ from the mean."""
+    common = dict(
+        num_train_epochs=4, learning_rate=0.1, optim="sgd", logging_strategy="steps",
+        logging_steps=2,
+    )  # fmt: skip
+    whole = run(tokenizer, arguments(per_device_train_batch_size=10, **common), 10)
+    split = arguments(per_device_train_batch_size=3, gradient_accumulation_steps=4, **common)
+    parts = run(tokenizer, split, 10)
+    assert whole.state.global_step == parts.state.global_step == 4
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-5, atol=1e-6)
+    names = ("loss", "ranking_loss", "lm_loss", "accuracy", "margin", "grad_norm")
+    *logs, summary = whole.state.log_history
+    assert len(logs) == 2
+    for one, other in zip(logs, parts.state.log_history, strict=False):
+        assert [one[name] for name in names] == pytest.approx([other[n] for n in names], rel=1e-4)
+        assert one["loss"] == pytest.approx(one["ranking_loss"] + 0.5 * one["lm_loss"], rel=1e-5)
+        assert 0 < one["accuracy"] <= 1
+    assert "accuracy" not in summary  # of the whole run
+
+
+def test_a_step_is_the_gradient_of_the_mean(tokenizer, arguments):
+    model, records = reward_model(), pairs(6)
+    twin = copy.deepcopy(model)
+    args = arguments(
+        per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1,
+        learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
+    )  # fmt: skip
+    RewardTrainer(model, args, processing_class=tokenizer, train_dataset=records).train()
+    batch = PairCollator(tokenizer)(records)
+    chosen, rejected = twin(batch["input_ids"], batch["attention_mask"]).chunk(2)
+    torch.log1p(torch.exp(rejected - chosen)).mean().backward()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other - 0.1 * other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_evaluation_is_exact_whatever_the_batch_size(tokenizer, arguments, size):
+    lm, model, records = language_model(), reward_model(), pairs(7)
+    trainer = RewardTrainer(
+        model, arguments(per_device_eval_batch_size=size), processing_class=tokenizer,
+        eval_dataset=records, loss=RankingLoss(lm_coef=1.0), lm_head=lm.lm_head,
+    )  # fmt: skip
+    rows = [
+        [score(model, tokenizer, r, answer) for answer in ("chosen", "rejected")] for r in records
+    ]
+    chosen, rejected = np.array(rows).T
+    likelihoods, lengths = zip(*(log_likelihood(lm, tokenizer, r) for r in records), strict=True)
+    metrics = trainer.evaluate()
+    ranking = np.log1p(np.exp(rejected - chosen)).mean()
+    expected = {
+        "eval_accuracy": (chosen > rejected).mean(),
+        "eval_margin": (chosen - rejected).mean(),
+        "eval_ranking_loss": ranking,
+        "eval_lm_loss": -sum(likelihoods) / sum(lengths),
+        "eval_loss": ranking - sum(likelihoods) / sum(lengths),
+        "eval_score_mean": np.concatenate([chosen, rejected]).mean(),
+        "eval_score_std": np.concatenate([chosen, rejected]).std(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    prediction = trainer.predict(records)
+    np.testing.assert_allclose(prediction.predictions, rows, atol=1e-4)
+    assert prediction.metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+def test_several_evaluation_sets_and_an_untrained_head(tokenizer, arguments):
+    sets = {"one": pairs(3), "two": pairs(4, seed=1)}
+    trainer = RewardTrainer(
+        reward_model(head=False), arguments(), processing_class=tokenizer, eval_dataset=sets
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_accuracy"] == metrics["eval_two_accuracy"] == 0.5
+    assert metrics["eval_one_loss"] == pytest.approx(np.log(2))
+    assert "eval_one_lm_loss" not in metrics
+
+
+# ---------------------------------------------------------------------- training, saving, resuming
+
+
+def test_learns_a_trivial_preference(tokenizer, arguments):
+    args = arguments(
+        per_device_train_batch_size=16, num_train_epochs=3, learning_rate=3e-3, max_grad_norm=1.0
+    )
+    trainer = RewardTrainer(
+        reward_model(head=False), args, processing_class=tokenizer,
+        train_dataset=pairs(160), eval_dataset=pairs(100, seed=1),
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_accuracy"] == 0.5
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] > 0.9
+    assert metrics["eval_loss"] < 0.5
+    assert metrics["eval_margin"] > 0.5
+
+
+def test_resumed_equals_uninterrupted(tokenizer, arguments, tmp_path):
+    common = dict(
+        per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-2,
+        save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    straight = run(tokenizer, arguments(output_dir=str(tmp_path / "straight"), **common), 12)
+    assert straight.state.global_step == 6
+    fresh = RewardTrainer(
+        reward_model(seed=9), arguments(output_dir=str(tmp_path / "resumed"), **common),
+        processing_class=tokenizer, train_dataset=pairs(12), loss=RankingLoss(lm_coef=0.5),
+        lm_head=language_model(seed=9).lm_head,
+    )  # fmt: skip
+    before = weights(fresh).clone()
+    fresh.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+    assert fresh.state.global_step == 6
+    assert (weights(fresh) - before).abs().max() > 0.1
+    torch.testing.assert_close(weights(fresh), weights(straight), rtol=0, atol=0)
+
+
+def test_best_checkpoint_is_loaded_at_the_end(tokenizer, arguments, tmp_path):
+    """The smallest spread of scores is the first: training widens it."""
+    args = arguments(
+        per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-2,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="score_std", greater_is_better=False,
+    )  # fmt: skip
+    trainer = run(tokenizer, args, 32, eval_dataset=pairs(5, seed=1))
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    spreads = [row["eval_score_std"] for row in trainer.state.log_history if "eval_loss" in row]
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert spreads[0] < spreads[1]
+    again = trainer.evaluate()
+    assert again["eval_score_std"] == pytest.approx(spreads[0])
+    assert again["eval_loss"] == pytest.approx(losses[0])  # the output head came along
+
+
+def test_a_checkpoint_without_a_weight_is_refused(tokenizer, arguments, tmp_path):
+    trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    state = trainer.reward_model.state_dict()
+    state.pop("score.weight")
+    trainer.reward_model.save_pretrained(tmp_path / "broken", state_dict=state)
+    with pytest.raises(ValueError, match="score"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "broken"))
+
+
+def test_saved_folder_serves_as_a_classifier(tokenizer, arguments, tmp_path):
+    trainer = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer,
+        loss=RankingLoss(lm_coef=1.0), lm_head=language_model().lm_head,
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "saved"))
+    records = pairs(4)
+    expected = trainer.predict(records).predictions
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for column, answer in enumerate(("chosen", "rejected")):
+        texts = [f"{record['prompt']} {record[answer]} </s>" for record in records]
+        with torch.no_grad():
+            logits = classifier(**saved(texts, padding=True, return_tensors="pt")).logits
+        np.testing.assert_allclose(logits[:, 0], expected[:, column], atol=1e-4)
+    trainer = RewardTrainer(tmp_path / "saved", arguments(), processing_class=saved)
+    np.testing.assert_allclose(trainer.predict(records).predictions, expected, atol=1e-5)
+
+
+def test_datasets_keep_their_columns_and_arguments_their_values(tokenizer, arguments):
+    datasets = pytest.importorskip("datasets")
+    args = arguments(per_device_train_batch_size=4, num_train_epochs=1)
+    before = args.to_dict()
+    trainer = RewardTrainer(
+        reward_model(), args, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(pairs(8, margin=1.0, source="somewhere")),
+        eval_dataset=datasets.Dataset.from_list(pairs(4, margin=100.0)),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 50  # the margin reached the loss
+    assert args.remove_unused_columns
+    assert args.to_dict() == before
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_activation_checkpointing_changes_no_number(tokenizer, arguments, on):
+    options = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in options else "gradient_checkpointing"  # transformers 5.17
+    model, twin, records = reward_model(), reward_model(), pairs(4)
+    args = arguments(
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=0.1,
+        optim="sgd",
+        **{name: on},
+    )
+    calls = []
+    layer = model.backbone.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    RewardTrainer(model, args, processing_class=tokenizer, train_dataset=records).train()
+    assert len(calls) == (2 if on else 1)  # once more in the backward pass
+    plain = arguments(
+        per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.1, optim="sgd"
+    )
+    RewardTrainer(twin, plain, processing_class=tokenizer, train_dataset=records).train()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
+def test_trained_parameters_are_float32(tokenizer, arguments):
+    model = reward_model().bfloat16()
+    model.backbone.embed_tokens.weight.requires_grad_(False)
+    head = language_model().lm_head.bfloat16()
+    trainer = RewardTrainer(
+        model, arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=1.0), lm_head=head
+    )
+    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    assert model.backbone.embed_tokens.weight.dtype == torch.bfloat16
+    assert head.weight.dtype == torch.bfloat16
+    assert trainer.model.lm_head is not head  # the language model keeps its own
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "chosen": "good"},
+        {"chosen": "good", "rejected": "bad"},
+        {"prompt": "a", "chosen": [{"role": "assistant", "content": "good"}], "rejected": "bad"},
+    ],
+)
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_records_without_a_pair_are_refused_at_once(tokenizer, arguments, record, name):
+    with pytest.raises(ValueError, match=f"{name}.*chosen.*load_pairs"):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{name: [record]})
+
+
+def test_a_margin_is_for_all_or_none(tokenizer, arguments):
+    trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="margin: 2 of 3 records"):
+        trainer.data_collator([*pairs(2), *pairs(1, margin=0.5)])
+    batch = trainer.data_collator([*pairs(1, margin=2), *pairs(1, margin=0.5)])
+    assert batch["margin"].tolist() == [2.0, 0.5]
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, arguments):
+    small = reward_model(vocab_size=len(WORDS) - 1)
+    with pytest.raises(ValueError, match=r"13 tokens.*only 12.*resize_token_embeddings"):
+        RewardTrainer(small, arguments(), processing_class=tokenizer)
+    small.backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    RewardTrainer(small, arguments(), processing_class=tokenizer)
+
+
+def test_model_and_heads_have_to_fit(tokenizer, arguments):
+    lm = language_model()
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*from_language_model"):
+        RewardTrainer(lm, arguments(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="get_output_embeddings"):
+        RewardTrainer(
+            reward_model(), arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=1.0)
+        )
+    with pytest.raises(ValueError, match="lm_coef is None"):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, lm_head=lm.lm_head)
+    with pytest.raises(ValueError, match=r"RankingLoss\(label_smoothing=\)"):
+        RewardTrainer(
+            reward_model(), arguments(label_smoothing_factor=0.1), processing_class=tokenizer
+        )
+
+
+def test_a_score_that_is_not_finite_stops_the_step(tokenizer, arguments):
+    model = reward_model()
+    args = arguments(per_device_train_batch_size=2, num_train_epochs=1)
+    trainer = RewardTrainer(model, args, processing_class=tokenizer, train_dataset=pairs(2))
+    with torch.no_grad():
+        model.backbone.embed_tokens.weight[WORDS.index("bad")] = float("nan")
+    before = model.score.weight.clone()
+    with pytest.raises(FloatingPointError, match=r"2 pairs are not finite.*good"):
+        trainer.train()
+    assert torch.equal(model.score.weight, before)
