@@ -38,7 +38,7 @@ format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks f
 	$(BIN)/ruff format .
 
 docs: $(VENV)/installed-docs  ## reference pages from the docstrings, into site/
-	$(BIN)/pdoc --docformat google --math --output-directory site mossrlhf
+	$(BIN)/python tools/build_docs.py
 
 clean:  ## remove the environment, builds and caches; outputs/ is kept
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

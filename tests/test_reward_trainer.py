@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_loss_of_a_batch_by_hand(tokenizer, arguments, beta):
         expected -= beta * sum(likelihoods) / sum(lengths)
     trainer = RewardTrainer(
         model, arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=beta),
-        lm_head=None if beta is None else lm.lm_head,
+        lm_head=None if beta is None else lm.lm_head, margin_column="margin",
     )  # fmt: skip
     batch = trainer.data_collator(records)
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
@@ -386,12 +387,23 @@ def test_datasets_keep_their_columns_and_arguments_their_values(tokenizer, argum
     trainer = RewardTrainer(
         reward_model(), args, processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(pairs(8, margin=1.0, source="somewhere")),
-        eval_dataset=datasets.Dataset.from_list(pairs(4, margin=100.0)),
+        eval_dataset=datasets.Dataset.from_list(pairs(4, margin=100.0)), margin_column="margin",
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 50  # the margin reached the loss
     assert args.remove_unused_columns
     assert args.to_dict() == before
+
+
+def test_documentation_runs(root, tmp_path, monkeypatch):
+    text = (root / "docs" / "reward_modeling.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["metrics"]["eval_loss"] > 0
+    assert len(blocks) == 3
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -451,12 +463,16 @@ def test_records_without_a_pair_are_refused_at_once(tokenizer, arguments, record
         RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{name: [record]})
 
 
-def test_a_margin_is_for_all_or_none(tokenizer, arguments):
-    trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
-    with pytest.raises(ValueError, match="margin: 2 of 3 records"):
-        trainer.data_collator([*pairs(2), *pairs(1, margin=0.5)])
-    batch = trainer.data_collator([*pairs(1, margin=2), *pairs(1, margin=0.5)])
+def test_margins_are_read_where_asked_for(tokenizer, arguments):
+    plain = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    assert plain.data_collator(pairs(2, margin=3.0))["margin"].tolist() == [0.0, 0.0]
+    trainer = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer, margin_column="lead"
+    )
+    batch = trainer.data_collator([*pairs(1, lead=2), *pairs(1, lead=0.5)])
     assert batch["margin"].tolist() == [2.0, 0.5]
+    with pytest.raises(ValueError, match="margin_column: a record has no 'lead'"):
+        trainer.data_collator([*pairs(1, lead=2), *pairs(1)])
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, arguments):

@@ -191,8 +191,8 @@ class Engine:
         }
 
     def _require_finite(self, stats: Mapping[str, Tensor], minibatch: Rollout) -> None:
-        values = torch.stack([value.double() for value in stats.values()])
-        broken = self.reduce((~torch.isfinite(values)).double())
+        values = torch.stack([value.float() for value in stats.values()])
+        broken = self.reduce((~torch.isfinite(values)).float())
         if not bool(broken.any()):
             return
         for optimizer in self.optimizers.values():

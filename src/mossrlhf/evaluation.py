@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mossrlhf.functional.reduce import Reduce
+from mossrlhf.functional.reduce import Reduce, widest
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def win_rates(
     """
     counted = torch.isfinite(ours) & torch.isfinite(theirs)
     outcomes = torch.stack([ours > theirs, ours == theirs, ours < theirs])
-    counts = reduce((outcomes & counted).sum(dim=1).double())
+    counts = reduce(widest((outcomes & counted).sum(dim=1)))
     shares = (counts / counts.sum().clamp(min=1)).tolist()
     return dict(zip(("win_rate", "tie_rate", "lose_rate"), shares, strict=True))
 
@@ -71,8 +71,8 @@ def compare(
     for name, ours in policy.items():
         for side, scores in (("policy", ours), ("ref", reference[name])):
             finite = torch.isfinite(scores)
-            count = reduce(finite.sum().double())
-            total = reduce(torch.where(finite, scores, 0.0).double().sum())
+            count = reduce(widest(finite.sum()))
+            total = reduce(widest(torch.where(finite, scores, 0.0)).sum())
             metrics[f"eval/{name}/{side}"] = float(total / count.clamp(min=1))
         rates = win_rates(ours, reference[name], reduce)
         metrics.update({f"eval/{name}/{rate}": value for rate, value in rates.items()})

@@ -1,6 +1,8 @@
 """Sums that become means at the end: over tokens, micro-batches, steps and processes alike."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from math import log
 from itertools import pairwise
 
 import torch
@@ -8,8 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mossrlhf.functional.logprobs import kl_k1, kl_k3
-from mossrlhf.functional.reduce import Reduce, masked_moments, masked_sum
+from mossrlhf.functional.reduce import Reduce, masked_moments, masked_sum, widest
 from mossrlhf.types import Rollout
+
+OFF = log(1.1)
+"""Log-probabilities further apart than this are a ratio outside [0.9, 1.1], nats."""
 
 
 class Meter:
@@ -32,8 +37,8 @@ class Meter:
             weight: scalar, e.g. the number of tokens of the optimizer step.
         """
         for name, value in stats.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double() * weight
-            self._weights[name] = self._weights.get(name, 0.0) + weight.double()
+            self._sums[name] = self._sums.get(name, 0.0) + widest(value) * weight
+            self._weights[name] = self._weights.get(name, 0.0) + widest(weight)
 
     def compute(self, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
         """Return the weighted mean of each name.
@@ -60,53 +65,62 @@ def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) ->
 
     Source: P1 §5.2. Perplexity is exp(token-mean negative log-likelihood) of the response.
     """
-    mask, sequences = rollout.mask, torch.ones(len(rollout), device=rollout.mask.device)
-    count = reduce(sequences.sum())
-    tokens = reduce(mask.sum().float()).clamp(min=1)
-    out: dict[str, Tensor] = {
-        "response/length_tokens": reduce(rollout.response_lengths.float().sum()) / count,
-        "response/truncated_fraction": reduce(rollout.truncated.float().sum()) / count,
+    rollout = _widened(rollout)
+    mask = rollout.mask
+    ones = widest(torch.ones(len(rollout), device=mask.device))
+    count, tokens = reduce(ones.sum()), reduce(widest(mask).sum()).clamp(min=1)
+
+    def per_token(x: Tensor) -> Tensor:
+        return reduce(masked_sum(x, mask)) / tokens
+
+    def spread(name: str, x: Tensor, counted: Tensor) -> dict[str, Tensor]:
+        mean, variance = masked_moments(x, counted, reduce=reduce)
+        return {f"{name}mean": mean, f"{name}std": variance.sqrt()}
+
+    out = {
+        "response/length_tokens": reduce(widest(rollout.response_lengths).sum()) / count,
+        "response/truncated_fraction": reduce(widest(rollout.truncated).sum()) / count,
+        "response/distinct_2": reduce(distinct_2(rollout.completions()) * ones[0]) / reduce(ones[0]),
     }
-    variety = torch.tensor(distinct_2(rollout.completions()), device=mask.device)
-    out["response/distinct_2"] = reduce(variety) / reduce(torch.ones_like(variety))
-    if rollout.logprobs is not None:
-        mean_logprob = reduce(masked_sum(rollout.logprobs, mask)) / tokens
-        out["perplexity/policy"] = torch.exp(-mean_logprob)
-    if rollout.ref_logprobs is not None:
-        mean_logprob = reduce(masked_sum(rollout.ref_logprobs, mask)) / tokens
-        out["perplexity/ref"] = torch.exp(-mean_logprob)
-    if rollout.logprobs is not None and rollout.ref_logprobs is not None:
-        k1 = reduce(masked_sum(kl_k1(rollout.logprobs, rollout.ref_logprobs), mask))
-        k3 = reduce(masked_sum(kl_k3(rollout.logprobs, rollout.ref_logprobs), mask))
-        out["kl/ref_per_token"], out["kl/ref_per_sequence"] = k1 / tokens, k1 / count
-        out["kl/ref_k3_per_token"], out["kl/ref_k3_per_sequence"] = k3 / tokens, k3 / count
+    logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
+    if logprobs is not None:
+        out["perplexity/policy"] = torch.exp(-per_token(logprobs))
+    if ref_logprobs is not None:
+        out["perplexity/ref"] = torch.exp(-per_token(ref_logprobs))
+    if logprobs is not None and ref_logprobs is not None:
+        k1, k3 = per_token(kl_k1(logprobs, ref_logprobs)), per_token(kl_k3(logprobs, ref_logprobs))
+        out |= {"kl/ref_per_token": k1, "kl/ref_per_sequence": k1 * tokens / count}
+        out |= {"kl/ref_k3_per_token": k3, "kl/ref_k3_per_sequence": k3 * tokens / count}
     if rollout.entropies is not None:
-        out["policy/entropy_nats_per_token"] = reduce(masked_sum(rollout.entropies, mask)) / tokens
-    if rollout.sampler_logprobs is not None and rollout.logprobs is not None:
-        gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
-        out["sampler/logprob_gap_nats"] = reduce(masked_sum(gap, mask)) / tokens
-        off = torch.exp(gap) > 1.1
-        out["sampler/ratio_off_fraction"] = reduce((off & mask).sum().float()) / tokens
+        out["policy/entropy_nats_per_token"] = per_token(rollout.entropies)
+    if rollout.sampler_logprobs is not None and logprobs is not None:
+        gap = (rollout.sampler_logprobs - logprobs).abs()
+        out["sampler/logprob_gap_nats"] = per_token(gap)
+        out["sampler/ratio_off_fraction"] = per_token(widest(gap > OFF))
     if rollout.scores is not None:
-        applicable = torch.isfinite(rollout.scores)
-        mean, variance = masked_moments(rollout.scores, applicable, reduce=reduce)
-        out["reward/score_mean"], out["reward/score_std"] = mean, variance.sqrt()
+        out |= spread("reward/score_", rollout.scores, torch.isfinite(rollout.scores))
+    for name, given in rollout.extra.items():
+        if name.startswith("reward/"):
+            out |= spread(f"{name}/", given, torch.isfinite(given))
     if rollout.rewards is not None:
         out["reward/return_mean"] = reduce(rollout.rewards.sum()) / count
     for name in ("advantages", "values", "returns"):
         value: Tensor | None = getattr(rollout, name)
         if value is not None:
-            mean, variance = masked_moments(value, rollout.states, reduce=reduce)
-            out[f"{name}/mean"], out[f"{name}/std"] = mean, variance.sqrt()
+            out |= spread(f"{name}/", value, rollout.states)
     if rollout.values is not None and rollout.returns is not None:
         out["critic/explained_variance"] = explained_variance(rollout, reduce)
-    for name in rollout.extra:
-        if name.startswith("reward/"):
-            applicable = torch.isfinite(rollout.extra[name])
-            mean, variance = masked_moments(rollout.extra[name], applicable, reduce=reduce)
-            out[f"{name}/mean"], out[f"{name}/std"] = mean, variance.sqrt()
-    packed = torch.stack([value.double() for value in out.values()])
-    return dict(zip(out, packed.tolist(), strict=True))
+    return dict(zip(out, torch.stack(list(out.values())).tolist(), strict=True))
+
+
+def _widened(rollout: Rollout) -> Rollout:
+    """Give every floating tensor the widest type, so that sums over tokens lose nothing."""
+    wide = {
+        spec.name: widest(value)
+        for spec in fields(rollout)
+        if isinstance(value := getattr(rollout, spec.name), Tensor) and value.is_floating_point()
+    }
+    return replace(rollout, **wide, extra={k: widest(v) for k, v in rollout.extra.items()})
 
 
 def explained_variance(

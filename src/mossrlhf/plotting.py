@@ -48,17 +48,16 @@ class Panel:
     spread: str | None = None
 
 
-ABOVE_0 = (0.0, None)
 SCORE = Panel("Reward score (trained on)", {"score": "reward/score_mean"})
-VARIETY = Panel("Different bigrams (share)", {"distinct-2": "response/distinct_2"}, None, ABOVE_0)
+VARIETY = Panel("Distinct bigrams (share)", {"share": "response/distinct_2"}, None, (0.0, None))
 KL = Panel("KL to the SFT model (nats/response)", {"k1": "kl/ref_per_sequence"}, floor=1.0)
 PERPLEXITY = Panel(
     "Perplexity of the responses",
     {"under the policy": "perplexity/policy", "under the SFT model": "perplexity/ref"},
     floor=1.0,
 )
-LENGTH = Panel("Response length (tokens)", {"mean": "response/length_tokens"}, limits=ABOVE_0)
-VALUE_LOSS = Panel("Value loss (squared reward)", {"critic": "critic/loss"}, 0.05, ABOVE_0)
+LENGTH = Panel("Response length (tokens)", {"mean": "response/length_tokens"}, limits=(0.0, None))
+VALUE_LOSS = Panel("Value loss (squared reward)", {"critic": "critic/loss"}, 0.05, (0.0, None))
 
 ARM_PANELS = (SCORE, VARIETY, KL, PERPLEXITY, LENGTH, VALUE_LOSS)
 """What `plot_arms` draws, where it is not told otherwise."""
@@ -134,7 +133,7 @@ def _history_panels(history: History) -> list[Panel]:
     trained = _series(history, score["score"])
     rewards = {n: m for n, m in named("reward/", "/mean").items() if _series(history, m) != trained}
     kl = {"k1 (signed)": "kl/ref_per_sequence", "k3 (≥ 0)": "kl/ref_k3_per_sequence"}
-    responses = {**VARIETY.curves, "truncated": "response/truncated_fraction"}
+    responses = {"distinct-2": "response/distinct_2", "truncated": "response/truncated_fraction"}
     explained = {"critic": "critic/explained_variance"}
     clipped = {"policy": "policy/clip_fraction", "critic": "critic/clip_fraction"}
     wins = named("eval/", "/win_rate")
@@ -147,7 +146,7 @@ def _history_panels(history: History) -> list[Panel]:
         Panel("Responses (shares)", responses, limits=(-0.02, 1.02)),
         VALUE_LOSS,
         Panel("Variance the critic explains (share)", explained, floor=1.0),
-        Panel("Clipped (share of tokens)", clipped, limits=ABOVE_0),
+        Panel("Clipped (share of tokens)", clipped, limits=(0.0, None)),
     ]
 
 
@@ -308,7 +307,7 @@ def _scale(axes: "Axes", panel: Panel) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator, SymmetricalLogLocator
 
     low, high = axes.dataLim.intervaly
-    reach = max(abs(low), abs(high))
+    reach = max(-low, high)
     if (floor := panel.floor) is None or not 20 * floor < reach < math.inf:
         axes.set_ylim(*panel.limits)
         return

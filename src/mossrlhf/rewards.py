@@ -192,12 +192,12 @@ class RewardSet:
 
     def models(self) -> list[RewardModel]:
         """Return the reward models among the rewards."""
-        return [r.model for r, _ in self.rewards if isinstance(r, ModelReward)]
+        return [as_reward_model(r.model) for r, _ in self.rewards if isinstance(r, ModelReward)]
 
     def same_tokenizer(self) -> list[RewardModel]:
         """Return the reward models that read the policy's tokens."""
         models = [r for r, _ in self.rewards if isinstance(r, ModelReward)]
-        return [r.model for r in models if r.tokenizer is None]
+        return [as_reward_model(r.model) for r in models if r.tokenizer is None]
 
     def to(self, device: torch.device | str) -> "RewardSet":
         """Move the reward models among the rewards.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mossrlhf.functional.logprobs import kl_k1
-from mossrlhf.functional.reduce import Reduce
+from mossrlhf.functional.reduce import Reduce, widest
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
 
@@ -44,7 +44,7 @@ class RunningMoments:
             x: ``[B]``.
             reduce: sums a tensor over all processes.
         """
-        x = x[torch.isfinite(x)].double()
+        x = widest(x[torch.isfinite(x)])
         count, total = reduce(torch.stack([torch.ones_like(x).sum(), x.sum()])).tolist()
         if count == 0:
             return

@@ -185,27 +185,23 @@ class Stages:
             `bootstrap` where there is a critic.
         """
         self.model.eval()
-        blank = torch.zeros_like(rollout.token_weights)
-        names = ["logprobs", "entropies", "ref_logprobs"]
-        names += ["values"] if self.critic is not None else []
-        noted = {name: blank.clone() for name in names}
-        after = torch.zeros_like(blank[:, 0])
+        noted: dict[str, Tensor] = {}
         for rows in split(rollout, self.args.micro_batch_size, self.args.max_tokens):
             part = rollout.select(rows)
-            rows = rows.to(blank.device)
+            place = rows.to(part.mask.device), rollout.mask.shape
             with self.accelerator.autocast():
                 stats = policy_stats(self.policy, part, self.model.temperature, entropy=True)
                 with as_reference(self.ref_model, self.policy) as reference:
                     ref = policy_stats(reference, part, self.model.temperature)
                 values = self.model.values(part) if self.critic is not None else None
-            _note(noted["logprobs"], rows, part.mask, stats.logprob)
-            _note(noted["entropies"], rows, part.mask, stats.entropy)
-            _note(noted["ref_logprobs"], rows, part.mask, ref.logprob)
+            _note(noted, "logprobs", *place, part.mask, stats.logprob)
+            _note(noted, "entropies", *place, part.mask, stats.entropy)
+            _note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
             if values is not None:
-                _note(noted["values"], rows, part.states, values[0][part.states])
-                after[rows] = values[1].to(after)
-        if self.critic is not None and self.args.bootstrap_truncated:
-            noted["bootstrap"] = torch.where(rollout.truncated, after, torch.zeros_like(after))
+                _note(noted, "values", *place, part.states, values[0][part.states])
+                if self.args.bootstrap_truncated:
+                    after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
+                    noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
         return replace(rollout, **noted)
 
     def estimate(self, rollout: Rollout) -> Rollout:
@@ -353,9 +349,16 @@ class Stages:
                 )
 
 
-def _note(target: Tensor, rows: Tensor, mask: Tensor, values: Tensor | None) -> None:
-    """Write flat values to the masked places of some rows of ``[B, T]``."""
+def _note(
+    noted: dict[str, Tensor],
+    name: str,
+    rows: Tensor,
+    shape: torch.Size,
+    mask: Tensor,
+    values: Tensor | None,
+) -> None:
+    """Write flat values to the masked places of some rows of a ``[B, T]`` of that name."""
     assert values is not None
-    block = torch.zeros(mask.shape, dtype=target.dtype, device=target.device)
-    block[mask] = values.to(target.dtype)
-    target[rows, : mask.shape[1]] = block
+    block = values.new_zeros(mask.shape)
+    block[mask] = values
+    noted.setdefault(name, values.new_zeros(shape))[rows, : mask.shape[1]] = block

@@ -28,6 +28,7 @@ from mossrlhf.functional.reduce import (
     masked_sum,
     upcast,
     whiten,
+    widest,
 )
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "token_stats",
     "upcast",
     "whiten",
+    "widest",
 ]

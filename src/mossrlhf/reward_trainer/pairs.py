@@ -22,32 +22,38 @@ class PairRows:
     Args:
         collator: from P records to ``input_ids`` and ``attention_mask`` ``[2P, L]``, all chosen,
             then all rejected, and ``chosen_labels`` ``[P, L]``, as `PairCollator` does.
+        margin_column: the records' number m, in units of score; None for 0.
 
     Source: ours.
     """
 
     collator: Callable[..., Mapping[str, Tensor]]
+    margin_column: str | None = None
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return ids and mask ``[P, 2, L]``, ``chosen_labels`` ``[P, L]``, ``margin`` ``[P]``.
 
         Raises:
-            ValueError: where some records have a margin and others have none.
+            ValueError: where a record has no margin, and it should.
         """
         batch = self.collator(records)
-        margins = [record.get("margin") for record in records]
-        missing = margins.count(None)
-        if 0 < missing < len(margins):
-            raise ValueError(
-                f"margin: {missing} of {len(margins)} records have none; give every record its "
-                "margin (0 asks for nothing), or drop the column"
-            )
         rows = {
             name: torch.stack(batch[name].chunk(2), dim=1)
             for name in ("input_ids", "attention_mask")
         }
-        margin = torch.zeros(len(margins)) if missing else torch.tensor(margins).float()
+        margin = torch.tensor([self._margin(record) for record in records])
         return {**rows, "chosen_labels": batch["chosen_labels"], "margin": margin}
+
+    def _margin(self, record: Mapping[str, Any]) -> float:
+        if self.margin_column is None:
+            return 0.0
+        margin = record.get(self.margin_column)
+        if margin is None:
+            raise ValueError(
+                f"margin_column: a record has no {self.margin_column!r}, only {sorted(record)}; "
+                "give every record its margin (0 asks for nothing)"
+            )
+        return float(margin)
 
 
 class PairScores(NamedTuple):

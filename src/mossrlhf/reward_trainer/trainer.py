@@ -43,8 +43,8 @@ class RewardTrainer(Trainer):
         model: the `RewardModel`, trained in place, or its folder or hub name.
         args: of transformers; None for its defaults.
         processing_class: the tokenizer; it is saved along.
-        train_dataset: records of ``prompt``, ``chosen``, ``rejected`` (`data.load_pairs`) and,
-            in all or none, ``margin``: a `datasets.Dataset`, or a sequence of dicts.
+        train_dataset: records of ``prompt``, ``chosen``, ``rejected`` (`data.load_pairs`): a
+            `datasets.Dataset`, or a sequence of dicts.
         eval_dataset: the same, or a dict of several by name.
         data_collator: from records to what `PairCollator` returns; None for
             ``PairCollator(processing_class)``, which knows no limit of length.
@@ -52,6 +52,7 @@ class RewardTrainer(Trainer):
         lm_head: the language model's output head, for ``lm_coef``: copied, and trained along.
             None where there is no such term, or where the configuration ties the output
             embeddings to the input embeddings, which then serve.
+        margin_column: the records' column of margins m(x), in units of score; None for none.
         callbacks: of transformers (`EarlyStoppingCallback` …).
         optimizers: optimizer and schedule; None each for those `args` ask for.
 
@@ -74,6 +75,7 @@ class RewardTrainer(Trainer):
         data_collator: Callable[..., Mapping[str, Tensor]] | None = None,
         loss: RankingLoss | None = None,
         lm_head: nn.Module | None = None,
+        margin_column: str | None = None,
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -84,14 +86,13 @@ class RewardTrainer(Trainer):
                 f"args.label_smoothing_factor: got {args.label_smoothing_factor}, which is for "
                 "labels of tokens; use loss=RankingLoss(label_smoothing=)"
             )
-        collator = data_collator or PairCollator(processing_class)
-        if isinstance(collator, PairCollator):
-            _check_records(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        rows = PairRows(data_collator or PairCollator(processing_class), margin_column)
+        _check_records(rows, train_dataset=train_dataset, eval_dataset=eval_dataset)
         reward_model = _load(model, processing_class)
         super().__init__(
             model=PairModel(reward_model, _output_head(reward_model, lm_head, self.loss)),
             args=args,
-            data_collator=PairRows(collator),
+            data_collator=rows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -324,15 +325,18 @@ def _output_head(
     return None
 
 
-def _check_records(**datasets: Any) -> None:
-    """Look at the first record of each dataset: an error now, not after an epoch."""
+def _check_records(rows: PairRows, **datasets: Any) -> None:
+    """Try the first record of each dataset: an error now, not after an epoch."""
     for name, dataset in datasets.items():
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
             if isinstance(part, Sized) and len(part):
-                _check_record(name, part[0])  # type: ignore[index]
+                record = part[0]  # type: ignore[index]
+                if isinstance(rows.collator, PairCollator):
+                    _check_texts(name, record)
+                rows([record])
 
 
-def _check_record(name: str, record: Mapping[str, Any]) -> None:
+def _check_texts(name: str, record: Mapping[str, Any]) -> None:
     answers = (record.get("chosen"), record.get("rejected"))
     if "prompt" not in record or not all(isinstance(answer, str) for answer in answers):
         columns = {key: type(value).__name__ for key, value in record.items()}

@@ -75,17 +75,6 @@ CHINESE = Language(
                 "多 听 唱片",
             ),
         ),
-        "sleep": Topic(
-            ask="睡 得 更 好",
-            details=(
-                "调暗 灯光",
-                "晚上 少 喝 咖啡",
-                "打开 窗户",
-                "把 手机 放远",
-                "读 一 本 闲书",
-                "按时 上床",
-            ),
-        ),
         "bike": Topic(
             ask="修 自行车",
             details=(

@@ -75,17 +75,6 @@ ENGLISH = Language(
                 "listen to records",
             ),
         ),
-        "sleep": Topic(
-            ask="sleep better",
-            details=(
-                "dim the lights",
-                "avoid late coffee",
-                "open a window",
-                "put the phone away",
-                "read a calm book",
-                "keep regular hours",
-            ),
-        ),
         "bike": Topic(
             ask="fix a bike",
             details=(

@@ -1,0 +1,60 @@
+"""One process of `test_distributed`: take a few optimizer steps over a recorded rollout."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main(folder: Path) -> None:
+    """Train on this process's share of the rollout, and save what came of it."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
+    from mossrlhf.config import TrainerConfig
+
+    world = ToyWorld()
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(world.model_config(hidden_size=16, num_layers=1)).double()
+    options = dict(
+        micro_batch_size=int(os.environ.get("MICRO", "0")) or None,
+        max_tokens=int(os.environ.get("TOKENS", "0")) or None,
+    )
+    trainer = Trainer(
+        policy,
+        reward=world.reward,
+        train_dataset=world.prompts(8),
+        processing_class=world.tokenizer(),
+        generation_config=GenerationConfig(max_new_tokens=12),
+        ptx_dataset=world.sft_examples(16),
+        shaper=RewardShaper(normalize=True),
+        advantage=AdvantageEstimator(whiten=True),
+        loss=PPOMaxLoss(entropy_coef=0.01, advantage_norm=True, ptx_coef=0.1),
+        args=TrainerConfig(
+            output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
+            rollout_size=8,
+            minibatch_size=8,
+            num_ppo_epochs=3,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-3,
+            warmup_steps=0,
+            disable_tqdm=True,
+            **options,
+        ),
+    )
+    accelerator = trainer.accelerator
+    rollout = torch.load(folder / "rollout.pt", weights_only=False)
+    mine = torch.arange(accelerator.process_index, 8, accelerator.num_processes)
+    metrics = trainer.step(rollout.select(mine))
+    if accelerator.is_main_process:
+        flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        name = f"result{accelerator.num_processes}.pt"
+        torch.save({"parameters": flat, "metrics": metrics}, folder / name)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,144 @@
+"""Collapse is named at any length, and only then; so is a policy that does not move."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from mossrlhf.metrics import distinct_2
+from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
+from mossrlhf.toyworld import ToyWorld
+
+
+def described(responses, kl):
+    return {"kl/ref_per_sequence": kl, "response/distinct_2": distinct_2(responses)}
+
+
+def varied(count, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 60, (count, length), generator=generator).tolist()
+
+
+HEALTHY = varied(64, 17)
+PHRASE = [5, 6, 7, 8]
+
+COLLAPSED = {
+    "one phrase to the limit": [PHRASE * 8] * 64,
+    "one token to the limit": [[9] * 32] * 64,
+    "one sentence for everyone": [HEALTHY[0]] * 64,
+    "two words": [[3, 4, 1]] * 64,
+    "nothing but the end": [[1]] * 64,
+}
+
+
+@pytest.fixture
+def watch():
+    return CollapseWatch(kl_bound=25.0, reference_distinct_2=distinct_2(HEALTHY))
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_collapse_is_named_at_any_length(watch, name):
+    with pytest.warns(CollapseWarning, match=r"303.0 nats per sequence .bound 25"):
+        assert watch(described(COLLAPSED[name], kl=303.0))
+
+
+@pytest.mark.parametrize(
+    ("responses", "kl"),
+    [
+        (HEALTHY, 4.8),
+        (varied(64, 32, seed=1), 30.0),  # far from the reference, and still many things to say
+        (varied(64, 3, seed=2), 40.0),  # short alone is no collapse
+        (COLLAPSED["two words"], 2.0),  # nor is monotony that the reference shares
+    ],
+)
+def test_what_is_healthy_is_not_flagged(watch, responses, kl):
+    assert not watch(described(responses, kl))
+
+
+def test_collapse_is_told_once_until_it_is_over(watch):
+    bad, good = described(COLLAPSED["two words"], 50.0), described(HEALTHY, 3.0)
+    seen = []
+    for metrics in (bad, bad, good, bad):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seen.append((watch(metrics), len(caught)))
+    assert seen == [(True, 1), (True, 0), (False, 0), (True, 1)]
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"kl/ref_per_sequence": 99.0},
+        {"response/distinct_2": 0.0},
+        described([[1, 1]], math.nan),
+    ],
+)
+def test_without_numbers_nothing_is_said(watch, metrics):
+    assert not watch(metrics)
+    assert not CollapseWatch(25.0, None)(described([[1, 1, 1]], 99.0))
+
+
+# A policy that does not move.
+
+
+def trained(dtype, rate, steps):
+    """Yield what the watch says of a language model's weights after each step of AdamW."""
+    config = ToyWorld().model_config(hidden_size=16, num_layers=1)
+    model = LlamaForCausalLM(config).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    watch = StillWatch(model, patience=3)
+    ids = torch.arange(120).view(4, 30)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield watch(rate)
+
+
+def test_bfloat16_at_a_small_rate_stands_still():
+    with pytest.warns(StillPolicyWarning, match="float32") as caught:
+        changed = list(trained(torch.bfloat16, 5e-7, steps=6))
+    assert max(changed) < 0.05
+    assert len(caught) == 1  # once, not at every step
+
+
+def test_float32_moves_at_the_same_rate():
+    assert min(trained(torch.float32, 5e-7, steps=6)) > 0.5
+
+
+def test_bfloat16_moves_at_a_large_rate():
+    assert min(trained(torch.bfloat16, 1e-2, steps=6)) > 0.5
+
+
+def test_patience_is_for_steps_in_a_row():
+    model = nn.Linear(4, 4)
+    watch = StillWatch(model, patience=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [watch(1.0), watch(1.0)] == [0, 0]
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        assert watch(1.0) == pytest.approx(16 / 20)
+        assert [watch(1.0), watch(1.0)] == [0, 0]
+    with pytest.warns(StillPolicyWarning, match="3 iterations in a row"):
+        watch(1.0)
+
+
+def test_at_rate_zero_nothing_is_expected():
+    watch = StillWatch(nn.Linear(4, 4), patience=1)
+    assert watch(0.0) == 0
+
+
+def test_frozen_parameters_are_not_looked_at():
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4))
+    watch = StillWatch(model, patience=1)
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.add_(1.0)
+    assert watch(1.0) == 1
+    nothing = StillWatch(nn.Linear(4, 4).requires_grad_(False), patience=1)
+    assert nothing(1.0) == 1  # no place to see it from: nothing is claimed

@@ -1,0 +1,101 @@
+"""The console keeps to 80 columns whatever comes; completions come back as they were."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mossrlhf.tracking import COLUMNS, Completions, ConsoleTable, completion_table
+
+NAMES = [name for _, name, _, _ in COLUMNS]
+ORDINARY = dict(zip(NAMES, [12, 2.861, 4.83, 18.2, 2.31, 3.07, 0.041, 0.083, 0.71], strict=True))
+
+
+def cells(line):
+    """The columns of a line, cut at their places."""
+    found, start = [], 0
+    for _, _, width, _ in COLUMNS:
+        found.append(line[start : start + width].strip())
+        start += width + 1
+    assert start == len(line) + 1
+    return found
+
+
+def test_heading_names_every_column_and_stands_above_it():
+    heading = ConsoleTable.heading()
+    assert len(heading) <= 80
+    assert cells(heading) == [name for name, _, _, _ in COLUMNS]
+
+
+def test_ordinary_numbers():
+    expected = ["12", "2.861", "4.83", "18.2", "2.31", "3.07", "0.041", "0.083", "0.71"]
+    assert cells(ConsoleTable.line(ORDINARY)) == expected
+
+
+@pytest.mark.parametrize(
+    "value", [1e9, -1e9, 123456.789, -99999.5, 1e300, -1e300, math.inf, -math.inf, math.nan, 0]
+)
+def test_huge_numbers_stay_in_their_columns(value):
+    line = ConsoleTable.line(dict.fromkeys(NAMES, value) | {"step": 100_000})
+    assert len(line) <= 80
+    shown = cells(line)
+    assert shown[0] == "100000"
+    for text in shown[1:]:
+        assert float(text) == pytest.approx(value, rel=0.1, nan_ok=True)
+
+
+@given(
+    st.lists(st.floats(), min_size=len(NAMES) - 1, max_size=len(NAMES) - 1),
+    st.integers(0, 999_999),
+)
+def test_any_numbers_make_a_table(values, step):
+    line = ConsoleTable.line(dict(zip(NAMES, [step, *values], strict=True)))
+    assert len(line) == len(ConsoleTable.heading())
+    for text, value in zip(cells(line), [step, *values], strict=True):
+        # At the ends of the double range a single digit is left: 1.5e300 becomes 2e+300.
+        assert float(text) == pytest.approx(value, rel=0.35, abs=0.06, nan_ok=True)
+
+
+def test_what_is_missing_stays_blank():
+    line = ConsoleTable.line({"step": 3, "perplexity/ref": 2.5})
+    assert cells(line) == ["3", "", "", "", "", "2.50", "", "", ""]
+
+
+def test_heading_comes_back_every_few_lines(capsys):
+    table = ConsoleTable(every=2)
+    for step in range(3):
+        table({**ORDINARY, "step": step})
+    lines = capsys.readouterr().out.splitlines()
+    starts = [cells(line)[0] for line in lines]
+    assert starts == ["step", "0", "1", "step", "2"]
+
+
+def test_completions_come_back(tmp_path):
+    path = tmp_path / "new" / "completions.jsonl"
+    write = Completions(path, limit=2)
+    # What `str.splitlines` takes for ends of lines, and people write all the same.
+    texts = ["你好\u2028 a\u0085b\nc\r", 'say "x"\x1c', "left out"]
+    columns = {"reward/a": [0.123456, -1.0, 9.0], "length_tokens": [3, 4, 5]}
+    write(1, ["p", "q", "r"], texts, columns)
+    write(2, ["s"], ["t"], {"reward/a": [2.0]})
+    assert completion_table(path, step=1) == [
+        dict(step=1, prompt="p", completion=texts[0], **{"reward/a": 0.1235, "length_tokens": 3.0}),
+        dict(step=1, prompt="q", completion=texts[1], **{"reward/a": -1.0, "length_tokens": 4.0}),
+    ]
+    assert [row["step"] for row in completion_table(str(path))] == [1, 1, 2]
+    assert completion_table(path, step=3) == []
+    assert "你好" in path.read_text(encoding="utf-8")  # readable without a parser
+
+
+def test_rewards_that_do_not_apply_are_null(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    Completions(path)(1, ["p", "q"], ["a", "b"], {"reward/a": [math.nan, math.inf]})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["reward/a"] for row in rows] == [None, None]

@@ -1,0 +1,69 @@
+"""Two processes equal one: parameters and metrics, however the work is split."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mossrlhf import Rollout
+
+SCRIPT = Path(__file__).parent.parent / "support" / "ddp_step.py"
+
+
+def recorded_rollout(world) -> Rollout:
+    """Eight responses of very different lengths, no random numbers of a process in them."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.tensor([3, 9, 5, 14, 4, 6, 11, 8])
+    responses = torch.tensor([12, 1, 7, 3, 12, 2, 9, 5])
+    ids = torch.randint(6, 200, (8, 26), generator=generator)
+    return Rollout(
+        input_ids=ids[:, : int((prompts + responses).max())],
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        truncated=responses == 12,
+        mask=torch.arange(12) < responses[:, None],
+        columns={key: [r[key] for r in world.prompts(8)] for key in ("prompt", "topic")},
+    )
+
+
+def launch(folder: Path, processes: int, **settings: str) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in range(processes):
+        env = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        env["PYTHONPATH"] = os.pathsep.join(sys.path)
+        if processes > 1:
+            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        command = [sys.executable, str(SCRIPT), str(folder)]
+        running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=240)[1] for process in running]
+    assert not any(process.returncode for process in running), "\n".join(errors)
+    return torch.load(folder / f"result{processes}.pt")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[Path, dict]:
+    from mossrlhf import ToyWorld
+
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.save(recorded_rollout(ToyWorld()), folder / "rollout.pt")
+    return folder, launch(folder, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"MICRO": "1"}, {"TOKENS": "40"}], ids=str)
+def test_two_processes_equal_one(single, settings):
+    folder, one = single
+    two = launch(folder, 2, **settings)
+    difference = torch.norm(one["parameters"] - two["parameters"])
+    assert difference <= 1e-12 * torch.norm(one["parameters"])
+    local = ("time/", "response/distinct_2")
+    for name, value in one["metrics"].items():
+        if not name.startswith(local):
+            assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
