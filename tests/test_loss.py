@@ -120,6 +120,26 @@ def test_policy_switches(batch, weighted, options, clip, with_weights):
     assert bool(options) == (abs(got.loss.item() - off.item()) > 1e-6)  # the switch does something
 
 
+@pytest.mark.parametrize("cap", [1.0, 1.3])
+def test_truncated_importance_weights(batch, cap):
+    """Each token's loss by min(π_old/π_sampler, C); without the sampler's word, or a cap, by 1."""
+    drift = 0.5 * torch.randn(SIZE, LENGTH, dtype=torch.float64)
+    drawn = replace(batch, sampler_logprobs=batch.logprobs - drift)
+    factor = torch.where(batch.mask, drift.exp().clamp(max=cap), 0.0)
+    model = Model.near(batch)
+    stats = model.stats(batch.mask)
+    got = PPOMaxLoss(sampler_ratio_cap=cap).policy(stats, drawn).loss
+    # The factor belongs to the loss alone: the mean is still over tokens.
+    as_weights = PPOMaxLoss().policy(
+        stats, replace(batch, weights=factor), batch.mask.sum().double()
+    )
+    torch.testing.assert_close(got, as_weights.loss)
+    plain = PPOMaxLoss().policy(stats, batch).loss
+    assert got != plain
+    assert PPOMaxLoss().policy(stats, drawn).loss == plain
+    assert PPOMaxLoss(sampler_ratio_cap=cap).policy(stats, batch).loss == plain
+
+
 def test_policy_statistics(batch):
     model = Model.near(batch)
     stats = PPOMaxLoss(policy_clip=(0.2, 0.4)).policy(model.stats(batch.mask), batch).stats
@@ -237,12 +257,13 @@ class TestPrepare:
         torch.testing.assert_close(pull, -0.01 * sign * weights / weights.sum())
 
     def test_mean_entropy_is_that_of_all_processes(self, batch):
-        """Below the target here, above it together with a process of 100 tokens at 9 nats."""
-        loss = PPOMaxLoss(entropy_coef=0.01, entropy_target=5.0)
-        others = iter([torch.tensor(900.0), torch.tensor(100.0)])
+        """Above the target here, below it together with a process of 100 tokens at 0.1 nats."""
+        loss = PPOMaxLoss(entropy_coef=0.01, entropy_target=0.4)
+        others = iter([torch.tensor(10.0), torch.tensor(100.0)])
         together = loss.prepare(batch, reduce=lambda tensor: tensor + next(others))
-        assert loss.prepare(batch).extra["entropy_side"].tolist() == [1.0] * SIZE
-        assert together.extra["entropy_side"].tolist() == [-1.0] * SIZE
+        assert next(others, None) is None
+        assert loss.prepare(batch).extra["entropy_side"].tolist() == [-1.0] * SIZE
+        assert together.extra["entropy_side"].tolist() == [1.0] * SIZE
 
     def test_what_is_missing_is_named(self, batch):
         loss = PPOMaxLoss(entropy_coef=0.01, entropy_target=1.0)
@@ -359,6 +380,7 @@ def test_another_algorithm_overrides_the_policy_loss_alone(batch):
         ({"dual_clip": 1.0}, r"\(dual_clip=\): got 1.0, expected a number in \(1, inf\]"),
         ({"value_clip": 0.0}, r"\(value_clip=\)"),
         ({"advantage_clip": -1.0}, r"\(advantage_clip=\)"),
+        ({"sampler_ratio_cap": 0.5}, r"\(sampler_ratio_cap=\): got 0.5"),
         ({"value_coef": -1.0}, r"\(value_coef=\)"),
         ({"entropy_coef": -1.0}, r"\(entropy_coef=\)"),
         ({"kl_loss_coef": -1.0}, r"\(kl_loss_coef=\)"),

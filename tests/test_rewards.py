@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from mossrlhf.models import RewardModel, ValueHead
-from mossrlhf.rewards import ModelReward, RewardSet, _as_reward, as_reward_model, reward_name
+from mossrlhf.rewards import ModelReward, RewardSet, as_reward_model, reward_name
 from mossrlhf.types import Rollout
 
 WORDS = ["user", "assistant", ":", "hi", "there", "how", "are", "you", "fine", "thanks"]
@@ -198,12 +198,12 @@ class TestWeights:
         def nothing(**_):
             return [None, 7.0]
 
-        scores, _, by_name = RewardSet([fine, (nothing, 0.0)], tokenizer)(rollout)
+        scores, _, by_name = RewardSet([fine, (nothing, 0)], tokenizer)(rollout)
         assert scores.tolist() == [2, -1]
         assert by_name["nothing"][1] == 7.0
 
     def test_measured_alone_there_is_no_score(self, tokenizer, rollout):
-        scores, token_scores, by_name = RewardSet([(fine, 0.0)], tokenizer)(rollout)
+        scores, token_scores, by_name = RewardSet([(fine, 0)], tokenizer)(rollout)
         assert (scores, token_scores) == (None, None)
         assert by_name["fine"].tolist() == [2, -1]
 
@@ -340,10 +340,9 @@ class TestRewardSet:
         with pytest.raises(ValueError, match="got an empty list"):
             RewardSet([], tokenizer)
 
-    def test_what_cannot_be_called_is_refused(self):
-        # Not through `RewardSet`, whose annotation refuses it before, here alone.
+    def test_what_cannot_be_called_is_refused(self, tokenizer):
         with pytest.raises(TypeError, match="reward: got 5, expected a reward model"):
-            _as_reward(5)
+            RewardSet([5], tokenizer)
 
     def test_models_are_moved(self, tokenizer):
         backbone = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1)).model

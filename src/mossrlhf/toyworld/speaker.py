@@ -20,7 +20,6 @@ class Speaker:
         connective: a detail has a connective in front.
         wrong: help is refused, or harm is helped.
         ground: each of a reason and an offer beside a refusal.
-        misunderstood: an answer is about another topic altogether.
         off_topic: each detail is about something else.
         filler: a sentence that says nothing is put in.
         rude: a rude sentence is put in.
@@ -32,16 +31,15 @@ class Speaker:
 
     multi_turn: float = 0.25
     harmful: float = 0.2
-    details: Sequence[float] = (0.05, 0.23, 0.33, 0.25, 0.14)
+    details: Sequence[float] = (0.1, 0.3, 0.3, 0.2, 0.1)
     opener: float = 0.5
     closer: float = 0.35
     connective: float = 0.5
-    wrong: float = 0.08
+    wrong: float = 0.12
     ground: float = 0.5
-    misunderstood: float = 0.12
-    off_topic: float = 0.05
-    filler: float = 0.1
-    rude: float = 0.1
+    off_topic: float = 0.03
+    filler: float = 0.2
+    rude: float = 0.15
     repeat: float = 0.1
     max_words: int = 31
 
@@ -74,8 +72,6 @@ class Speaker:
 
     def answer(self, language: Language, topic: str, rng: Random) -> str:
         """An answer of mixed quality, as running text of at most `max_words` words."""
-        if rng.random() < self.misunderstood:
-            topic = rng.choice([name for name in language.topics if name != topic])
         harmful = language.topics[topic].harmful
         refuse = harmful is not (rng.random() < self.wrong)
         body = self._refusal(language, rng) if refuse else self._details(language, topic, rng)

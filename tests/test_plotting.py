@@ -1,0 +1,235 @@
+"""Pictures hold the data they were given, whatever is missing, and leave nothing behind."""
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+
+from mossrlhf.plotting import ARM_PANELS, PERPLEXITY, VALUE_LOSS, Panel, plot_arms, plot_history
+
+matplotlib = pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+CURVES = [name for panel in ARM_PANELS for name in panel.curves.values()]
+
+
+def run(steps=20, scale=1.0, collapses=None, warmup=0):
+    """A made-up history; every metric has values of its own."""
+    history = [
+        {"pretrain/step": i + 1, "critic/loss": 9.0 - i, "reward/score_mean": 0.5}
+        for i in range(warmup)
+    ]
+    for step in range(1, steps + 1):
+        entry = {name: scale * (place + step / steps) for place, name in enumerate(CURVES)}
+        entry |= {
+            "step": step,
+            "reward/score_std": 0.5,
+            "reward/reward_model/mean": entry["reward/score_mean"],
+            "reward/true_quality/mean": 2 - step / steps,
+            "kl/ref_k3_per_sequence": 2.0 * step,
+            "response/truncated_fraction": 0.25,
+            "critic/explained_variance": 0.5,
+            "policy/clip_fraction": 0.1,
+            "critic/clip_fraction": 0.2,
+            "policy/collapsed": float(collapses is not None and step >= collapses),
+        }
+        history.append(entry)
+        if step % 10 == 0:
+            history.append({"step": step, "eval/true_quality/win_rate": 0.6})
+    return history
+
+
+def panels(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def curves(axes):
+    """Points of each curve, crosses apart."""
+    lines = [line for line in axes.lines if line.get_marker() != "X"]
+    return [list(zip(*(map(float, d) for d in line.get_data()), strict=True)) for line in lines]
+
+
+def crosses(axes):
+    return [
+        tuple(map(float, line.get_xydata()[0])) for line in axes.lines if line.get_marker() == "X"
+    ]
+
+
+def of(history, name):
+    entries = [entry for entry in history if "step" in entry and name in entry]
+    return [(float(entry["step"]), entry[name]) for entry in entries]
+
+
+def test_arms_are_drawn_over_each_other_in_order():
+    arms = {"vanilla": run(20), "PPO-max": run(30, scale=2.0)}
+    figure = plot_arms(arms)
+    drawn = panels(figure)
+    assert list(drawn) == [panel.title for panel in ARM_PANELS]
+    for panel in ARM_PANELS:
+        expected = [of(h, name) for h in arms.values() for name in panel.curves.values()]
+        assert curves(drawn[panel.title]) == expected
+    colors = [[line.get_color() for line in axes.lines] for axes in drawn.values()]
+    first, second = colors[0]
+    assert first != second
+    assert all(set(inside) == {first, second} for inside in colors)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(arms)
+    assert [key.get_color() for key in legend.get_lines()] == [first, second]
+
+
+def test_perplexities_have_two_line_styles_and_a_key():
+    axes = panels(plot_arms({"a": run(), "b": run()}))[PERPLEXITY.title]
+    styles = [line.get_linestyle() for line in axes.lines]
+    assert styles == ["-", "--", "-", "--"]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["under the policy", "under the SFT model"]
+
+
+def test_true_quality_stands_beside_the_score():
+    arms = {"a": run(), "b": run(10)}
+    figure = plot_arms(arms, quality="reward/true_quality/mean", title="What is seen")
+    titles = list(panels(figure))
+    assert len(titles) == len(ARM_PANELS)
+    assert "True quality" in titles[1]
+    assert curves(figure.axes[1]) == [of(h, "reward/true_quality/mean") for h in arms.values()]
+    assert figure.legends[0].get_title().get_text() == "What is seen"
+    with pytest.raises(ValueError, match=r"'reward/quality'.*'reward/true_quality/mean'"):
+        plot_arms(arms, quality="reward/quality")
+
+
+def test_collapse_is_marked_where_it_was_first_flagged():
+    arms = {"vanilla": run(collapses=7), "PPO-max": run()}
+    figure = plot_arms(arms)
+    for panel in ARM_PANELS:
+        expected = [of(arms["vanilla"], name)[6] for name in panel.curves.values()]
+        assert crosses(panels(figure)[panel.title]) == expected
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["vanilla", "PPO-max", "collapse detected"]
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(300.0, "symlog"), (15.0, "linear")])
+def test_kl_is_logarithmic_only_where_it_spans_magnitudes(largest, scale):
+    def arm(kl):
+        return [{"step": s, "kl/ref_per_sequence": kl * s / 10 - 0.5} for s in range(11)]
+
+    (axes,) = plot_arms({"a": arm(largest), "b": arm(5.0)}).axes
+    assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    assert low <= -0.5
+    assert high >= largest - 0.5
+
+
+def test_one_run_with_everything():
+    history = run(20, collapses=12, warmup=4)
+    figure = plot_history(history)
+    drawn = panels(figure)
+    assert len(drawn) == 9
+    score = drawn["Reward (score: mean ± std)"]
+    before = [(-3.0, 0.5), (-2.0, 0.5), (-1.0, 0.5), (0.0, 0.5)]
+    assert curves(score)[0] == before + of(history, "reward/score_mean")
+    before = [(-3.0, 9.0), (-2.0, 8.0), (-1.0, 7.0), (0.0, 6.0)]
+    assert curves(drawn[VALUE_LOSS.title]) == [before + of(history, "critic/loss")]
+    assert curves(drawn["Wins against the SFT model (share)"]) == [[(10.0, 0.6), (20.0, 0.6)]]
+    assert crosses(score) == [of(history, "reward/score_mean")[11]]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["collapse detected", "the critic alone learns"]
+
+
+def test_a_trained_reward_that_is_the_score_is_drawn_once():
+    history = run()
+    score = panels(plot_history(history))["Reward (score: mean ± std)"]
+    names = ["reward/score_mean", "reward/true_quality/mean"]
+    assert curves(score) == [of(history, name) for name in names]
+    (band,) = score.collections
+    edges = band.get_paths()[0].get_extents()
+    center = [value for _, value in of(history, "reward/score_mean")]
+    assert edges.ymin == pytest.approx(min(center) - 0.5)
+    assert edges.ymax == pytest.approx(max(center) + 0.5)
+
+
+@pytest.mark.parametrize("missing", ["critic/", "reward/", "reward/score_std", "kl/", "policy/"])
+def test_what_is_missing_is_left_out(missing):
+    history = [
+        {name: value for name, value in entry.items() if not name.startswith(missing)}
+        for entry in run(warmup=2, collapses=3)
+    ]
+    for figure in (plot_history(history), plot_arms({"a": history, "b": run()})):
+        assert figure.axes
+        for axes in figure.axes:
+            assert axes.lines
+
+
+def test_single_points_gaps_and_unknown_entries_are_drawn():
+    values = [1.0, math.nan, math.inf, None, 3.0]
+    broken = [{"step": s, "critic/loss": value} for s, value in enumerate(values, start=1)]
+    figure = plot_arms({"a": broken, "b": [{"step": 1, "critic/loss": 2.0}, {"note": 1.0}]})
+    (first, second) = figure.axes[0].lines
+    assert [math.isnan(y) for y in first.get_ydata()] == [False, True, True, False]
+    assert first.get_marker() != "o"
+    assert second.get_marker() == "o"  # of one point there is no line
+
+
+def test_own_panels_and_other_formats(tmp_path):
+    own = Panel("Entropy", {"mean": "policy/entropy_nats_per_token"})
+    history = [{"step": 1, "policy/entropy_nats_per_token": 2.0}]
+    path = tmp_path / "new" / "entropy.svg"
+    figure = plot_arms({"a": history, "b": history}, path, panels=[own, ARM_PANELS[0]])
+    assert list(panels(figure)) == ["Entropy"]
+    assert path.read_text().lstrip().startswith("<?xml")
+
+
+def test_more_arms_than_colors_are_still_told_apart():
+    arms = {f"arm {number}": run(3, scale=number) for number in range(1, 12)}
+    figure = plot_arms(arms)
+    assert len({line.get_color() for line in figure.axes[0].lines}) == len(arms)
+    assert len(figure.legends[0].get_texts()) == len(arms)
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "time/step_seconds": 1.0}]])
+def test_nothing_to_draw(history):
+    with pytest.raises(ValueError, match="call train"):
+        plot_history(history)
+    with pytest.raises(ValueError, match="call train"):
+        plot_arms({"a": history, "b": history})
+    with pytest.raises(ValueError, match="call train"):
+        plot_arms({})
+
+
+def test_png_is_small_and_a_notebook_shows_it(tmp_path):
+    path = tmp_path / "curves.png"
+    arms = {f"a rather long name, number {i}": run(200, scale=i) for i in range(1, 6)}
+    figure = plot_arms(arms, path, title="A title")
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as image:
+        assert image.size == (1200, 800)
+    shown = Image.open(io.BytesIO(figure._repr_png_()))
+    assert shown.size == (1200, 800)
+    assert len(shown.convert("RGB").getcolors(1 << 16)) > 20  # no blank page
+
+
+def test_pyplot_stays_out_of_it(root):
+    code = f"""
+import sys
+sys.path.insert(0, {str(root / "src")!r})
+from mossrlhf.plotting import plot_history
+print("matplotlib" in sys.modules)
+plot_history([{{"step": 1, "critic/loss": 1.0}}])._repr_png_()
+print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "False"], done.stderr
+
+
+def test_settings_are_left_as_they_were():
+    before = dict(matplotlib.rcParams)
+    plot_arms({"a": run(), "b": run()})
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "mossrlhf\[plot\]"'):
+        plot_history(run())
