@@ -1,4 +1,4 @@
-"""PPO-max on any causal language model, or the whole story in the toy world.
+r"""PPO-max on any causal language model, or the whole story in the toy world.
 
 With no arguments: the toy world, three arms side by side, in minutes on two cores::
 
@@ -11,9 +11,9 @@ From nothing but preference pairs: tokenizer, SFT, reward model, PPO-max::
 With models of your own, alone or under ``accelerate launch``; every option of `TrainerConfig`
 and of the dataclasses below, from the command line or from a YAML file::
 
-    accelerate launch examples/ppo_llama.py --config run.yaml \\
+    accelerate launch examples/ppo_llama.py --config run.yaml \
         --model_name_or_path path/to/sft --reward_model_path path/to/reward --dataset prompts.json
-    python examples/ppo_llama.py --model_name_or_path path/to/sft \\
+    python examples/ppo_llama.py --model_name_or_path path/to/sft \
         --reward rewards.py:brevity --dataset prompts.jsonl --lang en
 """
 
@@ -115,9 +115,7 @@ def train(
             top_p=sampling.top_p,
         ),
         args=args,
-        shaper=RewardShaper(
-            kl_coef=algorithm.kl_coef, normalize=True, clip=algorithm.reward_clip
-        ),
+        shaper=RewardShaper(kl_coef=algorithm.kl_coef, normalize=True, clip=algorithm.reward_clip),
         advantage=AdvantageEstimator(gamma=algorithm.gamma, lam=algorithm.lam),
         loss=PPOMaxLoss(
             policy_clip=algorithm.policy_clip,

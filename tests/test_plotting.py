@@ -89,14 +89,14 @@ def test_perplexities_have_two_line_styles_and_a_key():
 
 def test_true_quality_stands_beside_the_score():
     arms = {"a": run(), "b": run(10)}
-    figure = plot_arms(arms, quality="reward/true_quality/mean", title="What is seen")
+    figure = plot_arms(arms, true_quality="reward/true_quality/mean", title="What is seen")
     titles = list(panels(figure))
     assert len(titles) == len(ARM_PANELS)
     assert "True quality" in titles[1]
     assert curves(figure.axes[1]) == [of(h, "reward/true_quality/mean") for h in arms.values()]
     assert figure.legends[0].get_title().get_text() == "What is seen"
     with pytest.raises(ValueError, match=r"'reward/quality'.*'reward/true_quality/mean'"):
-        plot_arms(arms, quality="reward/quality")
+        plot_arms(arms, true_quality="reward/quality")
 
 
 def test_collapse_is_marked_where_it_was_first_flagged():

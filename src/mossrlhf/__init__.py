@@ -21,12 +21,52 @@ _HOMES = {
     "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "reward_trainer": ("RankingLoss", "RewardTrainer"),
+    "sft_trainer": ("SFTTrainer",),
     "toyworld": ("ToyWorld",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("data", "functional", "presets", "toyworld")
 
-__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
+__all__ = [
+    "ActorCritic",
+    "AdvantageEstimator",
+    "Advantages",
+    "CollapseWarning",
+    "CollapseWatch",
+    "GroupRelative",
+    "HFSampler",
+    "LeaveOneOut",
+    "LossOutput",
+    "ModelReward",
+    "PPOMaxLoss",
+    "RankingLoss",
+    "ReinforcePlusPlus",
+    "RewardFunction",
+    "RewardModel",
+    "RewardSet",
+    "RewardShaper",
+    "RewardTrainer",
+    "RollingReturnMoments",
+    "Rollout",
+    "RolloutBuffer",
+    "RunningMoments",
+    "SFTTrainer",
+    "Sampler",
+    "StillPolicyWarning",
+    "StillWatch",
+    "TokenStats",
+    "ToyWorld",
+    "Trainer",
+    "TrainerConfig",
+    "ValueHead",
+    "__version__",
+    "data",
+    "functional",
+    "micro_batches",
+    "policy_stats",
+    "presets",
+    "toyworld",
+]
 
 if TYPE_CHECKING:
     from mossrlhf import data, functional, presets, toyworld
@@ -44,6 +84,7 @@ if TYPE_CHECKING:
     from mossrlhf.reward_trainer import RankingLoss, RewardTrainer
     from mossrlhf.rewards import ModelReward, RewardFunction, RewardSet
     from mossrlhf.sampling import HFSampler, Sampler
+    from mossrlhf.sft_trainer import SFTTrainer
     from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments
     from mossrlhf.toyworld import ToyWorld
     from mossrlhf.trainer import Trainer

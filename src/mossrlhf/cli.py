@@ -22,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mossrlhf.recipes import toy
 
-    toy.main(
-        toy.ToyConfig(lang=options.lang, seed=options.seed, output_dir=options.output_dir)
-    )
+    toy.main(toy.ToyConfig(lang=options.lang, seed=options.seed, output_dir=options.output_dir))
 
 
 if __name__ == "__main__":

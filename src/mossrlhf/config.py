@@ -126,6 +126,29 @@ class TrainerConfig:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", [self.report_to])
 
+    def require_shareable(self, processes: int) -> None:
+        """Refuse sizes that a number of processes cannot share evenly.
+
+        Args:
+            processes: how many there are.
+
+        Raises:
+            ValueError: where a rollout or minibatch would be torn apart.
+
+        Source: ours.
+        """
+        whole = {
+            "rollout_size": processes * self.samples_per_prompt,
+            "minibatch_size": processes,
+        }
+        for name, group in whole.items():
+            if getattr(self, name) % group:
+                raise ValueError(
+                    f"TrainerConfig({name}={getattr(self, name)}): {processes} processes with "
+                    f"{self.samples_per_prompt} samples per prompt cannot share it evenly; make "
+                    f"it a multiple of {group}"
+                )
+
     def optimizer_steps(self, pretraining: bool = False) -> int:
         """Return the optimizer steps of a whole run.
 

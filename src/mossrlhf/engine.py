@@ -72,7 +72,7 @@ class Engine:
         """
         if self.accelerator.num_processes == 1:
             return tensor
-        return self.accelerator.reduce(tensor.clone(), reduction="sum")  # type: ignore[no-any-return]
+        return self.accelerator.reduce(tensor.clone(), reduction="sum")
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate of each role."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from math import log
 from itertools import pairwise
+from math import log
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,7 +81,8 @@ def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) ->
     out = {
         "response/length_tokens": reduce(widest(rollout.response_lengths).sum()) / count,
         "response/truncated_fraction": reduce(widest(rollout.truncated).sum()) / count,
-        "response/distinct_2": reduce(distinct_2(rollout.completions()) * ones[0]) / reduce(ones[0]),
+        "response/distinct_2": reduce(distinct_2(rollout.completions()) * ones[0])
+        / reduce(ones[0]),
     }
     logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
     if logprobs is not None:
@@ -115,7 +117,7 @@ def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) ->
 
 def _widened(rollout: Rollout) -> Rollout:
     """Give every floating tensor the widest type, so that sums over tokens lose nothing."""
-    wide = {
+    wide: dict[str, Any] = {
         spec.name: widest(value)
         for spec in fields(rollout)
         if isinstance(value := getattr(rollout, spec.name), Tensor) and value.is_floating_point()

@@ -1,10 +1,15 @@
 """Two watchers: a policy that has collapsed, and one that does not move."""
 
 import warnings
+from collections import deque
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+
+LATELY = 10
+"""Iterations back that `CollapseWatch.lately` remembers."""
 
 
 class CollapseWarning(UserWarning):
@@ -31,7 +36,12 @@ class CollapseWatch:
     def __init__(self, kl_bound: float, reference_distinct_2: float | None) -> None:
         self.kl_bound = kl_bound
         self.reference_distinct_2 = reference_distinct_2
-        self.warned = False
+        self.flags: deque[bool] = deque(maxlen=LATELY)
+
+    @property
+    def lately(self) -> bool:
+        """Whether the policy counted as collapsed in one of the last ten iterations."""
+        return any(self.flags)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
         """Look at the metrics of one iteration; warn the first time in a row.
@@ -47,7 +57,7 @@ class CollapseWatch:
         if kl is None or distinct is None or self.reference_distinct_2 is None:
             return False
         collapsed = kl > self.kl_bound and distinct < 0.5 * self.reference_distinct_2
-        if collapsed and not self.warned:
+        if collapsed and not self.lately:
             warnings.warn(
                 f"the policy has collapsed: KL to the reference {kl:.1f} nats per sequence "
                 f"(bound {self.kl_bound:g}) and distinct-2 {distinct:.3f}, under half of the "
@@ -56,7 +66,7 @@ class CollapseWatch:
                 CollapseWarning,
                 stacklevel=3,
             )
-        self.warned = collapsed
+        self.flags.append(collapsed)
         return collapsed
 
 

@@ -88,7 +88,7 @@ def plot_arms(
     histories: Mapping[str, History],
     path: str | Path | None = None,
     panels: Sequence[Panel] = ARM_PANELS,
-    quality: str | None = None,
+    true_quality: str | None = None,
     title: str | None = None,
 ) -> "Figure":
     """Draw several runs over each other, each in a color of its own.
@@ -99,7 +99,7 @@ def plot_arms(
         histories: `Trainer.history` by the name of the run, in the order of the legend.
         path: where to write the picture, in the format of its suffix; None for nowhere.
         panels: what to draw; those of which no run has anything are left out.
-        quality: a metric that tells the true quality, e.g. ``reward/true_quality/mean``, to be
+        true_quality: a metric that tells the true quality, e.g. ``reward/true_quality/mean``, to be
             drawn in place of the second panel; None for none.
         title: one line above all; None for none.
 
@@ -108,15 +108,15 @@ def plot_arms(
 
     Raises:
         ImportError: without matplotlib; it says what to install.
-        ValueError: where nothing has been logged yet, or `quality` by none of the runs.
+        ValueError: where nothing has been logged yet, or `true_quality` by none of the runs.
 
     Source: P1 figures 4 and 9.
     """
-    if quality is not None:
-        if quality not in _logged(histories):
+    if true_quality is not None:
+        if true_quality not in _logged(histories):
             means = sorted(name for name in _logged(histories) if name.endswith("/mean"))
-            raise ValueError(f"quality: got {quality!r}, expected a logged metric, of {means}")
-        true = Panel("True quality (never trained on)", {"quality": quality})
+            raise ValueError(f"true_quality: got {true_quality!r}, which no run logs; take {means}")
+        true = Panel("True quality (never trained on)", {"mean": true_quality})
         panels = [*panels[:1], true, *panels[2:]]
     return _picture(histories, panels, path, title)
 

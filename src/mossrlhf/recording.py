@@ -85,9 +85,7 @@ def unwarped(config: GenerationConfig) -> GenerationConfig:
 
     Source: ours.
     """
-    neutral: dict[str, Any] = dict(
-        temperature=1.0, top_k=0, top_p=1.0, min_p=None, typical_p=1.0
-    )
+    neutral: dict[str, Any] = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=None, typical_p=1.0)
     bare = copy.deepcopy(config)
     for name, value in neutral.items():
         setattr(bare, name, value)

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.models import RewardModel
 from mossrlhf.rewards import ModelReward, as_reward_model
 
 
-def load_policy(model: nn.Module | str | Path, peft_config: Any = None) -> nn.Module:
+def load_policy(model: Any, peft_config: Any = None) -> nn.Module:
     """Make the policy ready to be trained: trained parameters are float32, adapters put on.
 
     Args:
@@ -56,7 +61,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def load_reference(ref_model: nn.Module | str | Path | None, policy: nn.Module) -> nn.Module | None:
+def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
     """Make the reference: what was given, else a frozen copy of the policy as it is now.
 
     Args:
@@ -130,9 +135,7 @@ def load_critic(
     if critic is None or critic is True:
         alike = [model for model in rewards if vocabulary_size(model) == vocabulary]
         if alike:
-            made = RewardModel(
-                copy.deepcopy(alike[0].backbone), copy.deepcopy(alike[0].score)
-            )
+            made = RewardModel(copy.deepcopy(alike[0].backbone), copy.deepcopy(alike[0].score))
         else:
             base = policy.get_base_model() if is_adapted(policy) else policy  # type: ignore
             made = RewardModel.from_language_model(_without_adapters(base))
@@ -225,7 +228,7 @@ def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
             "processing_class: got None, and the model does not say where it came from; pass its "
             "tokenizer"
         )
-    return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(name)
 
 
 def make_accelerator(args: TrainerConfig) -> Accelerator:

@@ -106,11 +106,16 @@ class Run:
             self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
         self._fire("on_train_begin")
         hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        with tqdm(
-            total=self.args.total_steps, initial=self.state.global_step, desc="PPO", disable=hidden
-        ) as self.bar:
-            with self._interruptible():
-                yield
+        with (
+            tqdm(
+                total=self.args.total_steps,
+                initial=self.state.global_step,
+                desc="PPO",
+                disable=hidden,
+            ) as self.bar,
+            self._interruptible(),
+        ):
+            yield
         self._fire("on_train_end")
         if self.state.global_step and self.control.should_save is not None:
             save_checkpoint(self.trainer)

@@ -33,9 +33,9 @@ from mossrlhf.roles import (
     policy_context,
     prompt_budget,
 )
-from mossrlhf.signature import call_with
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
+from mossrlhf.signature import call_with
 from mossrlhf.types import Rollout
 
 Dataset = Sequence[Mapping[str, Any]]
@@ -68,7 +68,7 @@ class Stages:
         advantage: rewards and values → advantages and returns.
         loss: what is minimized.
         sampler: draws responses; None for `HFSampler`.
-        accelerator: of accelerate; None for one made from `args`.
+        accelerator: None for one made from `args`.
 
     Raises:
         ValueError: where the parts do not fit together; it says which and what to do.
@@ -129,9 +129,7 @@ class Stages:
         self.engine = Engine(actor_critic, self.args, self.accelerator)
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
-        self._collate = SFTCollator(
-            self.processing_class, max_length=policy_context(policy)
-        )
+        self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
         self.generator = torch.Generator().manual_seed(self.args.seed)
 
     def collect(self, prompts: PromptBatch | None = None) -> Rollout:
@@ -202,7 +200,8 @@ class Stages:
                 if self.args.bootstrap_truncated:
                     after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
                     noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
-        return replace(rollout, **noted)
+        filled: dict[str, Any] = dict(noted)
+        return replace(rollout, **filled)
 
     def estimate(self, rollout: Rollout) -> Rollout:
         """Shape scores into rewards, and rewards into advantages and returns.
@@ -336,17 +335,7 @@ class Stages:
                 "generation_config: got one beside a sampler, which draws by its own; give it to "
                 "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
             )
-        world = self.accelerator.num_processes
-        for name in ("rollout_size", "minibatch_size"):
-            size, group = getattr(self.args, name), world
-            if name == "rollout_size":
-                group *= self.args.samples_per_prompt
-            if size % group:
-                raise ValueError(
-                    f"TrainerConfig({name}={size}): {world} processes with "
-                    f"{self.args.samples_per_prompt} samples per prompt cannot share it evenly; "
-                    f"make it a multiple of {group}"
-                )
+        self.args.require_shareable(self.accelerator.num_processes)
 
 
 def _note(

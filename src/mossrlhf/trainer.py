@@ -54,7 +54,9 @@ class Trainer(Stages):
         self.run = Run(self, callbacks)
         self._references: dict[int, tuple[Dataset, Rollout]] = {}
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> list[dict[str, Any]]:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None
+    ) -> list[dict[str, Any]]:
         """Train until `TrainerConfig.total_steps`, or go on to there.
 
         Ctrl-C stops after the iteration at hand and leaves everything usable; pressed again it
@@ -99,7 +101,7 @@ class Trainer(Stages):
 
         Source: P1 §5.3.1 (critic pre-training). Its figure 8 trains "until it approaches zero".
         """
-        history = []
+        history: list[dict[str, float]] = []
         if self.critic is None:
             return history
         for _ in self.run.pretraining(steps):
@@ -284,4 +286,3 @@ def describe(trainer: Trainer) -> str:
                 shown |= effective.to_diff_dict()
             lines += [f"    {key} = {value!r}" for key, value in shown.items()]
     return "\n".join(lines)
-

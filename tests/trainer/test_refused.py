@@ -64,7 +64,7 @@ def test_output_directory_that_cannot_be_written(make, tmp_path):
 
 def test_output_directory_that_is_a_file(make, tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(OSError, match="output_dir: .* cannot be written to"):
+    with pytest.raises(OSError, match=r"output_dir: .* cannot be written to"):
         make()
 
 

@@ -94,7 +94,7 @@ def test_ptx_adds_its_gradient_and_no_more(make, world, parameters):
         return torch.cat([g.flatten() for g in kept[0]]), metrics, trainer
 
     off, quiet, _ = gradient(None)
-    on, metrics, trainer = gradient(0.5)
+    on, metrics, _ = gradient(0.5)
     assert "ptx/loss" not in quiet
     assert metrics["ptx/loss"] > 0
     fresh = make("fresh", ptx_dataset=examples, loss=PPOMaxLoss(ptx_coef=1.0))
@@ -221,6 +221,6 @@ def test_a_step_that_is_not_finite_is_not_taken(make, parameters):
     before = parameters(trainer.model)
     scores = torch.zeros(8)
     scores[3] = torch.inf
-    with pytest.raises(FloatingPointError, match="the step was not taken.*rewards of sample"):
+    with pytest.raises(FloatingPointError, match=r"the step was not taken.*rewards of sample"):
         trainer.step(rollout, scores=scores)
     assert torch.equal(before, parameters(trainer.model))

@@ -83,33 +83,19 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.__dict__, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     transformers.utils.logging.disable_progress_bar()
-    seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
-    print(f"mossrlhf {__version__}: the toy world ({config.lang}, seed {config.seed})\n")
-    world = ToyWorld(lang=config.lang, seed=config.seed)
-    tokenizer = world.tokenizer()
-    policy, sft = clock("sft", lambda: _sft(world, tokenizer, folder, config.seed))
-    print(
-        f"SFT model           true quality {sft['true_quality']:.2f}, "
-        f"ended {sft['ended']:.0%}, well-formed {sft['well_formed']:.0%}"
-    )
-    reward_model, accuracy = clock(
-        "reward_model", lambda: _reward_model(world, tokenizer, policy, folder, config.seed)
-    )
-    print(f"reward model        right on {accuracy:.1%} of fresh pairs")
-    reward_model.save_pretrained(folder / "reward_model")
-    tokenizer.save_pretrained(folder / "reward_model")
-    stage = Stage(world, tokenizer, policy, reward_model)
+    print(f"mossrlhf {__version__}: the toy world, {config.lang}, seed {config.seed}\n")
+    clock = _Clock()
+    stage, sft, accuracy = _prepare(config, folder, clock)
     histories: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for arm in config.arms:
-        print(f"\n{arm}")
-        trainer = clock(arm, lambda arm=arm: _run(arm, stage, config))
+        print(f"\n{arm} (learning rate {_rate(arm):g})")
+        trainer = clock(arm, _run, arm, stage, config)
         histories[arm] = trainer.history
-        runs[arm] = clock("evaluation", lambda t=trainer: _measure(t))
+        runs[arm] = clock("evaluation", _measure, trainer)
         answers.setdefault("SFT", _texts(trainer, reference=True))
         answers[arm] = _texts(trainer)
         if arm == "ppo_max":
@@ -120,20 +106,51 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
         "sft": sft,
         "reward_model": {"accuracy": accuracy},
         "runs": runs,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
         "versions": _versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    questions = [record["prompt"][-1]["content"] for record in _held_out(world)]
-    samples = [
-        {"prompt": question, "answers": {name: texts[i] for name, texts in answers.items()}}
-        for i, question in enumerate(questions)
-    ]
-    samples_page("Samples", samples, folder / "samples.md", count=12, seed=config.seed)
-    plot_arms(histories, folder / "curves.png")
+    _write_samples(stage.world, answers, folder / "samples.md", config.seed)
+    plot_arms(histories, folder / "curves.png", quality="reward/true_quality/mean")
     print("\n" + summary_table(runs))
-    print(f"\n{folder}/curves.png, samples.md, summary.json  ({sum(seconds.values()):.0f} s)")
+    print(f"\n{folder}/: curves.png, samples.md, summary.json, policy/, critic/, reward_model/")
+    print(f"{sum(clock.seconds.values()):.0f} seconds in all")
     return summary
+
+
+def _prepare(
+    config: ToyConfig, folder: Path, clock: "_Clock"
+) -> tuple[Stage, dict[str, float], float]:
+    """Train the SFT model and the reward model, and say how good they are."""
+    world = ToyWorld(lang=config.lang, seed=config.seed)
+    tokenizer = world.tokenizer()
+    policy, sft = clock("sft", _sft, world, tokenizer, folder, config.seed)
+    print(
+        f"SFT model      true quality {sft['true_quality']:.2f}, ended {sft['ended']:.0%}, "
+        f"well-formed {sft['well_formed']:.0%}"
+    )
+    reward_model, accuracy = clock(
+        "reward_model", _reward_model, world, tokenizer, policy, folder, config.seed
+    )
+    print(f"reward model   right on {accuracy:.1%} of fresh pairs")
+    reward_model.save_pretrained(folder / "reward_model")
+    tokenizer.save_pretrained(folder / "reward_model")
+    return Stage(world, tokenizer, policy, reward_model), sft, accuracy
+
+
+def _write_samples(world: ToyWorld, answers: dict[str, list[str]], path: Path, seed: int) -> None:
+    samples = [
+        {
+            "prompt": record["prompt"][-1]["content"],
+            "answers": {name: texts[i] for name, texts in answers.items()},
+        }
+        for i, record in enumerate(_held_out(world))
+    ]
+    samples_page("Samples", samples, path, count=12, seed=seed)
+
+
+def _rate(arm: str) -> float:
+    return TUNED_LEARNING_RATE if arm == "vanilla_ppo_tuned" else LEARNING_RATE
 
 
 def _sft(
@@ -213,7 +230,7 @@ def _parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
-    rate = TUNED_LEARNING_RATE if arm == "vanilla_ppo_tuned" else LEARNING_RATE
+    rate = _rate(arm)
     options = dict(
         output_dir=str(Path(config.output_dir) / arm),
         seed=config.seed,
@@ -222,7 +239,7 @@ def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
         minibatch_size=16,
         learning_rate=rate,
         critic_learning_rate=rate,
-        logging_steps=1,
+        logging_steps=5,
     )
 
     def true_quality(**columns: Any) -> list[float]:
@@ -259,7 +276,7 @@ def _texts(trainer: Trainer, reference: bool = False) -> list[str]:
 
 def _measure(trainer: Trainer) -> dict[str, Any]:
     metrics = trainer.evaluate()
-    recent = [entry for entry in trainer.history if "policy/collapsed" in entry][-10:]
+    assert trainer.run.collapse is not None
     return {
         "reward_score": metrics["eval/reward_model/policy"],
         "true_quality": metrics["eval/true_quality/policy"],
@@ -269,19 +286,19 @@ def _measure(trainer: Trainer) -> dict[str, Any]:
         "perplexity_sft": metrics["eval/perplexity/ref"],
         "win_rate": metrics["eval/true_quality/win_rate"],
         "lose_rate": metrics["eval/true_quality/lose_rate"],
-        "collapsed": any(entry["policy/collapsed"] for entry in recent),
+        "collapsed": trainer.run.collapse.lately,
     }
 
 
 class _Clock:
     """Adds up the seconds of named stages."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+    def __call__(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
-        result = work()
+        result = work(*args)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 

@@ -94,7 +94,10 @@ class Speaker:
 
     def _ask(self, language: Language, topic: str, form: str) -> dict:
         """A user's turn that asks for a topic."""
-        return {"role": "user", "content": language.text(form.format(ask=language.topics[topic].ask))}
+        return {
+            "role": "user",
+            "content": language.text(form.format(ask=language.topics[topic].ask)),
+        }
 
     def _remark(self, language: Language, topic: str, rng: Random) -> str:
         """An earlier turn of the assistant, a single good sentence."""
