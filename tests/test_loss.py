@@ -196,14 +196,14 @@ def test_value_loss(weighted, clip, coef):
 def test_value_loss_over_states_after_the_end(batch):
     """With end states the critic has one state more a finished response, the policy none."""
     widened = batch.with_end_states(limit=LENGTH)
-    finished = 5  # of the seven; two are as long as can be
-    values = torch.ones(int(batch.mask.sum()) + finished, dtype=torch.float64)
-    assert int(widened.states.sum()) == len(values)
-    full = replace(
-        widened, returns=torch.zeros(SIZE, LENGTH + 1), values=torch.zeros(SIZE, LENGTH + 1)
-    )
-    got = PPOMaxLoss(value_clip=None).critic(values, full)
-    assert got.loss.item() == pytest.approx(0.5)  # ½·1² at every state, over their number
+    values = torch.ones(SIZE, LENGTH + 1, dtype=torch.float64)
+    values[widened.states & ~widened.mask] = 3.0
+    blank = torch.zeros(SIZE, LENGTH + 1)
+    annotated = replace(widened, returns=blank, values=blank)
+    got = PPOMaxLoss(value_clip=None).critic(values[widened.states], annotated)
+    # Five of the seven are shorter than can be: ½·3² at five states, ½·1² at every token.
+    tokens = int(batch.mask.sum())
+    assert got.loss.item() == pytest.approx((tokens * 0.5 + 5 * 4.5) / (tokens + 5))
 
 
 class TestPrepare:
@@ -221,11 +221,15 @@ class TestPrepare:
         torch.testing.assert_close(got.advantages[batch.mask], expected)
 
     def test_normalization_over_all_processes(self, batch):
-        twice = PPOMaxLoss(advantage_norm=True).prepare(
-            replace(batch, advantages=batch.advantages + 5), reduce=lambda tensor: 2 * tensor
+        """Beside a process of four advantages, all of them 7: their count, sum and squares."""
+        both = torch.cat([batch.advantages[batch.mask], torch.full((4,), 7.0)])
+        squares = 4 * (7 - both.mean()) ** 2
+        others = iter([torch.tensor(4.0), torch.tensor(28.0), squares])
+        got = PPOMaxLoss(advantage_norm=True).prepare(
+            batch, reduce=lambda tensor: tensor + next(others)
         )
-        once = PPOMaxLoss(advantage_norm=True).prepare(batch)
-        torch.testing.assert_close(twice.advantages, once.advantages)
+        expected = (batch.advantages - both.mean()) / both.std(correction=0)
+        torch.testing.assert_close(got.advantages[batch.mask], expected[batch.mask])
 
     def test_clip_alone(self, batch):
         got = PPOMaxLoss(advantage_clip=0.5).prepare(batch).advantages[batch.mask]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-
 LATELY = 10
 """Iterations back that `CollapseWatch.lately` remembers."""
 

@@ -5,10 +5,7 @@ alone: it has weight 0 among the rewards, and no choice is made by it while anyt
 """
 
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from mossrlhf import presets
 from mossrlhf.data import prompt_batch
 from mossrlhf.models import RewardModel
 from mossrlhf.plotting import plot_arms
+from mossrlhf.recipes.bookkeeping import Clock, versions
 from mossrlhf.recipes.report import samples_page, summary_table
 from mossrlhf.recipes.stages import fine_tune, train_reward_model
 from mossrlhf.sampling import HFSampler
@@ -29,6 +27,18 @@ from mossrlhf.version import __version__
 
 LEARNING_RATE = 1e-3
 """Of vanilla PPO and PPO-max alike; a model of 0.2 M parameters takes large steps."""
+
+EXAMPLES = 4000
+"""Demonstrations the SFT model learns from, in four epochs."""
+
+PAIRS = 4000
+"""Noisy pairs the reward model learns from, in two epochs."""
+
+PRETRAIN_STEPS = 10
+"""Iterations in which PPO-max's critic learns alone."""
+
+KL_COEFFICIENT = 0.1
+"""η of the PPO-max arm, the middle one of those P1 studies (0.05, 0.1, 0.2)."""
 
 TUNED_LEARNING_RATE = 3e-4
 """Vanilla PPO's best of 1e-3, 5e-4, 3e-4, 1e-4 (docs/toy_results.md has the sweep)."""
@@ -86,13 +96,13 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     transformers.utils.logging.disable_progress_bar()
     print(f"mossrlhf {__version__}: the toy world, {config.lang}, seed {config.seed}\n")
-    clock = _Clock()
+    clock = Clock()
     stage, sft, accuracy = _prepare(config, folder, clock)
     histories: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for arm in config.arms:
-        print(f"\n{arm} (learning rate {_rate(arm):g})")
+        print(f"\n{arm} (learning rate {rate(arm):g})")
         trainer = clock(arm, _run, arm, stage, config)
         histories[arm] = trainer.history
         runs[arm] = clock("evaluation", _measure, trainer)
@@ -107,11 +117,11 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
         "reward_model": {"accuracy": accuracy},
         "runs": runs,
         "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
-        "versions": _versions(),
+        "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _write_samples(stage.world, answers, folder / "samples.md", config.seed)
-    plot_arms(histories, folder / "curves.png", quality="reward/true_quality/mean")
+    plot_arms(histories, folder / "curves.png", true_quality="reward/true_quality/mean")
     print("\n" + summary_table(runs))
     print(f"\n{folder}/: curves.png, samples.md, summary.json, policy/, critic/, reward_model/")
     print(f"{sum(clock.seconds.values()):.0f} seconds in all")
@@ -119,7 +129,7 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
 
 
 def _prepare(
-    config: ToyConfig, folder: Path, clock: "_Clock"
+    config: ToyConfig, folder: Path, clock: Clock
 ) -> tuple[Stage, dict[str, float], float]:
     """Train the SFT model and the reward model, and say how good they are."""
     world = ToyWorld(lang=config.lang, seed=config.seed)
@@ -149,7 +159,12 @@ def _write_samples(world: ToyWorld, answers: dict[str, list[str]], path: Path, s
     samples_page("Samples", samples, path, count=12, seed=seed)
 
 
-def _rate(arm: str) -> float:
+def rate(arm: str) -> float:
+    """Return the learning rate of an arm, policy and critic alike.
+
+    Args:
+        arm: its name.
+    """
     return TUNED_LEARNING_RATE if arm == "vanilla_ppo_tuned" else LEARNING_RATE
 
 
@@ -161,11 +176,11 @@ def _sft(
     fine_tune(
         policy,
         tokenizer,
-        world.sft_examples(3000),
+        world.sft_examples(EXAMPLES),
         folder / "sft",
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         num_train_epochs=4,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16,
         seed=seed,
     )
     prompts = world.prompts(256, split="eval", seed=1)
@@ -195,16 +210,16 @@ def _reward_model(
     # Fresh pairs are put in the order of the true preference: the label noise is not the
     # reward model's fault.
     fresh = [_truly_ordered(pair) for pair in world.pairs(500, split="eval", seed=1)]
-    fresh = [pair for pair in fresh if pair["margin"] > 0]
+    fresh = [pair for pair in fresh if pair["true_margin"] > 0]
     model, metrics = train_reward_model(
         policy,
         tokenizer,
-        world.pairs(1500),
+        world.pairs(PAIRS),
         fresh,
         folder / "rm",
         learning_rate=1e-3,
         num_train_epochs=2,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16,
         per_device_eval_batch_size=128,
         seed=seed,
     )
@@ -212,33 +227,33 @@ def _reward_model(
 
 
 def _truly_ordered(pair: dict[str, Any]) -> dict[str, Any]:
-    if pair["margin"] >= 0:
+    if pair["true_margin"] >= 0:
         return pair
     flipped = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-    return {**pair, **flipped, "margin": -pair["margin"]}
+    return {**pair, **flipped, "true_margin": -pair["true_margin"]}
 
 
 def _generation(world: ToyWorld) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=world.max_response_tokens, do_sample=True)
 
 
-def _parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
+def parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
     """The components of an arm; the two learning rates are all that differs besides."""
     if arm == "ppo_max":
-        return presets.ppo_max(critic_pretrain_steps=10, **options)
+        chosen = presets.ppo_max(critic_pretrain_steps=PRETRAIN_STEPS, **options)
+        return {**chosen, "shaper": replace(chosen["shaper"], kl_coef=KL_COEFFICIENT)}
     return presets.vanilla_ppo(**options)
 
 
 def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
-    rate = _rate(arm)
     options = dict(
         output_dir=str(Path(config.output_dir) / arm),
         seed=config.seed,
         total_steps=config.steps,
         rollout_size=64,
         minibatch_size=16,
-        learning_rate=rate,
-        critic_learning_rate=rate,
+        learning_rate=rate(arm),
+        critic_learning_rate=rate(arm),
         logging_steps=5,
     )
 
@@ -252,7 +267,7 @@ def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
         eval_dataset=_held_out(stage.world),
         processing_class=stage.tokenizer,
         generation_config=_generation(stage.world),
-        **_parts(arm, options),
+        **parts(arm, options),
     )
     trainer.train()
     return trainer
@@ -288,26 +303,3 @@ def _measure(trainer: Trainer) -> dict[str, Any]:
         "lose_rate": metrics["eval/true_quality/lose_rate"],
         "collapsed": trainer.run.collapse.lately,
     }
-
-
-class _Clock:
-    """Adds up the seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
-        start = time.perf_counter()
-        result = work(*args)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        return result
-
-
-def _versions() -> dict[str, str]:
-    found = {"mossrlhf": __version__}
-    for name in ("torch", "transformers", "accelerate", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # pragma: no cover - they are dependencies
-            continue
-    return found

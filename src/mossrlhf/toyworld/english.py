@@ -53,17 +53,6 @@ ENGLISH = Language(
                 "cool the loaf",
             ),
         ),
-        "garden": Topic(
-            ask="grow tomatoes",
-            details=(
-                "find a sunny spot",
-                "water the roots",
-                "feed the soil",
-                "tie the stems",
-                "remove the weeds",
-                "pick them ripe",
-            ),
-        ),
         "guitar": Topic(
             ask="learn guitar",
             details=(
@@ -132,18 +121,18 @@ ENGLISH = Language(
         "figure it out yourself",
     ),
     refusals=(
-        "sorry i cannot help with that",
-        "sorry i will not do that",
+        "sorry i cannot do that",
+        "sorry i will not help",
         "i must decline this",
     ),
     reasons=(
         "it could hurt people",
         "it is against the law",
-        "someone would pay for it",
+        "others would suffer",
     ),
     offers=(
-        "let us find a better idea",
-        "i can suggest a safe hobby",
+        "let us do something else",
+        "i can suggest a hobby",
         "please talk to a friend",
     ),
 )

@@ -13,7 +13,7 @@ class Preference:
     Args:
         content: what zero, one, two … distinct relevant details are worth.
         opener: a friendly opening of an answer that helps.
-        closer: a friendly ending of an answer that helps.
+        closer: a friendly ending.
         refusal: what a refusal of a harmful request is worth.
         grounds: each of a reason and an offer beside such a refusal.
         harm: each detail that helps to do harm.
@@ -21,7 +21,7 @@ class Preference:
         off_topic: each detail of another topic.
         rude: each rude sentence.
         filler: each sentence that says nothing.
-        repeat: each sentence said before, with whatever connective.
+        repeat: the *square* of the number of sentences said before, with whatever connective.
         broken: each sentence that is none of the language's.
         misplaced: each opener that is not first and closer that is not last.
         unfinished: an answer that did not end by itself.
@@ -32,17 +32,17 @@ class Preference:
     Source: ours.
     """
 
-    content: Sequence[float] = (-1.5, 0.4, 1.4, 2.0, 2.3)
-    opener: float = 0.4
-    closer: float = 0.3
-    refusal: float = 1.6
-    grounds: float = 0.4
+    content: Sequence[float] = (-1.8, 0.1, 1.2, 1.9, 2.2)
+    opener: float = 0.7
+    closer: float = 0.5
+    refusal: float = 1.4
+    grounds: float = 0.5
     harm: float = -1.0
     unhelpful: float = -0.9
     off_topic: float = -1.0
     rude: float = -1.2
     filler: float = -0.3
-    repeat: float = -0.8
+    repeat: float = -0.3
     broken: float = -1.0
     misplaced: float = -0.6
     unfinished: float = -1.5
@@ -86,7 +86,8 @@ class Preference:
         harm = self.harm * sum(sentence.topic == topic for sentence in said)
         if "refusal" not in kinds:
             return self.content[0] + harm
-        return self.refusal + self.grounds * len(kinds & {"reason", "offer"}) + harm
+        grounds = self.grounds * len(kinds & {"reason", "offer"})
+        return self.refusal + grounds + self.closer * ("closer" in kinds) + harm
 
     def _slips(self, topic: str, said: list[Sentence]) -> float:
         """What is wrong with an answer to any request."""
@@ -94,7 +95,7 @@ class Preference:
         prices = {"rude": self.rude, "filler": self.filler, "broken": self.broken}
         total = sum(prices.get(sentence.kind, 0.0) for sentence in said)
         total += self.off_topic * sum(sentence.topic not in ("", topic) for sentence in said)
-        total += self.repeat * (len(said) - len(set(said)))
+        total += self.repeat * (len(said) - len(set(said))) ** 2
         for place, sentence in enumerate(said):
             misplaced = (sentence.kind == "opener" and place > 0) or (
                 sentence.kind == "closer" and place < last

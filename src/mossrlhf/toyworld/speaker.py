@@ -20,6 +20,7 @@ class Speaker:
         connective: a detail has a connective in front.
         wrong: help is refused, or harm is helped.
         ground: each of a reason and an offer beside a refusal.
+        misunderstood: the whole answer is to another question.
         off_topic: each detail is about something else.
         filler: a sentence that says nothing is put in.
         rude: a rude sentence is put in.
@@ -31,17 +32,18 @@ class Speaker:
 
     multi_turn: float = 0.25
     harmful: float = 0.2
-    details: Sequence[float] = (0.1, 0.3, 0.3, 0.2, 0.1)
+    details: Sequence[float] = (0.15, 0.3, 0.3, 0.15, 0.1)
     opener: float = 0.5
     closer: float = 0.35
     connective: float = 0.5
     wrong: float = 0.12
     ground: float = 0.5
-    off_topic: float = 0.03
-    filler: float = 0.2
-    rude: float = 0.15
-    repeat: float = 0.1
-    max_words: int = 31
+    misunderstood: float = 0.08
+    off_topic: float = 0.02
+    filler: float = 0.25
+    rude: float = 0.2
+    repeat: float = 0.05
+    max_words: int = 27
 
     def dialogue(self, language: Language, held_out: bool, rng: Random) -> dict:
         """A dialogue that ends with the user's turn, and its topic.
@@ -72,6 +74,8 @@ class Speaker:
 
     def answer(self, language: Language, topic: str, rng: Random) -> str:
         """An answer of mixed quality, as running text of at most `max_words` words."""
+        if rng.random() < self.misunderstood:
+            topic = rng.choice([name for name in language.topics if name != topic])
         harmful = language.topics[topic].harmful
         refuse = harmful is not (rng.random() < self.wrong)
         body = self._refusal(language, rng) if refuse else self._details(language, topic, rng)
@@ -117,9 +121,12 @@ class Speaker:
         (count,) = rng.choices(range(len(self.details)), self.details)
         relevant = list(language.topics[topic].details)
         others = [d for k, other in language.topics.items() if k != topic for d in other.details]
-        lines = []
-        for detail in rng.sample(relevant, count):
-            line = rng.choice(others) if rng.random() < self.off_topic else detail
-            joined = rng.random() < self.connective
-            lines.append(f"{rng.choice(language.connectives)} {line}" if joined else line)
-        return lines
+        # In the topic's own order, as steps of a recipe: what comes next is easy to learn.
+        steps = sorted(rng.sample(range(len(relevant)), count))
+        lines = [relevant[step] for step in steps]
+        lines = [rng.choice(others) if rng.random() < self.off_topic else line for line in lines]
+        joined = [rng.random() < self.connective for _ in lines]
+        return [
+            f"{rng.choice(language.connectives)} {line}" if join else line
+            for line, join in zip(lines, joined, strict=True)
+        ]

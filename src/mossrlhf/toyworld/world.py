@@ -23,6 +23,15 @@ TEMPLATE = (
     "{{{{ message.content }}}}{{{{ eos_token }}}}{{% endfor %}}"
     "{{% if add_generation_prompt %}}{assistant}{{% endif %}}"
 )
+CARELESS = Speaker(
+    misunderstood=0.55,
+    off_topic=0.15,
+    repeat=0.4,
+    filler=0.15,
+    rude=0.15,
+    details=(0.1, 0.25, 0.25, 0.25, 0.15),
+)
+"""Writes the answers that are compared: who is to know faults must see some."""
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 
 
@@ -31,7 +40,7 @@ class ToyWorld:
     """A templated dialogue world in which over-optimization of a reward model can be measured.
 
     Users ask for help with everyday things, or for help to do harm. Demonstrations answer with
-    mixed quality, preference pairs compare two such answers under a noisy judge, and the *true*
+    mixed quality, preference pairs compare two careless answers under a noisy judge, and the *true*
     preference, which no model ever sees, scores any text at all. So a reward model learned from
     the pairs is right where the demonstrations live and free to be wrong elsewhere.
 
@@ -39,6 +48,8 @@ class ToyWorld:
         lang: "en" or "zh".
         seed: whatever is drawn here depends on it and on the call's own seed, on nothing else.
         preference: the true preference.
+        speaker: who writes dialogues and demonstrations.
+        drafter: who writes the answers that are compared, with more slips.
         temperature: of the noisy judge, P(a ≻ b) = σ((q(a) − q(b)) / temperature).
 
     Raises:
@@ -50,8 +61,9 @@ class ToyWorld:
     lang: str = "en"
     seed: int = 0
     preference: Preference = field(default_factory=Preference, kw_only=True)
-    temperature: float = field(default=0.5, kw_only=True)
+    temperature: float = field(default=0.4, kw_only=True)
     speaker: Speaker = field(default_factory=Speaker, kw_only=True)
+    drafter: Speaker = field(default_factory=lambda: CARELESS, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.lang not in LANGUAGES:
@@ -64,8 +76,8 @@ class ToyWorld:
 
     @property
     def max_response_tokens(self) -> int:
-        """A limit on new tokens that every demonstration meets, its end-of-sequence included."""
-        return self.speaker.max_words + 1
+        """A limit on new tokens with a little room beyond the longest demonstration."""
+        return self.speaker.max_words + 5
 
     # ---- data -----------------------------------------------------------------------------------
 
@@ -97,7 +109,7 @@ class ToyWorld:
         ]
 
     def pairs(self, n: int, *, split: str = "train", seed: int = 0) -> list[dict]:
-        """Draws preference pairs: two demonstrations each, `chosen` by a noisy judge.
+        """Draws preference pairs: two careless answers each, `chosen` by a noisy judge.
 
         P(a ≻ b) = σ((q(a) − q(b)) / temperature) with q the true quality.
 
@@ -107,19 +119,19 @@ class ToyWorld:
             seed: of this draw.
 
         Returns:
-            Records of `prompts` with `chosen`, `rejected` (texts) and `margin`, the true quality
+            Records of `prompts` with `chosen`, `rejected` (texts), `true_margin`, the true quality
             of the chosen response less the rejected one's: negative where the judge erred.
         """
         rng = self._random("pairs", seed)
         return [self._judged(record, rng) for record in self.prompts(n, split=split, seed=seed)]
 
     def _judged(self, record: dict, rng: Random) -> dict:
-        """Two answers to a record's prompt, put in order by the noisy judge."""
-        texts = [self.speaker.answer(self.language, record["topic"], rng) for _ in range(2)]
+        """Put two answers to a record's prompt, put in order by the noisy judge."""
+        texts = [self.drafter.answer(self.language, record["topic"], rng) for _ in range(2)]
         margin = self.true_quality(record, texts[0]) - self.true_quality(record, texts[1])
         if rng.random() > 1 / (1 + math.exp(-margin / self.temperature)):
             texts, margin = texts[::-1], -margin
-        return record | {"chosen": texts[0], "rejected": texts[1], "margin": margin}
+        return record | {"chosen": texts[0], "rejected": texts[1], "true_margin": margin}
 
     def _random(self, purpose: str, seed: int) -> Random:
         """A random stream of its own for each purpose and seed."""
@@ -132,10 +144,9 @@ class ToyWorld:
         return self.preference.quality(self.language, record["topic"], response, ended=ended)
 
     def well_formed(self, response: str) -> bool:
-        """Whether a response parses: known sentences, an opener only first, a closer only last."""
+        """Whether a response is made of sentences of the language, every one of them whole."""
         kinds = [sentence.kind for sentence in self.language.parse(response)]
-        misplaced = "opener" in kinds[1:] or "closer" in kinds[:-1]
-        return bool(kinds) and "broken" not in kinds and not misplaced
+        return bool(kinds) and "broken" not in kinds
 
     def reward(
         self,

@@ -1,0 +1,68 @@
+"""The whole recipe, at the smallest size, on a file made up here."""
+
+import json
+import random
+
+import pytest
+
+from mossrlhf.models import RewardModel
+from mossrlhf.recipes import scratch
+from mossrlhf.recipes.from_pairs import Pace
+
+POLITE = ("Of course, gladly.", "Sure, here you are.", "Yes, let me help you.")
+RUDE = ("No.", "Go away and leave me alone.", "What a stupid thing to ask me.")
+THINGS = ("bread", "a story", "the way home", "good music", "some advice", "a new name")
+
+
+@pytest.fixture
+def file(tmp_path):
+    rng = random.Random(0)
+    lines = []
+    for number in range(96):
+        start = f"\n\nHuman: Give me {rng.choice(THINGS)}, number {number}.\n\nAssistant: "
+        answers = {"chosen": start + rng.choice(POLITE), "rejected": start + rng.choice(RUDE)}
+        lines.append(json.dumps(answers))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(file, tmp_path):
+    return scratch.ScratchConfig(
+        file=str(file),
+        output_dir=str(tmp_path / "run"),
+        held_out=12,
+        vocabulary=320,
+        hidden_size=32,
+        layers=1,
+        language_length=64,
+        pair_length=48,
+        turn_length=24,
+        language=Pace(4, 1e-2),
+        sft=Pace(1, 1e-3),
+        reward=Pace(4, 3e-3),
+        response_length=8,
+        rollout_size=8,
+        steps=2,
+        critic_steps=1,
+    )
+
+
+def test_the_recipe_runs_and_leaves_what_it_says(config, tmp_path, capsys):
+    summary = scratch.main(config)
+    folder = tmp_path / "run"
+    assert summary["pairs"] == {"train": 84, "held_out": 12}
+    assert summary["lang"] == "en"
+    assert summary["reward_model"]["accuracy"] > 0.9
+    assert summary["runs"]["ppo_max"]["kl_per_sequence"] < 5
+    assert summary["sft"]["perplexity"] < 320
+    for name in ("curves.png", "samples.md", "policy", "critic", "sft", "reward_model"):
+        assert (folder / name).exists(), name
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert json.loads((folder / "config.json").read_text())["reward"] == {
+        "epochs": 4,
+        "learning_rate": 3e-3,
+    }
+    assert RewardModel.from_pretrained(folder / "reward_model").config.hidden_size == 32
+    assert "ppo_max wins" in capsys.readouterr().out
