@@ -97,15 +97,15 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     print(f"mossrlhf {__version__}: the toy world, {config.lang}, seed {config.seed}\n")
     clock = Clock()
-    stage, sft, accuracy = _prepare(config, folder, clock)
+    stage, sft, accuracy = prepare(config, folder, clock)
     histories: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for arm in config.arms:
         print(f"\n{arm} (learning rate {rate(arm):g})")
-        trainer = clock(arm, _run, arm, stage, config)
+        trainer = clock(arm, run, arm, stage, config)
         histories[arm] = trainer.history
-        runs[arm] = clock("evaluation", _measure, trainer)
+        runs[arm] = clock("evaluation", measure, trainer)
         answers.setdefault("SFT", _texts(trainer, reference=True))
         answers[arm] = _texts(trainer)
         if arm == "ppo_max":
@@ -128,9 +128,7 @@ def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
     return summary
 
 
-def _prepare(
-    config: ToyConfig, folder: Path, clock: Clock
-) -> tuple[Stage, dict[str, float], float]:
+def prepare(config: ToyConfig, folder: Path, clock: Clock) -> tuple[Stage, dict[str, float], float]:
     """Train the SFT model and the reward model, and say how good they are."""
     world = ToyWorld(lang=config.lang, seed=config.seed)
     tokenizer = world.tokenizer()
@@ -245,15 +243,24 @@ def parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
     return presets.vanilla_ppo(**options)
 
 
-def _run(arm: str, stage: Stage, config: ToyConfig) -> Trainer:
+def run(arm: str, stage: Stage, config: ToyConfig, learning_rate: float | None = None) -> Trainer:
+    """Train one arm.
+
+    Args:
+        arm: its name.
+        stage: what the stages before PPO left behind.
+        config: seed, steps, folder.
+        learning_rate: of policy and critic; None for the arm's own.
+    """
+    learning_rate = learning_rate or rate(arm)
     options = dict(
         output_dir=str(Path(config.output_dir) / arm),
         seed=config.seed,
         total_steps=config.steps,
         rollout_size=64,
         minibatch_size=16,
-        learning_rate=rate(arm),
-        critic_learning_rate=rate(arm),
+        learning_rate=learning_rate,
+        critic_learning_rate=learning_rate,
         logging_steps=5,
     )
 
@@ -289,7 +296,12 @@ def _texts(trainer: Trainer, reference: bool = False) -> list[str]:
     return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
 
 
-def _measure(trainer: Trainer) -> dict[str, Any]:
+def measure(trainer: Trainer) -> dict[str, Any]:
+    """Return the figures of an arm on held-out prompts, against the SFT model.
+
+    Args:
+        trainer: of the arm.
+    """
     metrics = trainer.evaluate()
     assert trainer.run.collapse is not None
     return {
