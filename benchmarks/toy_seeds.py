@@ -9,6 +9,7 @@ table, by the true quality, which favors vanilla PPO: PPO-max's settings are not
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "seeds"
 FIGURES = ROOT / "benchmarks" / "results" / "toy_seeds.json"
 PAGE = ROOT / "docs" / "toy_results.md"
+PICTURE = ROOT / "docs" / "images" / "curves.png"
 SWEEP_SEED = 10
 RATES = (1e-3, 5e-4, 3e-4, 1e-4)
 
@@ -61,7 +63,6 @@ def table() -> None:
     seeds = {k: v for k, v in known.items() if not k.startswith("sweep")}
     english = [v for k, v in seeds.items() if k.startswith("en")]
     maximal = [v["runs"]["ppo_max"] for v in english]
-    collapsed = [v["runs"]["vanilla_ppo"] for v in english]
     below = sum(
         v["runs"]["vanilla_ppo"]["true_quality"] < v["sft"]["true_quality"]
         and v["runs"]["vanilla_ppo"]["collapsed"]
@@ -71,16 +72,16 @@ def table() -> None:
         "# The toy world over seeds",
         "",
         "Written by `benchmarks/toy_seeds.py` from `benchmarks/results/toy_seeds.json`; one run of",
-        "`make demo` is one row of each table. Win and lose rates are against the SFT model, on 300",
-        "held-out prompts, by the true preference, which nothing is trained or chosen by (but for",
-        "the learning rate of the tuned vanilla arm, on a seed of its own, below).",
+        "`make demo` is one row of each table. Win and lose rates are against the SFT model, on",
+        "300 held-out prompts, by the true preference, which nothing is trained or chosen by (but",
+        "for the learning rate of the tuned vanilla arm, on a seed of its own, below).",
         "",
         f"PPO-max, English, seeds 0-4: mean win rate {mean(r['win_rate'] for r in maximal):.2f}, "
-        f"lowest {min(r['win_rate'] for r in maximal):.2f}; "
-        f"win > lose on {sum(r['win_rate'] > r['lose_rate'] for r in maximal)} of {len(maximal)}; "
+        f"lowest {min(r['win_rate'] for r in maximal):.2f}; win > lose on "
+        f"{sum(r['win_rate'] > r['lose_rate'] for r in maximal)} of {len(maximal)}; "
         f"mean KL {mean(r['kl_per_sequence'] for r in maximal):.1f} nats per sequence. "
-        "Vanilla PPO at the same learning rate: collapsed, its true quality below the SFT model's, "
-        f"on {below} of {len(collapsed)}.",
+        "Vanilla PPO at the same learning rate: collapsed, with less true quality than SFT, "
+        f"on {below} of {len(english)}.",
         "",
         "## Before PPO",
         "",
@@ -108,6 +109,8 @@ def table() -> None:
     sweeps.sort(key=lambda name: -float(name.split(":")[1]))
     lines += [row(name.split(":")[1], known[name]) for name in sweeps]
     PAGE.write_text("\n".join(lines) + "\n")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(FOLDER / "en0" / "curves.png", PICTURE)
     print(PAGE.read_text())
 
 

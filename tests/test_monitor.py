@@ -9,7 +9,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mossrlhf.metrics import distinct_2
-from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
+from mossrlhf.monitor import (
+    LATELY,
+    CollapseWarning,
+    CollapseWatch,
+    StillPolicyWarning,
+    StillWatch,
+)
 from mossrlhf.toyworld import ToyWorld
 
 
@@ -58,14 +64,16 @@ def test_what_is_healthy_is_not_flagged(watch, responses, kl):
     assert not watch(described(responses, kl))
 
 
-def test_collapse_is_told_once_until_it_is_over(watch):
+def test_collapse_is_told_again_only_after_it_was_over_for_long(watch):
     bad, good = described(COLLAPSED["two words"], 50.0), described(HEALTHY, 3.0)
-    seen = []
-    for metrics in (bad, bad, good, bad):
+    told = []
+    for step, metrics in enumerate([bad, bad, *[good] * (LATELY - 1), bad, *[good] * LATELY, bad]):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            seen.append((watch(metrics), len(caught)))
-    assert seen == [(True, 1), (True, 0), (False, 0), (True, 1)]
+            assert watch(metrics) == (metrics is bad)
+        told += [step] * len(caught)
+        assert watch.lately == (metrics is bad or step < 2 * LATELY + 1)
+    assert told == [0, 2 * LATELY + 2]
 
 
 @pytest.mark.parametrize(

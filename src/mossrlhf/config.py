@@ -93,7 +93,7 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     disable_tqdm: bool = False
-    collapse_kl: float = 25.0
+    collapse_kl: float = 15.0
     max_kl: float | None = None
 
     def __post_init__(self) -> None:

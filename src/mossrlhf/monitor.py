@@ -43,7 +43,7 @@ class CollapseWatch:
         return any(self.flags)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
-        """Look at the metrics of one iteration; warn the first time in a row.
+        """Look at the metrics of one iteration; warn unless it was so `lately`.
 
         Args:
             metrics: with ``kl/ref_per_sequence`` and ``response/distinct_2``.

@@ -43,7 +43,7 @@ def launch(folder: Path, processes: int, **settings: str) -> dict:
             env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         command = [sys.executable, str(SCRIPT), str(folder)]
         running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=240)[1] for process in running]
+    errors = [process.communicate(timeout=900)[1] for process in running]
     assert not any(process.returncode for process in running), "\n".join(errors)
     return torch.load(folder / f"result{processes}.pt")
 
