@@ -57,7 +57,7 @@ PERPLEXITY = Panel(
     floor=1.0,
 )
 LENGTH = Panel("Response length (tokens)", {"mean": "response/length_tokens"}, limits=(0.0, None))
-VALUE_LOSS = Panel("Value loss (squared reward)", {"critic": "critic/loss"}, 0.05, (0.0, None))
+VALUE_LOSS = Panel("Value loss (squared reward)", {"critic": "critic/loss"}, 0.01, (0.0, None))
 
 ARM_PANELS = (SCORE, VARIETY, KL, PERPLEXITY, LENGTH, VALUE_LOSS)
 """What `plot_arms` draws, where it is not told otherwise."""

@@ -163,7 +163,8 @@ def test_checkpoints_keep_the_last_and_the_best(make):
     history = trainer.train()
     best = max(history, key=lambda entry: entry["reward/score_mean"])["step"]
     kept = {path.name for path in checkpoints(trainer.output_dir)}
-    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+    beside = max(step for step in range(1, 5) if step != best)
+    assert kept == {f"checkpoint-{best}", f"checkpoint-{beside}"}
 
 
 def test_evaluation_does_not_disturb_training(make, parameters, world):
