@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -96,6 +97,9 @@ class Run:
         Args:
             resume_from_checkpoint: as `Trainer.train` takes it.
         """
+        if not self.state.global_step and not self.pretrained:
+            # Processes draw from streams of their own.
+            set_seed(self.args.seed + self.accelerator.process_index)
         if resume_from_checkpoint:
             load_checkpoint(self.trainer, resume_from_checkpoint)
         self.control.should_training_stop = False

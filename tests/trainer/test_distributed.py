@@ -19,7 +19,7 @@ def recorded_rollout(world) -> Rollout:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.tensor([3, 9, 5, 14, 4, 6, 11, 8])
     responses = torch.tensor([12, 1, 7, 3, 12, 2, 9, 5])
-    ids = torch.randint(6, 200, (8, 26), generator=generator)
+    ids = torch.randint(6, len(world.tokenizer()), (8, 26), generator=generator)
     return Rollout(
         input_ids=ids[:, : int((prompts + responses).max())],
         prompt_lengths=prompts,

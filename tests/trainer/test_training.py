@@ -1,7 +1,6 @@
 """The loop as a whole: it runs, stops, goes on, and says what it does."""
 
 import json
-import os
 import signal
 
 import pytest
@@ -100,7 +99,7 @@ def test_ctrl_c_stops_after_the_iteration_and_leaves_a_usable_trainer(make):
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     interrupt = Interrupt()
@@ -115,8 +114,8 @@ def test_ctrl_c_stops_after_the_iteration_and_leaves_a_usable_trainer(make):
 def test_second_ctrl_c_stops_at_once(make):
     class Impatient(Trainer):
         def update(self, rollout, *args, **kwargs):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().update(rollout, *args, **kwargs)
 
     trainer = make(kind=Impatient)

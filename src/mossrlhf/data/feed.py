@@ -57,6 +57,8 @@ class Shuffled:
         self.process_index = process_index
         self.num_processes = num_processes
         self.position = 0
+        self._epoch: int | None = None
+        self._order: list[int] = []
 
     def next(self, count: int) -> list[dict[str, Any]]:
         """Return this process's share of the next rows.
@@ -71,7 +73,7 @@ class Shuffled:
 
     def _row(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.dataset))
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
             self._order = torch.randperm(len(self.dataset), generator=generator).tolist()
             self._epoch = epoch
