@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
@@ -40,7 +40,7 @@ class Inputs:
     dataset: str | None = None  # prompts: a JSON or JSONL file, or a hub name
     eval_dataset: str | None = None  # held-out prompts
     ptx_dataset: str | None = None  # pre-training or SFT data for the PTX term
-    lang: str | None = None  # en or zh: the dialogue template; the toy world's language
+    lang: Literal["en", "zh"] | None = None  # the dialogue template; the toy world's language
     train_from_scratch: str | None = None  # preference pairs to learn everything from
 
 
@@ -164,11 +164,11 @@ def parse(
 
     Returns them, and what was given rather than left at its default.
     """
-    parser = HfArgumentParser((Inputs, Algorithm, Sampling, TrainerConfig))
+    parser = HfArgumentParser((Inputs, Algorithm, Sampling, TrainerConfig), allow_abbrev=False)
     # PPO-max's own values for what TrainerConfig leaves neutral.
     parser.set_defaults(critic_learning_rate=1.65e-6, critic_pretrain_steps=50)
     given: dict[str, Any] = {}
-    if "--config" in argv:
+    if "--config" in argv[:-1]:
         at = argv.index("--config")
         given = read_yaml(argv[at + 1])
         argv = argv[:at] + argv[at + 2 :]

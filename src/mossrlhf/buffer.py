@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mossrlhf.types import Rollout
@@ -137,3 +137,29 @@ def micro_batches(
     """
     groups = split(minibatch, size, max_tokens)
     return [minibatch] if len(groups) == 1 else [minibatch.select(rows) for rows in groups]
+
+
+def note(
+    noted: dict[str, Tensor],
+    name: str,
+    rows: Int[Tensor, " K"],
+    shape: torch.Size,
+    mask: Bool[Tensor, "K t"],
+    values: Float[Tensor, " N"] | None,
+) -> None:
+    """Write the flat values of some rows into the ``[B, T]`` tensor of a name, made where absent.
+
+    Args:
+        noted: tensors by name, changed in place.
+        name: whose values they are.
+        rows: ``[K]`` which rows of B.
+        shape: (B, T).
+        mask: ``[K, t]`` the places of the values in those rows, t at most T.
+        values: ``[N]`` in the order of the mask.
+
+    Source: ours.
+    """
+    assert values is not None
+    block = values.new_zeros(mask.shape)
+    block[mask] = values
+    noted.setdefault(name, values.new_zeros(shape))[rows, : mask.shape[1]] = block

@@ -116,7 +116,7 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
 
 
 def trl_ppo(**options: Any) -> dict[str, Any]:
-    """TRL 1.12's PPO, to the letter.
+    """TRL 1.12's PPO: its estimator, placement of the score, clips and coefficients.
 
     Advantages whitened over the rollout (unbiased variance), score one step after the end of a
     response, KL penalty 0.05 by k1, clips 0.2, value coefficient 0.1 and one learning rate of
@@ -139,6 +139,7 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,
         "num_ppo_epochs": 4,
+        "minibatch_size": options.get("rollout_size", 128),  # one minibatch an epoch
         "max_grad_norm": 1.0,
         "clip_grad_jointly": True,
         **options,

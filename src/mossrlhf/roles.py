@@ -77,6 +77,8 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
         if is_adapted(policy):
             return None
         ref_model = copy.deepcopy(policy)
+    elif ref_model is policy:
+        ref_model = copy.deepcopy(policy)  # what is frozen must not be what is trained
     elif isinstance(ref_model, (str, Path)):
         ref_model = AutoModelForCausalLM.from_pretrained(str(ref_model))
     return ref_model.eval().requires_grad_(False)
@@ -143,6 +145,8 @@ def load_critic(
         made = RewardModel.from_pretrained(critic)
     else:
         made = as_reward_model(critic)
+        if any(made.score.weight is model.score.weight for model in rewards):
+            made = copy.deepcopy(made)  # or the reward would be trained along
     if vocabulary_size(made) != vocabulary:
         raise ValueError(
             f"critic: its vocabulary has {vocabulary_size(made)} tokens, the policy's "

@@ -37,6 +37,7 @@ class _Flow(DefaultFlowCallback):
         control.should_save = due(args.save_steps)
         if state.global_step >= args.total_steps:
             control.should_training_stop = True
+            control.should_log = True
         return control
 
 
@@ -106,6 +107,11 @@ class Run:
         if self.collapse is None:
             variety = self.trainer.reference_distinct_2()
             self.collapse = CollapseWatch(self.args.collapse_kl, variety)
+        if self.args.eval_steps is not None and self.trainer.eval_dataset is None:
+            raise ValueError(
+                f"TrainerConfig(eval_steps={self.args.eval_steps}): there is nothing to evaluate "
+                "on; pass Trainer(eval_dataset=), or set eval_steps=None"
+            )
         if self.args.report_to and not self.accelerator.trackers:
             self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
         self._fire("on_train_begin")
@@ -267,7 +273,8 @@ class Run:
 
     def _save_if_due(self, metrics: dict[str, float]) -> None:
         name = self.args.metric_for_best_model
-        latest = {**metrics, **self.state.log_history[-1]} if self.state.log_history else metrics
+        evaluated = [e for e in self.state.log_history[-1:] if e.get("step") == metrics["step"]]
+        latest = {**metrics, **(evaluated[0] if evaluated else {})}
         best = self.state.best_metric
         if name is not None and name in latest and (best is None or latest[name] > best):
             self.state.best_metric = latest[name]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.advantage import AdvantageEstimator
-from mossrlhf.buffer import RolloutBuffer, split
+from mossrlhf.buffer import RolloutBuffer, note, split
 from mossrlhf.checkpoint import require_writable
 from mossrlhf.config import TrainerConfig
 from mossrlhf.data import PromptBatch, SFTCollator, Shuffled, prompt_batch
@@ -192,11 +192,11 @@ class Stages:
                 with as_reference(self.ref_model, self.policy) as reference:
                     ref = policy_stats(reference, part, self.model.temperature)
                 values = self.model.values(part) if self.critic is not None else None
-            _note(noted, "logprobs", *place, part.mask, stats.logprob)
-            _note(noted, "entropies", *place, part.mask, stats.entropy)
-            _note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
+            note(noted, "logprobs", *place, part.mask, stats.logprob)
+            note(noted, "entropies", *place, part.mask, stats.entropy)
+            note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
             if values is not None:
-                _note(noted, "values", *place, part.states, values[0][part.states])
+                note(noted, "values", *place, part.states, values[0][part.states])
                 if self.args.bootstrap_truncated:
                     after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
                     noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
@@ -330,24 +330,15 @@ class Stages:
                 f"PPOMaxLoss(ptx_coef={self.loss.ptx_coef}): there is no pre-training data; pass "
                 "Trainer(ptx_dataset=), or set ptx_coef=None"
             )
+        size = getattr(self.advantage, "group_size", None)
+        if size is not None and size != self.args.samples_per_prompt:
+            raise ValueError(
+                f"advantage: its groups are of {size}, but TrainerConfig(samples_per_prompt="
+                f"{self.args.samples_per_prompt}): set both to the same number"
+            )
         if generation_config is not None and sampler is not None:
             raise ValueError(
                 "generation_config: got one beside a sampler, which draws by its own; give it to "
                 "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
             )
         self.args.require_shareable(self.accelerator.num_processes)
-
-
-def _note(
-    noted: dict[str, Tensor],
-    name: str,
-    rows: Tensor,
-    shape: torch.Size,
-    mask: Tensor,
-    values: Tensor | None,
-) -> None:
-    """Write flat values to the masked places of some rows of a ``[B, T]`` of that name."""
-    assert values is not None
-    block = values.new_zeros(mask.shape)
-    block[mask] = values
-    noted.setdefault(name, values.new_zeros(shape))[rows, : mask.shape[1]] = block

@@ -53,7 +53,9 @@ def main(folder: Path) -> None:
         flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         name = f"result{accelerator.num_processes}.pt"
         torch.save({"parameters": flat, "metrics": metrics}, folder / name)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
 
 
 if __name__ == "__main__":

@@ -101,7 +101,12 @@ class ToyWorld:
         return [self.speaker.dialogue(self.language, split == "eval", rng) for _ in range(n)]
 
     def sft_examples(self, n: int, *, seed: int = 0) -> list[dict]:
-        """Draws demonstrations of mixed quality: records of `prompts` with a `response`."""
+        """Draws demonstrations of mixed quality: records of `prompts` with a `response`.
+
+        Args:
+            n: how many.
+            seed: of this draw.
+        """
         rng = self._random("sft", seed)
         return [
             record | {"response": self.speaker.answer(self.language, record["topic"], rng)}
@@ -140,7 +145,13 @@ class ToyWorld:
     # ---- measuring ------------------------------------------------------------------------------
 
     def true_quality(self, record: dict, response: str, *, ended: bool = True) -> float:
-        """True quality of a response to a record's prompt; see `Preference` for the formula."""
+        """Return the true quality of a response; see `Preference` for the formula.
+
+        Args:
+            record: of `prompts`.
+            response: its text.
+            ended: whether it closed with an end-of-sequence token.
+        """
         return self.preference.quality(self.language, record["topic"], response, ended=ended)
 
     def well_formed(self, response: str) -> bool:
