@@ -101,7 +101,7 @@ def table() -> None:
         "",
         "## The learning rate of vanilla PPO",
         "",
-        f"Seed {SWEEP_SEED}; the tuned arm takes the rate of the highest true quality.",
+        f"Seed {SWEEP_SEED}, one run each; `toy.TUNED_LEARNING_RATE` is the tuned arm's.",
         "",
         *header("learning rate"),
     ]

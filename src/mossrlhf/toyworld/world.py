@@ -225,7 +225,12 @@ class ToyWorld:
         )
 
     def model_config(self, *, hidden_size: int = 96, num_layers: int = 2) -> LlamaConfig:
-        """Configuration of a Llama of about 0.2 M parameters, for policy and reward model."""
+        """Return the configuration of a Llama of about 0.2 M parameters, for policy and reward.
+
+        Args:
+            hidden_size: D.
+            num_layers: of the transformer.
+        """
         return LlamaConfig(
             vocab_size=len(self._token_ids),
             hidden_size=hidden_size,
