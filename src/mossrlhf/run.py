@@ -138,7 +138,8 @@ class Run:
             return
 
         def ask_to_stop(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGINT, before)
+            # Not `before`: a shell starts its background jobs with interrupts ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             self.control.should_training_stop = True
             tqdm.write("Stopping after this iteration; press Ctrl-C again to stop at once.")
 
