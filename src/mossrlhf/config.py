@@ -44,8 +44,9 @@ class TrainerConfig:
         eval_steps: iterations between evaluations; None for none.
         save_steps: iterations between checkpoints; None for the last and the best alone.
         save_total_limit: checkpoints kept beside the best; None for all.
-        metric_for_best_model: a metric; its greatest value marks the best checkpoint. None for
-            no best.
+        metric_for_best_model: a metric; its best value marks the best checkpoint. None for no
+            best.
+        greater_is_better: False where its least value marks the best.
         report_to: trackers of accelerate ("tensorboard", "wandb", …).
         run_name: for the trackers.
         disable_tqdm: whether the console stays quiet: no progress bar, no table.
@@ -90,6 +91,7 @@ class TrainerConfig:
     save_steps: int | None = None
     save_total_limit: int | None = 2
     metric_for_best_model: str | None = None
+    greater_is_better: bool = True
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     disable_tqdm: bool = False
@@ -125,6 +127,23 @@ class TrainerConfig:
             )
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", [self.report_to])
+
+    # What callbacks of transformers ask of their arguments, in the words of `TrainingArguments`.
+
+    @property
+    def eval_strategy(self) -> str:
+        """When it is evaluated: "steps" or "no"."""
+        return "no" if self.eval_steps is None else "steps"
+
+    @property
+    def save_strategy(self) -> str:
+        """When it is saved: "steps" or "no"."""
+        return "no" if self.save_steps is None else "steps"
+
+    @property
+    def load_best_model_at_end(self) -> bool:
+        """False: the trainer keeps its last models; the best are in their checkpoint."""
+        return False
 
     def require_shareable(self, processes: int) -> None:
         """Refuse sizes that a number of processes cannot share evenly.

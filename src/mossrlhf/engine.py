@@ -123,15 +123,18 @@ class Engine:
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:
         parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(
-                torch.tensor([len(parts)], device=self.accelerator.device)
-            )
-            # Under a token budget processes may split differently, and wait for each other in
-            # every backward: the shorter ones add micro-batches of weight zero.
-            spare = int(counts.max()) - len(parts)
-            parts = parts + [_weightless(parts[0])] * spare
-        return parts
+        return parts + [_weightless(parts[0])] * self._spare(len(parts))
+
+    def _spare(self, count: int) -> int:
+        """How many micro-batches of weight zero this process adds to its own.
+
+        Under a token budget processes may split differently, and wait for each other in every
+        backward.
+        """
+        if self.accelerator.num_processes == 1:
+            return 0
+        counts = torch.tensor([count], device=self.accelerator.device)
+        return int(self.accelerator.gather(counts).max()) - count
 
     def _backward(
         self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
@@ -156,7 +159,19 @@ class Engine:
     ) -> None:
         counted = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
         share = partial(loss.ptx, denominator=self.reduce(counted.float()))
-        stats.update(self._accumulate(True, "ptx", batch, share))
+        rows, width = batch["labels"].shape
+        size = min(rows, self.args.micro_batch_size or rows)
+        if self.args.max_tokens is not None:
+            size = max(1, min(size, self.args.max_tokens // width))
+        chunks = [value.split(size) for value in batch.values()]
+        parts = [dict(zip(batch, part, strict=True)) for part in zip(*chunks, strict=True)]
+        blank = {**parts[0], "labels": torch.full_like(parts[0]["labels"], IGNORED_LABEL)}
+        parts += [blank] * self._spare(len(parts))
+        for index, part in enumerate(parts):
+            for name, value in self._accumulate(
+                index == len(parts) - 1, "ptx", part, share
+            ).items():
+                stats[name] = stats.get(name, 0.0) + value
 
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any

@@ -3,6 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class CollapseWatch:
         self.kl_bound = kl_bound
         self.reference_distinct_2 = reference_distinct_2
         self.flags: deque[bool] = deque(maxlen=LATELY)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers, to be stored as JSON."""
+        return {"flags": list(self.flags)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: that dictionary.
+        """
+        self.flags = deque(state["flags"], maxlen=LATELY)
 
     @property
     def lately(self) -> bool:
@@ -90,6 +103,19 @@ class StillWatch:
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.patience, self.least, self.sample = patience, least, sample
         self.still = 0
+        self.before = self._look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers, to be stored as JSON."""
+        return {"still": self.still}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, once the parameters are what they were.
+
+        Args:
+            state: that dictionary.
+        """
+        self.still = int(state["still"])
         self.before = self._look()
 
     def _look(self) -> Tensor:

@@ -83,6 +83,7 @@ def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[A
         "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
         "optimizers": optimizers,
         "random": randoms,
+        "watches": {name: watch.state_dict() for name, watch in trainer.run.watches().items()},
         "history": state.log_history,
     }
 
@@ -117,6 +118,8 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
         setattr(state, name, saved[name])
     state.log_history[:] = saved["history"]
     trainer.run.pretrained = saved["pretrained"]
+    for name, watch in trainer.run.watches().items():
+        watch.load_state_dict(saved["watches"][name])
     index = trainer.accelerator.process_index
     if index < len(saved["random"]):
         set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved["random"][index])

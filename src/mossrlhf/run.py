@@ -1,19 +1,20 @@
 """The bookkeeping of a run: counters, callbacks, console, trackers, watchers, checkpoints."""
 
-import signal
+import difflib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from mossrlhf.interrupts import interruptible
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.resume import load_checkpoint, save_checkpoint
 from mossrlhf.tracking import Completions, ConsoleTable
@@ -75,16 +76,23 @@ class Run:
         self.still = StillWatch(trainer.policy)
         self.clock: dict[str, float] = {}
         self.bar: tqdm | None = None
+        self.interrupted = False
+        self.stopping = False
         self._fire("on_init_end")
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         handler = getattr(self.callbacks, event)
         self.control = handler(self.args, self.state, self.control, **kwargs) or self.control
 
+    def watches(self) -> dict[str, CollapseWatch | StillWatch]:
+        """Return the watchers by name, for checkpoints."""
+        found = {"collapse": self.collapse, "still": self.still}
+        return {name: watch for name, watch in found.items() if watch is not None}
+
     @property
     def finished(self) -> bool:
         """Whether the run is at its end, or was asked to stop."""
-        return self.control.should_training_stop or self.state.global_step >= self.args.total_steps
+        return self.stopping or self.state.global_step >= self.args.total_steps
 
     @property
     def quiet(self) -> bool:
@@ -98,63 +106,59 @@ class Run:
         Args:
             resume_from_checkpoint: as `Trainer.train` takes it.
         """
+        self._require_measurable()
         if not self.state.global_step and not self.pretrained:
             # Processes draw from streams of their own.
             set_seed(self.args.seed + self.accelerator.process_index)
-        if resume_from_checkpoint:
-            load_checkpoint(self.trainer, resume_from_checkpoint)
-        self.control.should_training_stop = False
         if self.collapse is None:
             variety = self.trainer.reference_distinct_2()
             self.collapse = CollapseWatch(self.args.collapse_kl, variety)
-        if self.args.eval_steps is not None and self.trainer.eval_dataset is None:
-            raise ValueError(
-                f"TrainerConfig(eval_steps={self.args.eval_steps}): there is nothing to evaluate "
-                "on; pass Trainer(eval_dataset=), or set eval_steps=None"
-            )
+        if resume_from_checkpoint:
+            load_checkpoint(self.trainer, resume_from_checkpoint)
+        self.control.should_training_stop = self.stopping = self.interrupted = False
+        if self.accelerator.is_main_process:
+            self.completions.rewind(self.state.global_step)
         if self.args.report_to and not self.accelerator.trackers:
             self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
         self._fire("on_train_begin")
-        hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         with (
-            tqdm(
-                total=self.args.total_steps,
-                initial=self.state.global_step,
-                desc="PPO",
-                disable=hidden,
-            ) as self.bar,
-            self._interruptible(),
+            self._bar("PPO", self.args.total_steps, self.state.global_step) as self.bar,
+            interruptible(self._interrupt),
         ):
             yield
         self._fire("on_train_end")
-        if self.state.global_step and self.control.should_save is not None:
+        if self.state.global_step:
             save_checkpoint(self.trainer)
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the run after its iteration, and the second at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _bar(self, name: str, total: int, initial: int = 0) -> tqdm:
+        hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        return tqdm(total=total, initial=initial, desc=name, disable=hidden, leave=name == "PPO")
 
-        def ask_to_stop(number: int, frame: Any) -> None:
-            # Not `before`: a shell starts its background jobs with interrupts ignored.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.control.should_training_stop = True
+    def _interrupt(self, at_once: bool) -> None:
+        self.control.should_training_stop = self.interrupted = True
+        if not at_once:
             tqdm.write("Stopping after this iteration; press Ctrl-C again to stop at once.")
+            return
+        for optimizer in self.trainer.engine.optimizers.values():
+            optimizer.zero_grad()
+        tqdm.write(
+            f"Stopped within iteration {self.state.global_step + 1}. train() goes on from here."
+        )
 
-        before = signal.signal(signal.SIGINT, ask_to_stop)
-        try:
-            yield
-        except KeyboardInterrupt:
-            for optimizer in self.trainer.engine.optimizers.values():
-                optimizer.zero_grad()
-            self.control.should_training_stop = True
-            tqdm.write(
-                f"Stopped within iteration {self.state.global_step + 1}. train() goes on from here."
+    def _require_measurable(self) -> None:
+        """Refuse settings that ask for measurements nobody will take."""
+        args = self.args
+        if args.eval_steps is not None and self.trainer.eval_dataset is None:
+            raise ValueError(
+                f"TrainerConfig(eval_steps={args.eval_steps}): there is nothing to evaluate "
+                "on; pass Trainer(eval_dataset=), or set eval_steps=None"
             )
-        finally:
-            signal.signal(signal.SIGINT, before)
+        best = args.metric_for_best_model
+        if best is not None and best.startswith("eval/") and args.eval_steps is None:
+            raise ValueError(
+                f"TrainerConfig(metric_for_best_model={best!r}): it is measured by evaluations, "
+                "of which there are none; set eval_steps="
+            )
 
     def timed(self, stage: Callable[..., Any], *args: Any) -> Any:
         """Run a stage and note how long it took.
@@ -177,20 +181,24 @@ class Run:
         """
         if steps is None:
             steps = self.args.critic_pretrain_steps - self.pretrained
-        hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        for i in tqdm(range(steps), desc="critic pre-training", disable=hidden, leave=False):
-            if self.control.should_training_stop:
-                return
-            yield i
+        with self._bar("critic pre-training", steps) as bar:
+            for i in range(steps):
+                if self.stopping:
+                    return
+                yield i
+                bar.update()
 
     def end_pretraining_step(self, metrics: dict[str, float]) -> None:
         """Take note of an iteration of the critic's warm-up.
 
         Args:
-            metrics: of it; they go to the history with a ``pretrain/step`` in place of a step.
+            metrics: of it; they go to the history with a ``pretrain/step`` in place of a step,
+                and to the trackers with ``pretrain/`` before their names.
         """
         self.pretrained += 1
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
+        self._track({f"pretrain/{name}": value for name, value in metrics.items()})
+        self._agree()
 
     def begin_step(self) -> None:
         """Open an iteration."""
@@ -219,13 +227,32 @@ class Run:
         }
         self._watch(metrics)
         self._fire("on_step_end")
+        self._agree()
         if self.control.should_log:
             self._log(rollout, metrics)
         if self.control.should_evaluate:
             self.evaluated(self.trainer.evaluate())
         self._save_if_due(metrics)
+        self._agree()
         if self.bar is not None:
             self.bar.update()
+
+    def _agree(self) -> None:
+        """Let what one process was asked for (a signal, a callback's wish) hold for all of them.
+
+        Whoever stopped, evaluated or saved alone would leave the others waiting.
+        """
+        wishes = ("should_training_stop", "should_evaluate", "should_save")
+        flags = torch.tensor([float(getattr(self.control, wish)) for wish in wishes])
+        agreed = self.trainer.engine.reduce(flags.to(self.accelerator.device)) > 0
+        for wish, flag in zip(wishes, agreed.tolist(), strict=True):
+            setattr(self.control, wish, flag)
+        self.stopping = self.control.should_training_stop
+
+    def _track(self, metrics: dict[str, Any]) -> None:
+        if self.args.report_to:
+            # Iterations of the warm-up count: some trackers drop what is not in order.
+            self.accelerator.log(metrics, step=self.pretrained + self.state.global_step)
 
     def _watch(self, metrics: dict[str, float]) -> None:
         rate = metrics.get("policy/learning_rate", 0.0)
@@ -245,8 +272,7 @@ class Run:
         self._fire("on_log", logs=metrics)
         if not self.quiet:
             self.console(metrics)
-        if self.args.report_to:
-            self.accelerator.log(metrics, step=self.state.global_step)
+        self._track(metrics)
         if self.accelerator.is_main_process:
             tokenizer = self.trainer.processing_class
             columns = {n: v.tolist() for n, v in rollout.extra.items() if n.startswith("reward/")}
@@ -267,18 +293,17 @@ class Run:
         """
         entry = {"step": self.state.global_step, **metrics}
         self.state.log_history.append(entry)
-        self._fire("on_evaluate", metrics=metrics)
-        if self.args.report_to:
-            self.accelerator.log(metrics, step=self.state.global_step)
+        # Callbacks of transformers look for `metric_for_best_model` behind an "eval_".
+        aliases = {f"eval_{name}": value for name, value in metrics.items()}
+        self._fire("on_evaluate", metrics={**metrics, **aliases})
+        self._track(metrics)
         self.control.should_evaluate = False
 
     def _save_if_due(self, metrics: dict[str, float]) -> None:
-        name = self.args.metric_for_best_model
         evaluated = [e for e in self.state.log_history[-1:] if e.get("step") == metrics["step"]]
         latest = {**metrics, **(evaluated[0] if evaluated else {})}
-        best = self.state.best_metric
-        if name is not None and name in latest and (best is None or latest[name] > best):
-            self.state.best_metric = latest[name]
+        if self._is_best(latest):
+            self.state.best_metric = latest[str(self.args.metric_for_best_model)]
             self.state.best_global_step = self.state.global_step
             folder = self.trainer.output_dir / f"checkpoint-{self.state.global_step}"
             self.state.best_model_checkpoint = str(folder)
@@ -287,3 +312,20 @@ class Run:
             save_checkpoint(self.trainer)
             self._fire("on_save")
             self.control.should_save = False
+
+    def _is_best(self, latest: dict[str, float]) -> bool:
+        name, best = self.args.metric_for_best_model, self.state.best_metric
+        if name is None:
+            return False
+        measured = any(key.startswith("eval/") for key in latest)
+        if name not in latest:
+            if name.startswith("eval/") and not measured:
+                return False
+            close = difflib.get_close_matches(name, latest, n=3) or sorted(latest)
+            raise ValueError(
+                f"TrainerConfig(metric_for_best_model={name!r}): there is no such metric; the "
+                f"closest are {close}"
+            )
+        if best is None:
+            return True
+        return latest[name] > best if self.args.greater_is_better else latest[name] < best

@@ -1,5 +1,6 @@
 """The five stages of an iteration, and the parts they work with."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ class Stages:
         processing_class: the policy's tokenizer; None to load it from the model's name.
         peft_config: LoRA or another adapter; the base is then frozen.
         generation_config: how responses are drawn, where no `sampler` is given.
-        shaper: scores → rewards.
+        shaper: scores → rewards; copied, with the running moments it has.
         advantage: rewards and values → advantages and returns.
         loss: what is minimized.
         sampler: draws responses; None for `HFSampler`.
@@ -101,7 +102,8 @@ class Stages:
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
         self.accelerator = accelerator or make_accelerator(self.args)
-        self.shaper = shaper or RewardShaper()
+        # Its running moments are this trainer's alone, though a preset may serve several.
+        self.shaper = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
         self.loss = loss or PPOMaxLoss()
         self._require_fitting(ptx_dataset, generation_config, sampler)

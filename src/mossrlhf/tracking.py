@@ -84,6 +84,18 @@ class Completions:
     path: Path
     limit: int = 8
 
+    def rewind(self, step: int) -> None:
+        """Drop what was written of later steps: a run that begins there writes them anew.
+
+        Args:
+            step: the last one to keep.
+        """
+        if not self.path.is_file():
+            return
+        kept = [row for row in completion_table(self.path) if row["step"] <= step]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+        self.path.write_text("".join(lines), encoding="utf-8")
+
     def __call__(
         self,
         step: int,

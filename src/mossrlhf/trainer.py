@@ -1,5 +1,6 @@
 """`Trainer`: Algorithm 1 of P1."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
@@ -52,7 +53,7 @@ class Trainer(Stages):
     ) -> None:
         super().__init__(model, **parts)
         self.run = Run(self, callbacks)
-        self._references: dict[int, tuple[Dataset, Rollout]] = {}
+        self._references: deque[tuple[Dataset, Rollout]] = deque(maxlen=4)
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None
@@ -179,14 +180,21 @@ class Trainer(Stages):
 
         Args:
             dataset: records with ``prompt``.
-            reference: whether the reference answers, whose answers are kept for the next call,
-                or the policy.
+            reference: whether the reference answers, or the policy. The reference's answers to
+                the last few datasets are kept.
 
         Returns:
             this process's share of the answers, in order.
         """
-        if reference and id(dataset) in self._references:
-            return self._references[id(dataset)][1]
+        if not reference:
+            return self._answer(dataset, reference)
+        for kept, answers in self._references:
+            if kept is dataset:
+                return answers
+        self._references.append((dataset, self._answer(dataset, reference)))
+        return self._references[-1][1]
+
+    def _answer(self, dataset: Dataset, reference: bool) -> Rollout:
         accelerator = self.accelerator
         mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         records = [dict(dataset[i]) for i in mine]
@@ -194,11 +202,7 @@ class Trainer(Stages):
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
         with own_randomness(self.args.seed), lent as model:
-            answers = Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
-        if reference:
-            # The dataset is kept beside its answers, so that its id stays its own.
-            self._references[id(dataset)] = (dataset, answers)
-        return answers
+            return Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -221,10 +225,14 @@ class Trainer(Stages):
         return plot_history(self.history, path)
 
     def reference_distinct_2(self) -> float:
-        """Return distinct-2 of the reference's answers, to as many prompts as a rollout has."""
-        dataset = self.prompts.dataset
-        records = [dict(dataset[i % len(dataset)]) for i in range(self.args.rollout_size)]
-        return distinct_2(self.answer(records, reference=True).completions())
+        """Return distinct-2 of as many of the reference's answers as a rollout has."""
+        dataset, copies = self.prompts.dataset, self.args.samples_per_prompt
+        size = self.args.rollout_size // copies
+        records = [dict(dataset[i % len(dataset)]) for i in range(size) for _ in range(copies)]
+        answers = self._answer(records, reference=True).completions()
+        shares = torch.tensor([distinct_2(answers), 1.0], device=self.accelerator.device)
+        total, processes = self.engine.reduce(shares).tolist()
+        return total / processes
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write ``policy/`` (with the tokenizer) and ``critic/``, as transformers loads them.
