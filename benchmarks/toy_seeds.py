@@ -27,7 +27,7 @@ FIGURES = ROOT / "benchmarks" / "results" / "toy_seeds.json"
 PAGE = ROOT / "docs" / "toy_results.md"
 PICTURE = ROOT / "docs" / "images" / "curves.png"
 SWEEP_SEED = 10
-RATES = (1e-3, 5e-4, 3e-4, 1e-4)
+RATES = (1e-3, 5e-4, 3e-4, 1e-4, 3e-5)
 
 
 def run(names: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ class ScratchConfig:
     rollout_size: int = 64
     steps: int = 40
     critic_steps: int = 10
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     critic_learning_rate: float = 3e-4
 
 
