@@ -336,17 +336,35 @@ def test_call_without_a_critic_is_the_policy_alone(batch):
     assert not any(name.startswith("critic") for name in got.stats)
 
 
-def test_nan_of_no_weight_spoils_nothing(batch):
-    """A token of weight 0 may be anything, in the loss and in the statistics."""
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("role", "fields"),
+    [
+        ("policy", ("advantages", "logprobs", "ref_logprobs", "sampler_logprobs")),
+        ("critic", ("values", "returns")),
+    ],
+)
+def test_what_stands_at_weight_zero_spoils_nothing(batch, role, fields, spoiled):
+    """A token of weight 0 may be anything: in the loss, the statistics and the gradient."""
     b, t = tokens(batch)[0]
     weights = batch.mask.double()
     weights[b, t] = 0.0
-    advantages = batch.advantages.clone()
-    advantages[b, t] = torch.nan
-    spoiled = replace(batch, weights=weights, advantages=advantages)
-    got = PPOMaxLoss().policy(Model.near(batch).stats(batch.mask), spoiled)
-    assert got.loss.isfinite()
-    assert all(value.isfinite() for value in got.stats.values())
+    clean = replace(batch, weights=weights, sampler_logprobs=batch.logprobs - 0.1)
+    broken = {name: getattr(clean, name).clone() for name in fields}
+    for value in broken.values():
+        value[b, t] = spoiled
+    loss = PPOMaxLoss(kl_loss_coef=0.1, sampler_ratio_cap=2.0)
+
+    def run(minibatch):
+        model = Model.near(batch)
+        said = model.stats(batch.mask) if role == "policy" else model.value[batch.mask]
+        got = getattr(loss, role)(said, minibatch)
+        got.loss.backward()
+        leaf = model.logprob if role == "policy" else model.value
+        return torch.stack([got.loss.detach(), *got.stats.values()]), leaf.grad
+
+    for ours, theirs in zip(run(replace(clean, **broken)), run(clean), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])

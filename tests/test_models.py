@@ -43,7 +43,7 @@ LLAMA = dict(
 )
 GPT2 = dict(
     vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32, pad_token_id=PAD,
-    bos_token_id=PAD, eos_token_id=PAD, initializer_range=0.3,
+    bos_token_id=PAD, eos_token_id=V - 2, initializer_range=0.3,
 )  # fmt: skip
 CLASSIFIERS = {
     "llama": lambda **more: LlamaForSequenceClassification(LlamaConfig(**LLAMA, **more)),
@@ -282,6 +282,28 @@ class TestRewardModel:
         torch.testing.assert_close(scores, ours(ids, mask))
         again = RewardModel.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(again(ids, mask), ours(ids, mask), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("ends", [PAD, [5, PAD]])
+    def test_a_pad_token_that_ends_responses_is_warned_of(self, ends, tmp_path):
+        """Then transformers reads another score: that of the token before the end."""
+        ours = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).eval()
+        nn.init.normal_(ours.score.weight)
+        ours.config.eos_token_id = ends
+        with pytest.warns(UserWarning, match=rf"pad_token_id is {PAD}.*one token early.*Set"):
+            ours.save_pretrained(tmp_path)
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        finished, unfinished = torch.tensor([[1, 2, 3, PAD]]), torch.tensor([[1, 2, 3]])
+        ones = torch.ones(1, 4)
+        assert theirs(finished).logits.item() == pytest.approx(
+            ours(unfinished, ones[:, :3]).item(), abs=1e-4
+        )
+        assert abs(theirs(finished).logits.item() - ours(finished, ones).item()) > 1e-3
+
+    @pytest.mark.parametrize(("pad", "ends"), [(PAD, 5), (None, None), (None, 5), (0, [5, PAD])])
+    def test_any_other_pad_token_is_not(self, pad, ends, tmp_path):
+        ours = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]())
+        ours.config.pad_token_id, ours.config.eos_token_id = pad, ends
+        ours.save_pretrained(tmp_path)  # a warning would be an error here
 
     def test_the_dtype_comes_back(self, tmp_path):
         model = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).bfloat16()

@@ -155,7 +155,18 @@ def test_gradient_survives_a_large_negative_margin():
     assert chosen.grad.item() == pytest.approx(-1.0)  # of −log(σ + 1e-5): −1e-8
 
 
-@pytest.mark.parametrize("options", [{"lm_coef": 0.0}, {"lm_coef": -1.0}, {"label_smoothing": 0.6}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lm_coef": 0.0},
+        {"lm_coef": -1.0},
+        {"label_smoothing": -0.1},
+        {"label_smoothing": 0.5},
+        {"label_smoothing": 0.6},
+        {"label_smoothing": float("nan")},
+    ],
+    ids=str,
+)
 def test_loss_refuses_numbers_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         RankingLoss(**options)
@@ -461,6 +472,24 @@ def test_trained_parameters_are_float32(tokenizer, arguments):
 def test_records_without_a_pair_are_refused_at_once(tokenizer, arguments, record, name):
     with pytest.raises(ValueError, match=f"{name}.*chosen.*load_pairs"):
         RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{name: [record]})
+
+
+def test_prompts_without_room_for_a_response_are_refused_at_once(tokenizer, arguments):
+    """Not in the midst of an epoch, when their turn comes; wherever in a dataset they stand."""
+    records = [*pairs(5), {"prompt": "a " * 9, "chosen": "good", "rejected": "bad"}]
+
+    def start(length, **datasets):
+        return RewardTrainer(
+            reward_model(), arguments(), processing_class=tokenizer, **datasets,
+            data_collator=PairCollator(tokenizer, max_length=length),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"train_dataset: 1 of .* record 5 takes 9 .* at most 8"):
+        start(9, train_dataset=records)
+    with pytest.raises(ValueError, match="eval_dataset: 1 of its longest prompts"):
+        start(9, train_dataset=pairs(5), eval_dataset={"one": pairs(2), "two": records})
+    start(10, train_dataset=records)
+    start(None, train_dataset=records)
 
 
 def test_margins_are_read_where_asked_for(tokenizer, arguments):

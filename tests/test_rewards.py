@@ -1,5 +1,6 @@
 """Rewards of every kind behind one door: what they are given, and what comes of what they say."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel, ValueHead
-from mossrlhf.rewards import ModelReward, RewardSet, as_reward_model, reward_name
+from mossrlhf.rewards import RESERVED, ModelReward, RewardSet, as_reward_model, reward_name
 from mossrlhf.types import Rollout
 
 WORDS = ["user", "assistant", ":", "hi", "there", "how", "are", "you", "fine", "thanks"]
@@ -208,6 +210,8 @@ class TestWeights:
         assert by_name["fine"].tolist() == [2, -1]
 
 
+TRUE = torch.tensor([True, True])
+
 LLAMA = dict(
     vocab_size=20,
     hidden_size=16,
@@ -222,6 +226,11 @@ LLAMA = dict(
 @pytest.fixture
 def classifier():
     return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1))
+
+
+def finished(rollout, **columns):
+    """The same responses, none of them cut off."""
+    return replace(rollout, columns=columns, truncated=torch.zeros(2, dtype=torch.bool))
 
 
 def score(classifier, ids):
@@ -256,8 +265,7 @@ class TestModels:
         """Its ids run the other way; the end of the response is its own end token."""
         other = word_tokenizer(WORDS[::-1])
         rewards = RewardSet(ModelReward(model=classifier, tokenizer=other), tokenizer)
-        columns = {"prompt": ["hi there ", "how are you "]}
-        scores, _, _ = rewards(Rollout(**{**vars(rollout), "columns": columns}))
+        scores, _, _ = rewards(finished(rollout, prompt=["hi there ", "how are you "]))
         texts = ["hi there fine thanks", "how are you fine"]
         expected = [score(classifier, [*other.encode(t), other.eos_token_id]) for t in texts]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
@@ -270,7 +278,7 @@ class TestModels:
     ):
         theirs = word_tokenizer(WORDS[::-1], **other)
         rewards = RewardSet(ModelReward(model=classifier, tokenizer=theirs), tokenizer)
-        scores, _, _ = rewards(Rollout(**{**vars(rollout), "columns": {"prompt": ["", "hi "]}}))
+        scores, _, _ = rewards(finished(rollout, prompt=["", "hi "]))
         expected = [score(classifier, theirs.encode(t)) for t in ("fine thanks", "hi fine")]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
@@ -279,8 +287,38 @@ class TestModels:
         other.chat_template = "{% for m in messages %}{{ m['content'] }} </s> {% endfor %}"
         chats = [[{"role": "user", "content": text}] for text in ("hi there", "how are you")]
         rewards = RewardSet(ModelReward(model=classifier, tokenizer=other), tokenizer)
-        scores, _, _ = rewards(Rollout(**{**vars(rollout), "columns": {"prompt": chats}}))
+        scores, _, _ = rewards(finished(rollout, prompt=chats))
         texts = ["hi there </s> fine thanks </s>", "how are you </s> fine </s>"]
+        expected = [score(classifier, other.encode(text)) for text in texts]
+        torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("adds_eos", [False, True])
+    @pytest.mark.parametrize("truncated", [[False, True], [True, False], [True, True]])
+    def test_a_truncated_response_is_not_ended(
+        self, tokenizer, rollout, classifier, adds_eos, truncated
+    ):
+        theirs = word_tokenizer(WORDS[::-1], adds_eos=adds_eos)
+        rewards = RewardSet(ModelReward(model=classifier, tokenizer=theirs), tokenizer)
+        columns = {"prompt": ["hi there ", "how are you "]}
+        cut = replace(rollout, columns=columns, truncated=torch.tensor(truncated))
+        scores, _, _ = rewards(cut)
+        texts = ["hi there fine thanks", "how are you fine"]
+        rows = [theirs.encode(text, add_special_tokens=False) for text in texts]
+        ends = [[] if row else [theirs.eos_token_id] for row in truncated]
+        expected = [score(classifier, row + end) for row, end in zip(rows, ends, strict=True)]
+        torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("content", ["m['content']", "m['content'] | trim"])
+    def test_nor_is_its_turn_in_a_dialogue(self, tokenizer, rollout, classifier, content):
+        """Also where nothing but a special token was drawn: then its turn has begun, no more."""
+        other = word_tokenizer([*WORDS[::-1], "<end>"])
+        other.chat_template = "{% for m in messages %}: {{ " + content + " }} <end> {% endfor %}"
+        chats = [[{"role": "user", "content": "how are"}]] * 2
+        special = rollout.input_ids.clone()
+        special[0, 2:] = tokenizer.eos_token_id
+        cut = replace(rollout, input_ids=special, columns={"prompt": chats}, truncated=TRUE)
+        scores, _, _ = RewardSet(ModelReward(model=classifier, tokenizer=other), tokenizer)(cut)
+        texts = [": how are <end> :", ": how are <end> : fine"]
         expected = [score(classifier, other.encode(text)) for text in texts]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
@@ -335,6 +373,19 @@ class TestRewardSet:
     def test_names_must_differ(self, tokenizer):
         with pytest.raises(ValueError, match=r"names must differ.*\['fine', 'fine'\]"):
             RewardSet([fine, (fine, 2.0)], tokenizer)
+
+    @pytest.mark.parametrize("name", [*sorted(RESERVED), "kl/mine"])
+    def test_names_of_other_metrics_are_refused(self, tokenizer, classifier, name):
+        named = ModelReward(model=classifier, name=name)
+        with pytest.raises(ValueError, match=f"{name!r} cannot be .*another name=.*perplexity"):
+            RewardSet([fine, named], tokenizer)
+
+    def test_reserved_is_all_that_is_reported_beside_rewards(self, rollout):
+        ones = torch.ones(2, 3)
+        names = ("logprobs", "ref_logprobs", "sampler_logprobs", "entropies", "values")
+        annotated = replace(rollout, **dict.fromkeys((*names, "advantages", "returns"), ones))
+        described = {name.split("/")[0] for name in rollout_metrics(annotated)}
+        assert described == RESERVED
 
     def test_none_at_all_is_refused(self, tokenizer):
         with pytest.raises(ValueError, match="got an empty list"):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mossrlhf.models import policy_stats
-from mossrlhf.sampling import FREE, NEUTRAL, HFSampler
+from mossrlhf.sampling import FREE, NEUTRAL, REFUSED, HFSampler
 
 V = 80
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -327,11 +327,31 @@ class TestForTokenizer:
         ({"max_new_tokens": None}, "max_new_tokens is None; say how long"),
         ({"num_beams": 2}, "num_beams = 2, expected 1"),
         ({"num_return_sequences": 2, "do_sample": True}, r"TrainerConfig\.samples_per_prompt"),
+        ({"stop_strings": ["\n\n"]}, r"stop_strings = \['.*'\], expected None.*eos_token_id="),
+        ({"max_time": 5.0}, r"max_time = 5\.0, expected None: .*by the clock"),
+        ({"token_healing": True}, "token_healing = True, expected None"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens = 3, .*one prompt at a time"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit = 1"),
+        ({"is_assistant": True}, "is_assistant = True"),
+        ({"force_words_ids": [[4]]}, r"force_words_ids = \[\[4\]\].*drawn one by one"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, r"penalty_alpha = 0\.6"),
     ],
 )
 def test_refusals(config, message):
     with pytest.raises(ValueError, match=message):
         sampler(**config)
+
+
+def test_what_is_off_is_not_refused():
+    off = dict.fromkeys(REFUSED, False) | {"penalty_alpha": 0.0, "num_beams": 1}
+    config = GenerationConfig(max_new_tokens=LIMIT)
+    vars(config).update(off)
+    assert HFSampler(generation_config=config, eos_token_id=2, pad_token_id=0).departures == []
+
+
+def test_every_field_that_is_refused_exists():
+    newer = {"speculation_type", "use_mtp"}  # than transformers 5.17
+    assert REFUSED.keys() - newer <= vars(GenerationConfig()).keys()
 
 
 @pytest.mark.parametrize(

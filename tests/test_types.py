@@ -124,6 +124,20 @@ def assert_same_sequences(got, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 2)], ids=str)
+def test_end_states_widen_what_is_per_token_among_the_extra_tensors(rollout, shape):
+    tokens = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    other = {"number": torch.ones(2), "features": torch.ones(2, 5)}
+    widened = replace(rollout, extra={"tokens": tokens, **other}).with_end_states(limit=4)
+    assert widened.extra["tokens"].shape[:2] == widened.mask.shape == (2, 4)
+    assert torch.equal(widened.extra["tokens"][:, :3], tokens)
+    assert not widened.extra["tokens"][:, 3].any()
+    assert {name: widened.extra[name] for name in other} == other  # as they are
+    part = widened.select(torch.tensor([0]))
+    assert part.extra["tokens"].shape[:2] == part.mask.shape == (1, 3)
+    assert part.extra["features"].shape == (1, 5)
+
+
 LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5)
 
 
@@ -140,6 +154,8 @@ def test_select(lengths, data):
     torch.testing.assert_close(part.logprobs, whole.logprobs[rows, :longest], rtol=0, atol=0)
     torch.testing.assert_close(part.scores, whole.scores[rows], rtol=0, atol=0)
     torch.testing.assert_close(part.extra["number"], whole.extra["number"][rows])
+    for name in ("tokens", "planes"):  # cut as the tensors [B, T] are
+        torch.testing.assert_close(part.extra[name], whole.extra[name][rows, :longest])
 
 
 @given(LENGTHS, st.data())

@@ -18,6 +18,11 @@ def _weighted(x: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
 
 
+def _counted(x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """The entries of a mask, with zeros at weight zero: a NaN there would spoil the gradient."""
+    return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
+
+
 @strict
 @dataclass(frozen=True, kw_only=True)
 class PPOMaxLoss:
@@ -186,16 +191,17 @@ class PPOMaxLoss:
         weights = batch.token_weights[batch.mask]
         if denominator is None:
             denominator = weights.sum()
-        old_logprob = self._old_logprob(batch)[batch.mask]
-        advantage = _filled(batch, "advantages")[batch.mask]
+        old_logprob = _counted(self._old_logprob(batch), batch.mask, weights)
+        advantage = _counted(_filled(batch, "advantages"), batch.mask, weights)
         entropy = self._entropy(stats, batch)
         per_token = self.policy_loss(stats.logprob, old_logprob, advantage, entropy)
         if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
             drift = _filled(batch, "logprobs") - batch.sampler_logprobs
-            per_token = per_token * drift.exp().clamp(max=self.sampler_ratio_cap)[batch.mask]
+            drift = _counted(drift, batch.mask, weights)
+            per_token = per_token * drift.exp().clamp(max=self.sampler_ratio_cap)
         loss = _weighted(per_token, weights)
         if self.kl_loss_coef is not None:
-            reference = _filled(batch, "ref_logprobs")[batch.mask]
+            reference = _counted(_filled(batch, "ref_logprobs"), batch.mask, weights)
             penalty = kl_k2(stats.logprob, reference)
             loss = loss + self.kl_loss_coef * _weighted(penalty, weights)
         loss = loss / denominator
@@ -225,8 +231,8 @@ class PPOMaxLoss:
         weights = batch.state_weights[batch.states]
         if denominator is None:
             denominator = weights.sum()
-        old_value = _filled(batch, "values")[batch.states]
-        returns = _filled(batch, "returns")[batch.states]
+        old_value = _counted(_filled(batch, "values"), batch.states, weights)
+        returns = _counted(_filled(batch, "returns"), batch.states, weights)
         loss = _weighted(self.value_loss(value, old_value, returns), weights) / denominator
         stats = {"critic/loss": loss.detach()}
         if self.value_clip is not None:

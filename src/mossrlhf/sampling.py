@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.recording import Recorder, unwarped
+from mossrlhf.recording import Recorder, require_recordable, unwarped
 from mossrlhf.signature import inside
 from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
@@ -41,6 +41,25 @@ NEUTRAL = {
     "watermarking_config": None,
 }
 """The values, besides None, at which a field of a config leaves the distribution alone."""
+
+_SEARCH = "tokens would not be drawn one by one from a distribution that can be scored"
+_ASSISTED = "assisted decoding takes one prompt at a time and draws several tokens at once"
+
+REFUSED = {
+    "stop_strings": "a response ends with a token here; name it by eos_token_id=",
+    "max_time": "responses would end by the clock; shorten them by max_new_tokens=",
+    "token_healing": "prompts would be changed; rewards and log-probabilities are of those given",
+    "assistant_early_exit": _ASSISTED,
+    "is_assistant": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "speculation_type": _ASSISTED,
+    "use_mtp": _ASSISTED,
+    "constraints": _SEARCH,
+    "dola_layers": _SEARCH,
+    "force_words_ids": _SEARCH,
+    "penalty_alpha": _SEARCH,
+}
+"""Fields of a config that no sampling of one response per prompt knows, and what to do instead."""
 
 
 @runtime_checkable
@@ -79,8 +98,9 @@ class HFSampler:
         batch_size: prompts at a time; None for all at once.
 
     Raises:
-        ValueError: where ``max_new_tokens`` is missing, or the config asks for beams or for
-            several sequences per prompt (that is `TrainerConfig.samples_per_prompt`).
+        ValueError: where ``max_new_tokens`` is missing, or the config asks for beams, for several
+            sequences per prompt (that is `TrainerConfig.samples_per_prompt`), for anything in
+            `REFUSED`, or, sampling, for a watermark.
 
     Source: ours; C: temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens.
     """
@@ -98,12 +118,7 @@ class HFSampler:
                 "generation_config: max_new_tokens is None; say how long a response may become, "
                 "e.g. GenerationConfig(max_new_tokens=512)"
             )
-        for name in ("num_beams", "num_return_sequences"):
-            if (getattr(config, name) or 1) != 1:
-                raise ValueError(
-                    f"generation_config: {name} = {getattr(config, name)}, expected 1; for "
-                    "several responses to a prompt set TrainerConfig.samples_per_prompt"
-                )
+        _require_plain(config)
         greedy = config.do_sample is False  # then transformers warns of what concerns sampling
         for name, value in FREE.items():
             if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
@@ -210,7 +225,7 @@ class HFSampler:
         config, extra, recorder = self.effective, {}, None
         if self.departures and config.do_sample:
             # What is drawn differs from what is scored: by how much is seen in the metrics.
-            recorder = Recorder(config)
+            recorder = Recorder(config, device)
             config, extra = unwarped(config), {"logits_processor": [recorder]}
         with _only(model, config):
             drawn: Tensor = model.generate(  # type: ignore[operator]
@@ -245,6 +260,23 @@ class HFSampler:
             truncated=~ended,
             mask=mask,
         )
+
+
+def _require_plain(config: GenerationConfig) -> None:
+    """Refuse what is not the sampling of one response per prompt, token by token."""
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(config, name) or 1) != 1:
+            raise ValueError(
+                f"generation_config: {name} = {getattr(config, name)}, expected 1; for several "
+                "responses to a prompt set TrainerConfig.samples_per_prompt"
+            )
+    for name, instead in REFUSED.items():
+        # Older releases of transformers lack the newest of them.
+        value = getattr(config, name, None)
+        off = value is None or value is False or (name == "penalty_alpha" and value == 0)
+        if not off:
+            raise ValueError(f"generation_config: {name} = {value!r}, expected None: {instead}")
+    require_recordable(config)
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Supervised fine-tuning, on `transformers.Trainer`."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
-from mossrlhf.data import SFTCollator
+from mossrlhf.data import SFTCollator, require_fitting_prompts
 
 
 class SFTTrainer(TransformersTrainer):
@@ -19,11 +18,15 @@ class SFTTrainer(TransformersTrainer):
         model: a causal language model.
         args: of transformers. Its ``remove_unused_columns`` is passed over: records are tokenized
             when a batch is made of them.
-        train_dataset: records as `mossrlhf.data.load_sft` returns them.
+        train_dataset: records as `mossrlhf.data.load_sft` returns them: a `datasets.Dataset`, or
+            a sequence of dicts.
         processing_class: the tokenizer, with a chat template where prompts are messages.
-        eval_dataset: more of them.
+        eval_dataset: more of them, or a dict of several by name.
         max_length: of prompt and response together, in tokens; None for no limit.
         kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: where a prompt leaves no room for a response, whatever is dropped of it.
 
     Source: P1 §4.1 (the SFT model).
     """
@@ -32,13 +35,16 @@ class SFTTrainer(TransformersTrainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        train_dataset: Sequence[Mapping[str, Any]],
+        train_dataset: Any,
         processing_class: PreTrainedTokenizerBase,
         *,
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Any = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
+        room = None if max_length is None else max_length - 1  # beside a token of the response
+        require_fitting_prompts(train_dataset, processing_class, room)
+        require_fitting_prompts(eval_dataset, processing_class, room, name="eval_dataset")
         super().__init__(
             model=model,
             args=args,

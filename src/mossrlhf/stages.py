@@ -15,8 +15,15 @@ from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.buffer import RolloutBuffer, note, split
 from mossrlhf.checkpoint import require_writable
 from mossrlhf.config import TrainerConfig
-from mossrlhf.data import PromptBatch, SFTCollator, Shuffled, prompt_batch
+from mossrlhf.data import (
+    PromptBatch,
+    SFTCollator,
+    Shuffled,
+    prompt_batch,
+    require_fitting_prompts,
+)
 from mossrlhf.engine import Engine
+from mossrlhf.fitting import require_fitting_parts
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, policy_stats
@@ -106,7 +113,7 @@ class Stages:
         self.shaper = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
         self.loss = loss or PPOMaxLoss()
-        self._require_fitting(ptx_dataset, generation_config, sampler)
+        require_fitting_parts(self, ptx_dataset, generation_config, sampler)
         self.processing_class = processing_class or load_tokenizer(model)
         self.sampler = sampler or HFSampler.for_tokenizer(
             self.processing_class, generation_config or GenerationConfig(max_new_tokens=512)
@@ -117,6 +124,8 @@ class Stages:
 
         policy = load_policy(model, peft_config)
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
         self.rewards = self._reward_set(reward)
         self.ref_model = load_reference(ref_model, policy)
         made = load_critic(critic, policy, self.rewards.same_tokenizer())
@@ -320,27 +329,3 @@ class Stages:
             return None
         batch = self._collate(self.ptx.next(size))
         return {name: value.to(self.accelerator.device) for name, value in batch.items()}
-
-    def _require_fitting(
-        self,
-        ptx_dataset: Dataset | None,
-        generation_config: GenerationConfig | None,
-        sampler: Sampler | None,
-    ) -> None:
-        if self.loss.ptx_coef is not None and ptx_dataset is None:
-            raise ValueError(
-                f"PPOMaxLoss(ptx_coef={self.loss.ptx_coef}): there is no pre-training data; pass "
-                "Trainer(ptx_dataset=), or set ptx_coef=None"
-            )
-        size = getattr(self.advantage, "group_size", None)
-        if size is not None and size != self.args.samples_per_prompt:
-            raise ValueError(
-                f"advantage: its groups are of {size}, but TrainerConfig(samples_per_prompt="
-                f"{self.args.samples_per_prompt}): set both to the same number"
-            )
-        if generation_config is not None and sampler is not None:
-            raise ValueError(
-                "generation_config: got one beside a sampler, which draws by its own; give it to "
-                "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
-            )
-        self.args.require_shareable(self.accelerator.num_processes)

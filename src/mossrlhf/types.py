@@ -55,7 +55,8 @@ class Rollout:
         rewards: ``[B, T]`` what the return is made of: shaped score and KL penalty.
         advantages: ``[B, T]``.
         returns: ``[B, T]`` the critic's targets.
-        extra: further tensors whose first dimension is B, for custom losses.
+        extra: further tensors whose first dimension is B, for custom losses. Where the second is
+            as long as T, it is the tokens', and is cut and padded as that of the fields above.
 
     Source: ours.
     """
@@ -150,7 +151,10 @@ class Rollout:
         picked["columns"] = {
             name: [column[i] for i in rows] for name, column in self.columns.items()
         }
-        picked["extra"] = {name: value[chosen] for name, value in self.extra.items()}
+        picked["extra"] = {
+            name: value[chosen, :length] if self._per_token(value) else value[chosen]
+            for name, value in self.extra.items()
+        }
         return Rollout(**picked)
 
     def with_end_states(self, limit: int) -> "Rollout":
@@ -169,13 +173,20 @@ class Rollout:
             positions == self.response_lengths[:, None]
         )
         widened: dict[str, Any] = {
-            spec.name: torch.nn.functional.pad(value, (0, 1))
+            spec.name: _pad(value, 1)
             for spec in fields(self)
             if isinstance(value := getattr(self, spec.name), Tensor)
             and value.ndim == 2
-            and spec.name != "input_ids"
+            and spec.name not in ("input_ids", "state_mask")
         }
-        return replace(self, **{**widened, "state_mask": widened["mask"] | after})
+        extra = {
+            name: _pad(value, 1) if self._per_token(value) else value
+            for name, value in self.extra.items()
+        }
+        return replace(self, **widened, state_mask=widened["mask"] | after, extra=extra)
+
+    def _per_token(self, value: Tensor) -> bool:
+        return value.ndim > 1 and value.shape[1] == self.mask.shape[1]
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the rollout with every tensor on `device`."""
@@ -225,10 +236,12 @@ def _join(name: str, parts: list[Tensor | None]) -> Tensor | None:
     if present[0].ndim == 1:
         return torch.cat(present)
     width = max(part.shape[1] for part in present)
-    beyond = (0, 0) * (present[0].ndim - 2)
-    return torch.cat(
-        [torch.nn.functional.pad(p, (*beyond, 0, width - p.shape[1])) for p in present]
-    )
+    return torch.cat([_pad(part, width - part.shape[1]) for part in present])
+
+
+def _pad(value: Tensor, more: int) -> Tensor:
+    """Put zeros behind the second dimension, whatever follows it."""
+    return torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, more))
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,31 @@ def test_records_that_are_none_of_theirs_are_refused(english, collator):
         collator(english)([{"prompt": "Hi", "answer": "Ho"}])
 
 
+@pytest.mark.parametrize(
+    ("collator", "record", "message"),
+    [
+        (SFTCollator, {"prompt": "Hi", "response": PROMPT[1:2]}, r"response is a list \(\[{'role'"),
+        (SFTCollator, {"prompt": "Hi", "response": None}, r"response is a NoneType \(None\)"),
+        (SFTCollator, {"text": ["Hi"]}, r"text is a list"),
+        (
+            PairCollator,
+            {"prompt": PROMPT, "chosen": PROMPT[:2], "rejected": " no"},
+            r"chosen is a list .*expected a string.*load_pairs \(PairCollator\), which make",
+        ),
+        (
+            PairCollator,
+            {"prompt": "Hi", "chosen": " yes", "rejected": PROMPT[1]},
+            "rejected is a dict .*expected a string, that text alone",
+        ),
+    ],
+)
+def test_answers_that_are_no_text_are_refused(english, collator, record, message):
+    """Also after good ones: not the first record of a dataset alone is looked at."""
+    good = {"prompt": "Hi", "response": " Ho", "chosen": " yes", "rejected": " no"}
+    with pytest.raises(ValueError, match=f"records: {message}"):
+        collator(english)([good, record])
+
+
 def test_real_pairs_fit(shared, english):
     pairs = load_pairs(shared / "data" / "llama-factory" / "dpo_en_demo.json")
     pairs = [pair for pair in pairs if len(encode_prompt(english, pair["prompt"][-1:])) < 256][:32]

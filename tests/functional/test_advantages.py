@@ -133,3 +133,22 @@ def test_leave_one_out_by_hand():
 def test_groups_must_fit(baseline, size):
     with pytest.raises(ValueError, match=f"group_size: got {size} for 6 responses"):
         baseline(RETURNS, size)
+
+
+@pytest.mark.parametrize("name", ["gae", "discounted_returns", "reinforce_plus_plus"])
+def test_what_is_masked_has_no_part_in_the_gradient(name):
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    inside = torch.tensor([[1.0, 0.0, 3.0], [2.0, -2.5, 0.0]], dtype=torch.float64)
+    rewards = torch.where(mask, inside, torch.nan).requires_grad_()
+    values = torch.where(mask, -inside, torch.nan).requires_grad_()
+    got = {
+        "gae": lambda: gae(rewards, values, mask, gamma=0.9),
+        "discounted_returns": lambda: discounted_returns(rewards, mask, gamma=0.9),
+        "reinforce_plus_plus": lambda: reinforce_plus_plus(rewards, mask, gamma=0.9),
+    }[name]()
+    got.square().sum().backward()
+    assert got.isfinite().all()
+    for leaf in (rewards, values) if name == "gae" else (rewards,):
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[mask].any()
+        assert not leaf.grad[~mask].any()

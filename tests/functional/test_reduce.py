@@ -75,10 +75,35 @@ def test_two_processes_whiten_as_one():
     assert next(others, None) is None
 
 
-def test_gradient_ignores_what_is_masked():
-    x = torch.tensor([[1.0, float("nan"), 3.0]], requires_grad=True)
-    masked_mean(x, torch.tensor([[True, False, True]])).backward()
-    assert x.grad.tolist() == [[0.5, 0.0, 0.5]]
+REDUCTIONS = {
+    "sum": masked_sum,
+    "sum of rows": lambda x, mask: masked_sum(x, mask, dim=1),
+    "mean": masked_mean,
+    "mean of rows": lambda x, mask: masked_mean(x, mask, dim=1),
+    "moments": lambda x, mask: torch.stack(masked_moments(x, mask)),
+    "unbiased moments": lambda x, mask: torch.stack(masked_moments(x, mask, correction=1)),
+    "whiten": whiten,
+    "scale": lambda x, mask: whiten(x, mask, shift_mean=False),
+}
+
+
+@pytest.mark.parametrize("outside", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_what_is_masked_has_no_part_in_value_or_gradient(name, outside):
+    """Both are those with zeros outside the mask; 0 × NaN in the backward pass would be NaN."""
+    reduction = REDUCTIONS[name]
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    inside = torch.tensor([[1.0, 0.0, 3.0], [0.0, -2.5, 0.0]], dtype=torch.float64)
+    wild, tame = (torch.where(mask, inside, other).requires_grad_() for other in (outside, 0.0))
+    got, expected = reduction(wild, mask), reduction(tame, mask)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    along = torch.linspace(1, 2, got.numel(), dtype=torch.float64).view_as(got)
+    got.backward(along)
+    expected.backward(along)
+    assert wild.grad.isfinite().all()
+    assert not wild.grad[~mask].any()
+    torch.testing.assert_close(wild.grad[mask], tame.grad[mask], rtol=0, atol=0)
+    assert torch.autograd.gradcheck(reduction, (tame, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

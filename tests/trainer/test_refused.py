@@ -24,6 +24,14 @@ from mossrlhf import HFSampler, PPOMaxLoss, TrainerConfig
             "do not fit into the model's context",
         ),
         (dict(generation_config=GenerationConfig()), "max_new_tokens is None"),
+        (
+            dict(train_dataset=[{"prompt": "help " * 300}]),
+            "train_dataset: 1 of its longest prompts do not fit; that of record 0 takes 300 tokens",
+        ),
+        (
+            dict(eval_dataset=[{"prompt": "help " * 300}]),
+            "eval_dataset: 1 of its longest prompts do not fit",
+        ),
         (dict(model=torch.nn.Linear(2, 2)), "model: got Linear, expected a causal language model"),
     ],
 )

@@ -3,6 +3,7 @@
 from mossrlhf.data import formats
 from mossrlhf.data.collate import PairCollator, SFTCollator, pad, pad_id
 from mossrlhf.data.feed import PromptBatch, Shuffled, prompt_batch
+from mossrlhf.data.fit import overlong_prompts, require_fitting_prompts, without_overlong
 from mossrlhf.data.formats import DataError
 from mossrlhf.data.readers import load_pairs, load_prompts, load_sft
 from mossrlhf.data.templates import (
@@ -28,9 +29,12 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "load_sft",
+    "overlong_prompts",
     "pad",
     "pad_id",
     "prompt_batch",
     "prompt_encodings",
+    "require_fitting_prompts",
     "set_dialogue_template",
+    "without_overlong",
 ]

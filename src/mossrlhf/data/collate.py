@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data.formats import Prompt
+from mossrlhf.data.memory import DEFAULT_BYTES, Encodings
 from mossrlhf.data.templates import (
     encode_prompt,
     encode_response,
@@ -70,29 +71,43 @@ class SFTCollator:
     Args:
         tokenizer: with an eos token, and a chat template where prompts are messages.
         max_length: of prompt and response, in tokens; None for no limit.
+        cache_bytes: room for the token ids of records met before, which are then not rendered
+            and tokenized again; None for none.
+
+    Raises:
+        ValueError: where a record has not these columns, what they hold is no text, or a prompt
+            leaves no room for a response.
 
     Source: ours.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = field(default=None, kw_only=True)
+    cache_bytes: int | None = field(default=DEFAULT_BYTES, kw_only=True)
+    _known: Encodings = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", Encodings(self.cache_bytes))
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Int[Tensor, "B L"]]:
         """Return ``[B, L]`` ``input_ids``, ``attention_mask`` and ``labels`` (-100: no loss)."""
+        self._known.follow(self.tokenizer)
         rows = [self._encode(record) for record in records]
         ids, mask = pad([prompt + learned for prompt, learned in rows], pad_id(self.tokenizer))
         labels = _labels(ids, mask, [len(prompt) for prompt, _ in rows])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _encode(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _encode(self, record: Mapping[str, Any]) -> list[list[int]]:
         if "prompt" in record:
             _require(record, "response")
-            prompt, (response,) = _encode(
-                self.tokenizer, record["prompt"], [record["response"]], self.max_length
+            prompt, response = record["prompt"], record["response"]
+            return self._known(
+                (prompt, response),
+                lambda: _encode(self.tokenizer, prompt, [response], self.max_length),
             )
-            return prompt, response
         _require(record, "text")
-        return [], encode_text(self.tokenizer, record["text"])[: self.max_length]
+        text = record["text"]
+        return self._known(text, lambda: [[], encode_text(self.tokenizer, text)[: self.max_length]])
 
 
 @dataclass(frozen=True)
@@ -105,12 +120,22 @@ class PairCollator:
     Args:
         tokenizer: with an eos token, and a chat template where prompts are messages.
         max_length: of prompt and response, in tokens; None for no limit.
+        cache_bytes: as for `SFTCollator`.
+
+    Raises:
+        ValueError: where a record has not these columns, an answer is no text, or a prompt leaves
+            no room for one.
 
     Source: ours.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = field(default=None, kw_only=True)
+    cache_bytes: int | None = field(default=DEFAULT_BYTES, kw_only=True)
+    _known: Encodings = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", Encodings(self.cache_bytes))
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Encode P pairs.
@@ -119,17 +144,21 @@ class PairCollator:
             ``input_ids`` and ``attention_mask`` ``[2P, L]``, all chosen, then all rejected in the
             same order; ``chosen_labels`` ``[P, L]``: the chosen response's ids, -100 elsewhere.
         """
+        self._known.follow(self.tokenizer)
         rows = [self._encode(record) for record in records]
-        sequences = [prompt + answers[side] for side in (0, 1) for prompt, answers in rows]
+        sequences = [prompt + answers[side] for side in (0, 1) for prompt, *answers in rows]
         ids, mask = pad(sequences, pad_id(self.tokenizer))
         count = len(rows)
-        labels = _labels(ids[:count], mask[:count], [len(prompt) for prompt, _ in rows])
+        labels = _labels(ids[:count], mask[:count], [len(prompt) for prompt, *_ in rows])
         return {"input_ids": ids, "attention_mask": mask, "chosen_labels": labels}
 
-    def _encode(self, record: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
+    def _encode(self, record: Mapping[str, Any]) -> list[list[int]]:
         _require(record, "prompt", "chosen", "rejected")
-        answers = [record["chosen"], record["rejected"]]
-        return _encode(self.tokenizer, record["prompt"], answers, self.max_length)
+        prompt, answers = record["prompt"], [record["chosen"], record["rejected"]]
+        return self._known(
+            (prompt, answers),
+            lambda: _encode(self.tokenizer, prompt, answers, self.max_length),
+        )
 
 
 def _encode(
@@ -137,23 +166,23 @@ def _encode(
     prompt: Prompt,
     responses: list[str],
     max_length: int | None,
-) -> tuple[list[int], list[list[int]]]:
-    """Return the ids of a prompt and of its responses, cut so that each sequence fits."""
+) -> list[list[int]]:
+    """Return the ids of a prompt, and of its responses, cut so that each sequence fits."""
     answers = [encode_response(tokenizer, prompt, response) for response in responses]
     longest = max(map(len, answers))
     if max_length is None:
-        return encode_prompt(tokenizer, prompt), answers
+        return [encode_prompt(tokenizer, prompt), *answers]
     ids: list[int] = []
     for ids in prompt_encodings(tokenizer, prompt):
         if len(ids) + longest <= max_length:
-            return ids, answers
+            return [ids, *answers]
     room = max_length - len(ids)
     if room < 1:
         raise ValueError(
             f"prompt: {len(ids)} tokens with nothing left to drop leave no room for a response "
             f"within max_length={max_length}; raise max_length, or leave such prompts out"
         )
-    return ids, [answer[:room] for answer in answers]
+    return [ids, *(answer[:room] for answer in answers)]
 
 
 def _labels(
@@ -170,3 +199,10 @@ def _require(record: Mapping[str, Any], *keys: str) -> None:
             f"records: {' and '.join(missing)} missing among {sorted(record)}; "
             "read them with load_sft (SFTCollator) or load_pairs (PairCollator)"
         )
+    for key in keys:
+        if key != "prompt" and not isinstance(record[key], str):
+            raise ValueError(
+                f"records: {key} is a {type(record[key]).__name__} ({record[key]!r:.80}), expected "
+                "a string, that text alone without its prompt; read them with load_sft "
+                "(SFTCollator) or load_pairs (PairCollator), which make strings of messages"
+            )

@@ -108,7 +108,7 @@ def prompt_encodings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iter
     if isinstance(prompt, str):
         yield _encode_string(tokenizer, prompt)
     else:
-        for kept in _suffixes(prompt):
+        for kept in suffixes(prompt):
             yield _ids(tokenizer, _render(tokenizer, kept))
 
 
@@ -182,7 +182,7 @@ def _render(
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
 
 
-def _suffixes(messages: list[Message]) -> Iterator[list[Message]]:
+def suffixes(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield the dialogue whole, then from each later human turn on; at last without a system."""
     yield messages
     lead = 1 if messages[0]["role"] == "system" else 0

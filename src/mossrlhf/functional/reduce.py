@@ -1,7 +1,7 @@
 """Masked sums, means, moments and whitening.
 
-Masked entries never enter a product: they are replaced by zero first (`torch.where`), since
-NaN x 0 is NaN.
+Masked entries are replaced by zero (`torch.where`) before anything is computed of them, since
+NaN × 0 is NaN: in a product, and in the gradient of one, where a zero comes back to it.
 """
 
 from collections.abc import Callable
@@ -87,6 +87,7 @@ def masked_moments(
 
     Source: ours.
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype))
     mean = reduce(masked_sum(x, mask)) / count.clamp(min=1)
     squares = reduce(masked_sum((x - mean) ** 2, mask))
@@ -113,6 +114,7 @@ def whiten(
 
     Source: P1 §5.3.1 (advantage normalization); the `correction` and `eps` of TRL are 1 and 1e-8.
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     mean, variance = masked_moments(x, mask, correction, reduce)
     scaled = (x - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:

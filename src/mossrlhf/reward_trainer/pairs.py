@@ -84,7 +84,7 @@ class RankingLoss:
     Args:
         lm_coef: β, factor on the language-model loss of the chosen responses (P1: 1; 0 in C's
             script); None for none.
-        label_smoothing: α, the share of labels believed to be flipped, up to 0.5.
+        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5).
 
     Raises:
         ValueError: where a number is outside its range.
@@ -97,7 +97,11 @@ class RankingLoss:
 
     def __post_init__(self) -> None:
         check_range("RankingLoss", "lm_coef", self.lm_coef, 0, above=True)
-        check_range("RankingLoss", "label_smoothing", self.label_smoothing, 0, 0.5)
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"RankingLoss(label_smoothing=): got {self.label_smoothing}, expected a number in "
+                "[0, 0.5): where half of the labels are flipped, pairs say nothing"
+            )
 
     def __call__(self, scores: PairScores, counts: Float[Tensor, "2"] | None = None) -> LossOutput:
         """Return the share that these pairs have in the loss and its statistics.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from mossrlhf.data import PairCollator
+from mossrlhf.data import PairCollator, require_fitting_prompts
 from mossrlhf.models import RewardModel
 from mossrlhf.reward_trainer.pairs import (
     PairModel,
@@ -58,8 +58,8 @@ class RewardTrainer(Trainer):
 
     Raises:
         TypeError: where the model is not a `RewardModel`.
-        ValueError: where records lack a column, the tokenizer has more tokens than the model, the
-            language-model term has no head, or a head has no such term.
+        ValueError: where records lack a column or room for a response, the tokenizer has more
+            tokens than the model, the language-model term has no head, or a head no such term.
 
     Source: P1 §3.1, §4.2 (its learning rate is 5e-6, after 10 % of warm-up, for one epoch).
     """
@@ -326,14 +326,18 @@ def _output_head(
 
 
 def _check_records(rows: PairRows, **datasets: Any) -> None:
-    """Try the first record of each dataset: an error now, not after an epoch."""
+    """Try the first record of each dataset, and its longest prompts: an error now, not later."""
+    collator = rows.collator
     for name, dataset in datasets.items():
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
             if isinstance(part, Sized) and len(part):
                 record = part[0]  # type: ignore[index]
-                if isinstance(rows.collator, PairCollator):
+                if isinstance(collator, PairCollator):
                     _check_texts(name, record)
                 rows([record])
+        if isinstance(collator, PairCollator) and collator.max_length is not None:
+            room = collator.max_length - 1  # beside a token of the response
+            require_fitting_prompts(dataset, collator.tokenizer, room, name=name)
 
 
 def _check_texts(name: str, record: Mapping[str, Any]) -> None:

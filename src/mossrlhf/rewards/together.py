@@ -1,20 +1,22 @@
-"""What is to be maximized: reward models, classifiers and functions behind one door."""
+"""Rewards of all kinds called together: their names, their weights, what they may return."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mossrlhf.models import RewardModel, ValueHead
-from mossrlhf.strict import strict
+from mossrlhf.models import RewardModel
+from mossrlhf.rewards.model import Messages, ModelReward, as_reward_model
 from mossrlhf.types import Rollout
 
-Messages = Sequence[Mapping[str, str]]
+RESERVED = frozenset([
+    "advantages", "critic", "kl", "perplexity", "policy",
+    "response", "returns", "sampler", "values",
+])  # fmt: skip
+"""What no reward may be called: its ``eval/<name>/…`` would stand among other metrics."""
 
 
 @runtime_checkable
@@ -39,115 +41,6 @@ class RewardFunction(Protocol):
         """Return the reward of each completion."""
 
 
-@strict
-@dataclass(frozen=True, kw_only=True)
-class ModelReward:
-    """A reward model, or any one-label sequence classifier, as a reward.
-
-    With the policy's tokenizer it reads the policy's tokens; with another one (`tokenizer`) it
-    reads text: the prompt as the dataset has it, through that tokenizer's own chat template where
-    it is a list of messages, and the completion decoded.
-
-    Args:
-        model: `RewardModel`, or a classifier with a head called ``score``.
-        tokenizer: its tokenizer, where it is not the policy's; None for the policy's.
-        batch_size: sequences at a time.
-        name: what metrics call it.
-
-    Raises:
-        ValueError: where the model has no one-label head.
-
-    Source: P1 §3.1.
-    """
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase | None = None
-    batch_size: int = 64
-    name: str = "reward_model"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "model", as_reward_model(self.model).eval().requires_grad_(False))
-
-    @property
-    def __name__(self) -> str:
-        return self.name
-
-    @torch.no_grad()
-    def score(
-        self, rollout: Rollout, prompts: Sequence[str | Messages], completions: Sequence[str]
-    ) -> Float[Tensor, " B"]:
-        """Score the responses of a rollout.
-
-        Args:
-            rollout: B sequences; read where the tokenizer is the policy's.
-            prompts: B prompts as the dataset has them; read where it is not.
-            completions: B texts.
-
-        Returns:
-            ``[B]`` scores.
-        """
-        if self.tokenizer is not None:
-            ids, mask = self._encode(prompts, completions)
-            ids, mask = ids.to(rollout.input_ids.device), mask.to(rollout.input_ids.device)
-        else:
-            ids, mask = rollout.input_ids, rollout.attention_mask
-        parts = zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
-        return torch.cat([self.model(i, m) for i, m in parts])
-
-    def _encode(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        rows: list[list[int]] = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                ids = list(tokenizer(prompt + completion)["input_ids"])
-                if tokenizer.eos_token_id not in (None, *ids[-1:]):
-                    ids.append(tokenizer.eos_token_id)
-            else:
-                turns = [*prompt, {"role": "assistant", "content": completion}]
-                text = tokenizer.apply_chat_template(turns, tokenize=False)
-                ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            rows.append(ids)
-        width = max(len(ids) for ids in rows)
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
-        lengths = torch.tensor([len(ids) for ids in rows])
-        return padded, torch.arange(width) < lengths[:, None]
-
-
-def as_reward_model(model: nn.Module) -> RewardModel:
-    """Return a `RewardModel` sharing the weights of a one-label sequence classifier.
-
-    Args:
-        model: a `RewardModel`, which is returned as it is, or a transformers classifier.
-
-    Raises:
-        ValueError: where it has no linear head called ``score`` with one output.
-
-    Source: ours.
-    """
-    if isinstance(model, RewardModel):
-        return model
-    head = getattr(model, "score", None)
-    if not isinstance(model, PreTrainedModel) or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"reward: got a {type(model).__name__}, expected a RewardModel, a transformers "
-            "sequence classifier whose head is called 'score', or a callable; wrap others in a "
-            "function reward(*, prompts, completions, completion_ids, **columns) -> list[float]"
-        )
-    if head.out_features != 1:
-        raise ValueError(
-            f"reward: {type(model).__name__} has {head.out_features} labels, expected 1; write a "
-            "function that says which of them is the reward"
-        )
-    value_head = ValueHead(head.in_features, bias=head.bias is not None)
-    value_head.weight = head.weight
-    if head.bias is not None:
-        value_head.bias = head.bias
-    return RewardModel(model.base_model, value_head)
-
-
 Reward: TypeAlias = ModelReward | RewardModel | PreTrainedModel | Callable[..., Any]
 
 
@@ -160,17 +53,13 @@ class RewardSet:
         tokenizer: the policy's, to decode completions.
 
     Raises:
-        ValueError: where there is none, or two share a name.
+        ValueError: where there is none, two share a name, or a name is one of `RESERVED`.
         TypeError: where one is no model and cannot be called.
 
     Source: ours.
     """
 
-    def __init__(
-        self,
-        rewards: Any,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
+    def __init__(self, rewards: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
         if not listed:
             raise ValueError("reward: got an empty list, expected at least one reward")
@@ -182,6 +71,12 @@ class RewardSet:
             raise ValueError(
                 f"reward: names must differ, since metrics carry them; got {self.names}. Give "
                 "each function its own __name__, each ModelReward its own name="
+            )
+        if taken := [name for name in self.names if name.split("/")[0] in RESERVED]:
+            raise ValueError(
+                f"reward: {taken[0]!r} cannot be a reward's name, since other metrics are called "
+                f"eval/{taken[0].split('/')[0]}/…; give the function another __name__, or the "
+                f"ModelReward another name=. Reserved: {', '.join(sorted(RESERVED))}"
             )
 
     @property

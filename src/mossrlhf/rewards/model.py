@@ -1,0 +1,132 @@
+"""Reward models as rewards: those that read the policy's tokens, and those that read text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mossrlhf.models import RewardModel, ValueHead
+from mossrlhf.strict import strict
+from mossrlhf.types import Rollout
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class ModelReward:
+    """A reward model, or any one-label sequence classifier, as a reward.
+
+    With the policy's tokenizer it reads the policy's tokens; with another one (`tokenizer`) it
+    reads text: the prompt as the dataset has it, through that tokenizer's own chat template where
+    it is a list of messages, and the completion decoded. A truncated response is not ended there.
+
+    Args:
+        model: `RewardModel`, or a classifier with a head called ``score``.
+        tokenizer: its tokenizer, where it is not the policy's; None for the policy's.
+        batch_size: sequences at a time.
+        name: what metrics call it.
+
+    Raises:
+        ValueError: where the model has no one-label head.
+
+    Source: P1 §3.1.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batch_size: int = 64
+    name: str = "reward_model"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", as_reward_model(self.model).eval().requires_grad_(False))
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @torch.no_grad()
+    def score(
+        self, rollout: Rollout, prompts: Sequence[str | Messages], completions: Sequence[str]
+    ) -> Float[Tensor, " B"]:
+        """Score the responses of a rollout.
+
+        Args:
+            rollout: B sequences; read where the tokenizer is the policy's.
+            prompts: B prompts as the dataset has them; read where it is not.
+            completions: B texts.
+
+        Returns:
+            ``[B]`` scores.
+        """
+        if self.tokenizer is not None:
+            ids, mask = self._encode(prompts, completions, rollout.truncated.tolist())
+            ids, mask = ids.to(rollout.input_ids.device), mask.to(rollout.input_ids.device)
+        else:
+            ids, mask = rollout.input_ids, rollout.attention_mask
+        parts = zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+        return torch.cat([self.model(i, m) for i, m in parts])
+
+    def _encode(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str],
+        truncated: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        texts = zip(prompts, completions, truncated, strict=True)
+        rows = [self._row(prompt, completion, cut) for prompt, completion, cut in texts]
+        width = max(len(ids) for ids in rows)
+        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
+        lengths = torch.tensor([len(ids) for ids in rows])
+        return padded, torch.arange(width) < lengths[:, None]
+
+    def _row(self, prompt: str | Messages, completion: str, truncated: bool) -> list[int]:
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        if not isinstance(prompt, str):
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            text = tokenizer.apply_chat_template(
+                turns, tokenize=False, continue_final_message=truncated
+            )
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids, end = list(tokenizer(prompt + completion)["input_ids"]), tokenizer.eos_token_id
+        if end is None:
+            return ids
+        if truncated:  # also where the tokenizer puts an end after whatever it reads
+            return ids[:-1] if ids[-1:] == [end] else ids
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def as_reward_model(model: nn.Module) -> RewardModel:
+    """Return a `RewardModel` sharing the weights of a one-label sequence classifier.
+
+    Args:
+        model: a `RewardModel`, which is returned as it is, or a transformers classifier.
+
+    Raises:
+        ValueError: where it has no linear head called ``score`` with one output.
+
+    Source: ours.
+    """
+    if isinstance(model, RewardModel):
+        return model
+    head = getattr(model, "score", None)
+    if not isinstance(model, PreTrainedModel) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"reward: got a {type(model).__name__}, expected a RewardModel, a transformers "
+            "sequence classifier whose head is called 'score', or a callable; wrap others in a "
+            "function reward(*, prompts, completions, completion_ids, **columns) -> list[float]"
+        )
+    if head.out_features != 1:
+        raise ValueError(
+            f"reward: {type(model).__name__} has {head.out_features} labels, expected 1; write a "
+            "function that says which of them is the reward"
+        )
+    value_head = ValueHead(head.in_features, bias=head.bias is not None)
+    value_head.weight = head.weight
+    if head.bias is not None:
+        value_head.bias = head.bias
+    return RewardModel(model.base_model, value_head)
