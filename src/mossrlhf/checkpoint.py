@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
 STATE = "trainer_state.json"
 """The file that is written last and read first; a folder without it is no checkpoint."""
@@ -223,6 +224,21 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
     others = [path for path in checkpoints(folder) if path != best]
     for path in others[:-keep]:
         shutil.rmtree(path)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every model that is written.
+
+    Source: ours.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def require_writable(folder: Path) -> None:

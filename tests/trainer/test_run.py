@@ -201,3 +201,8 @@ def test_pre_training_data_is_split_like_everything_else(make, parameters, world
     assert len(sizes) - count > count
     assert torch.linalg.vector_norm(split - whole) <= 1e-12 * torch.linalg.vector_norm(whole)
     assert split_loss == pytest.approx(float(loss), rel=1e-12)
+
+
+def test_writing_a_checkpoint_leaves_the_console_alone(make, capfd):
+    make(args=dict(total_steps=1)).train()
+    assert "Writing model shards" not in capfd.readouterr().err
