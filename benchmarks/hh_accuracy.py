@@ -5,7 +5,8 @@ The last 300 pairs of the file are held out; everything else was fixed before th
     python benchmarks/hh_accuracy.py harmless-base.jsonl
 
 With ``--validation`` those 300 are put aside altogether, and the last sixth of the rest is held
-out: this is what hyper-parameters were chosen on.
+out: this is what hyper-parameters were chosen on. With ``--json FILE`` the figures are kept, and
+``--table`` writes those of benchmarks/results/hh_accuracy.json into docs/real_data.md.
 """
 
 import argparse
@@ -31,16 +32,32 @@ from mossrlhf.recipes.from_pairs import ScratchConfig, train_judge, train_policy
 Pairs = Sequence[Mapping[str, Any]]
 
 SIDES = ("chosen", "rejected")
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "benchmarks" / "results" / "hh_accuracy.json"
+PAGE = ROOT / "docs" / "real_data.md"
+MARKS = ("<!-- written by: python benchmarks/hh_accuracy.py --table -->\n", "<!-- end -->\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on each seed, and print a table."""
+    """Train on each seed, and print a table; or write the page's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="preference pairs")
+    parser.add_argument("file", nargs="?", help="preference pairs")
+    parser.add_argument("--table", action="store_true", help="write the page, train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--validation", action="store_true", help="spare the last 300 pairs")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(argv)
+    if args.table == (args.file is not None):
+        parser.error("give either a file of preference pairs, to train on, or --table")
+    if args.table:
+        figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        return
+    measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train on each seed, print the accuracies, keep them."""
     transformers.utils.logging.disable_progress_bar()
     pairs = load_pairs(args.file, skip_bad=True)
     config = ScratchConfig(file=args.file)
@@ -68,9 +85,44 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def with_table(page: str, figures: Mapping[str, float]) -> str:
+    """Put the figures into a page, between the marks.
+
+    Args:
+        page: Markdown with both `MARKS`.
+        figures: as ``--json`` keeps them, of `ScratchConfig.held_out` pairs.
+
+    Returns:
+        the page.
+    """
+    count = ScratchConfig.held_out
+    seeds = {name: value for name, value in figures.items() if name.startswith("seed ")}
+    rows = {f"reward model, {name}": value for name, value in seeds.items()}
+    rows |= {"reward model, mean of the seeds": mean(seeds.values())}
+    rows |= {"bag of words, logistic regression": figures["bag of words"]}
+    lines = ["", "| | right on the held-out pairs |", "| --- | --- |"]
+    for name, value in rows.items():
+        lines.append(f"| {name} | {value:.3f} ± {binomial_error(value, count):.3f} |")
+    spread = stdev(seeds.values()) / sqrt(len(seeds))
+    lines += [
+        "",
+        f"± is the binomial standard error of {count} pairs, which all rows share; between the",
+        f"seeds, the standard error of the mean is {spread:.3f}.",
+        "",
+    ]
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return "".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after])
+
+
+def binomial_error(accuracy: float, count: int) -> float:
+    """Return the standard error of a share of `count` pairs."""
+    return sqrt(accuracy * (1 - accuracy) / count)
+
+
 def row(name: str, accuracy: float, count: int) -> str:
     """Lay out an accuracy with its binomial standard error."""
-    return f"{name:24} {accuracy:.3f} ± {sqrt(accuracy * (1 - accuracy) / count):.3f}"
+    return f"{name:24} {accuracy:.3f} ± {binomial_error(accuracy, count):.3f}"
 
 
 def bag_of_words(train: Pairs, held_out: Pairs, rare: int = 5, l2: float = 30.0) -> float:

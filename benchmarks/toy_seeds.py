@@ -47,11 +47,15 @@ def sweep() -> None:
         with own_randomness(SWEEP_SEED):
             here = replace(config, output_dir=str(Path(config.output_dir) / f"{rate:g}"))
             trainer = toy.run("vanilla_ppo", stage, here, learning_rate=rate)
+            if trainer.run.interrupted:
+                sys.exit(f"learning rate {rate:g} was interrupted: its figures are not kept")
         keep(f"sweep:{rate:g}", toy.measure(trainer))
 
 
 def keep(name: str, figures: Mapping[str, Any]) -> None:
-    """Add figures to the file of them."""
+    """Add figures to the file of them, unless Ctrl-C cut the run short."""
+    if figures.get("interrupted"):
+        sys.exit(f"{name} was interrupted: its figures are not kept")
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps({**known, name: figures}, indent=1, sort_keys=True) + "\n")

@@ -1,52 +1,83 @@
 r"""PPO-max on any causal language model, or the whole story in the toy world.
 
-With no arguments: the toy world, three arms side by side, in minutes on two cores::
+With no arguments: the toy world, three arms side by side, in minutes on two
+cores, into outputs/demo:
 
-    python examples/ppo_llama.py [--lang zh] [--seed 1] [--output_dir outputs/zh]
+    python examples/ppo_llama.py [--lang zh] [--seed 1] [--output_dir FOLDER]
 
-From nothing but preference pairs: tokenizer, SFT, reward model, PPO-max::
+From nothing but preference pairs: tokenizer, SFT, reward model, PPO-max, into
+outputs/scratch:
 
     python examples/ppo_llama.py --train_from_scratch pairs.jsonl
 
-With models of your own, alone or under ``accelerate launch``; every option of `TrainerConfig`
-and of the dataclasses below, from the command line or from a YAML file::
+With models and prompts of your own, alone or under `accelerate launch`:
 
     accelerate launch examples/ppo_llama.py --config run.yaml \
-        --model_name_or_path path/to/sft --reward_model_path path/to/reward --dataset prompts.json
+        --model_name_or_path path/to/sft --reward_model_path path/to/reward \
+        --dataset prompts.json
     python examples/ppo_llama.py --model_name_or_path path/to/sft \
         --reward rewards.py:brevity --dataset prompts.jsonl --lang en
 """
 
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, Trainer, TrainerConfig
+from mossrlhf import Trainer, TrainerConfig, presets
 from mossrlhf.data import load_prompts, load_sft, set_dialogue_template
+from mossrlhf.plotting import require_matplotlib
+from mossrlhf.recipes.bookkeeping import INTERRUPTED, ended_by_interrupt, exit_if_interrupted
+from mossrlhf.recipes.options import option_parser, read_options
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """What to train, on what, and towards what."""
+    """What to train, on what, and towards what.
 
-    model_name_or_path: str | None = None  # the SFT model: a folder or hub name
-    reward_model_path: str | None = None  # a one-label sequence classifier, or a RewardModel
-    reward: str | None = None  # or a function: file.py:function
-    dataset: str | None = None  # prompts: a JSON or JSONL file, or a hub name
-    eval_dataset: str | None = None  # held-out prompts
-    ptx_dataset: str | None = None  # pre-training or SFT data for the PTX term
-    lang: Literal["en", "zh"] | None = None  # the dialogue template; the toy world's language
-    train_from_scratch: str | None = None  # preference pairs to learn everything from
+    Args:
+        model_name_or_path: the SFT model, a folder or hub name; without it, the toy world.
+        reward_model_path: what is trained for: a one-label sequence classifier or a RewardModel,
+            a folder or hub name.
+        reward: or a function, as file.py:function.
+        dataset: prompts, a JSON or JSONL file or a hub name.
+        eval_dataset: held-out prompts; answered every eval_steps, else after the last iteration.
+        ptx_dataset: pre-training or SFT data for the PTX term; needs ptx_coef.
+        lang: the dialogue template to put on the tokenizer; in the toy world its language.
+        train_from_scratch: preference pairs to learn everything from, a file or hub name.
+    """
+
+    _argument_group_name = "what to train, on what"
+
+    model_name_or_path: str | None = None
+    reward_model_path: str | None = None
+    reward: str | None = None
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    ptx_dataset: str | None = None
+    lang: Literal["en", "zh"] | None = None
+    train_from_scratch: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Algorithm:
-    """The switches of PPO-max; the defaults are the paper's (`presets.ppo_max`)."""
+    """The switches of PPO-max; the defaults are the paper's (`presets.ppo_max`).
+
+    Args:
+        kl_coef: η of the KL penalty in the reward.
+        reward_clip: δ, bound on the normalized score; none for no bound.
+        gamma: γ of GAE.
+        lam: λ of GAE.
+        policy_clip: ε of the clipped surrogate.
+        value_clip: ε_v of the clipped value loss; none for no clip.
+        ptx_coef: λ_ptx, factor on the loss of ptx_dataset.
+    """
+
+    _argument_group_name = "PPO-max"
 
     kl_coef: float = 0.05
     reward_clip: float | None = 0.8
@@ -57,49 +88,72 @@ class Algorithm:
     ptx_coef: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn, and how few weights are trained."""
+    """How responses are drawn, and how few weights are trained.
+
+    Args:
+        max_new_tokens: of a response.
+        temperature: of sampling.
+        top_p: share of the probability that is sampled from.
+        lora_r: rank of LoRA adapters on all linear layers; without it all weights are trained.
+    """
+
+    _argument_group_name = "sampling, adapters"
 
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
-    lora_r: int | None = None  # rank of LoRA adapters on all linear layers; None trains all
+    lora_r: int | None = None
 
 
 def main(argv: list[str] | None = None) -> Any:
     """Parse the command line and run what it asks for."""
-    inputs, algorithm, sampling, args, given = parse(sys.argv[1:] if argv is None else argv)
-    if inputs.train_from_scratch is not None:
-        from mossrlhf.recipes import scratch
+    with ended_by_interrupt():
+        inputs, algorithm, sampling, args, given = parse(sys.argv[1:] if argv is None else argv)
+        if inputs.train_from_scratch is not None:
+            from mossrlhf.recipes import scratch
 
-        only(given, {"train_from_scratch", "lang", "seed", "output_dir"}, "--train_from_scratch")
-        shared = {name: given[name] for name in ("lang", "seed", "output_dir") if name in given}
-        return scratch.main(scratch.ScratchConfig(file=inputs.train_from_scratch, **shared))
-    if inputs.model_name_or_path is None:
-        from mossrlhf.recipes import toy
+            only(given, {"train_from_scratch", "lang", "seed", "output_dir"})
+            shared = {name: value for name, value in given.items() if name != "train_from_scratch"}
+            return recipe(scratch.main, scratch.ScratchConfig(inputs.train_from_scratch, **shared))
+        if inputs.model_name_or_path is None:
+            from mossrlhf.recipes import toy
 
-        only(given, {"lang", "seed", "output_dir"}, "the toy world (no --model_name_or_path)")
-        return toy.main(toy.ToyConfig(**given))
-    return train(inputs, algorithm, sampling, args)
+            only(given, {"lang", "seed", "output_dir"})
+            return recipe(toy.main, toy.ToyConfig(**given))
+        return train(inputs, algorithm, sampling, args)
+
+
+def recipe(run: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
+    """Run a recipe of the library; the exit code is 130 where Ctrl-C cut it short."""
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        sys.exit(str(error))
+    summary = run(config)
+    exit_if_interrupted(summary)
+    return summary
 
 
 def train(
     inputs: Inputs, algorithm: Algorithm, sampling: Sampling, args: TrainerConfig
 ) -> list[dict[str, Any]]:
     """Put the parts together, train, save."""
-    if inputs.dataset is None:
-        sys.exit("--dataset: a JSON or JSONL file of prompts, or a hub name, is needed")
-    if (inputs.reward is None) == (inputs.reward_model_path is None):
-        sys.exit("give one of --reward_model_path and --reward file.py:function")
+    require_sense(inputs, algorithm)
     reward = inputs.reward_model_path or load_function(str(inputs.reward))
-    prompts = load_prompts(inputs.dataset)
+    prompts = load_prompts(str(inputs.dataset))
     held_out = load_prompts(inputs.eval_dataset) if inputs.eval_dataset else None
+    if held_out is not None and args.eval_steps is None:
+        args = replace(args, eval_steps=args.total_steps)
     ptx = load_sft(inputs.ptx_dataset) if inputs.ptx_dataset else None
     tokenizer = AutoTokenizer.from_pretrained(inputs.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(inputs.model_name_or_path)
     if inputs.lang is not None and set_dialogue_template(tokenizer, inputs.lang):
         model.resize_token_embeddings(len(tokenizer))
+    parts = presets.ppo_max()
+    shaper, advantage, loss = parts["shaper"], parts["advantage"], parts["loss"]
+    clips = {"policy_clip": algorithm.policy_clip, "value_clip": algorithm.value_clip}
     trainer = Trainer(
         model,
         reward=reward,
@@ -115,19 +169,39 @@ def train(
             top_p=sampling.top_p,
         ),
         args=args,
-        shaper=RewardShaper(kl_coef=algorithm.kl_coef, normalize=True, clip=algorithm.reward_clip),
-        advantage=AdvantageEstimator(gamma=algorithm.gamma, lam=algorithm.lam),
-        loss=PPOMaxLoss(
-            policy_clip=algorithm.policy_clip,
-            value_clip=algorithm.value_clip,
-            ptx_coef=algorithm.ptx_coef,
-        ),
+        shaper=replace(shaper, kl_coef=algorithm.kl_coef, clip=algorithm.reward_clip),
+        advantage=replace(advantage, gamma=algorithm.gamma, lam=algorithm.lam),
+        loss=replace(loss, ptx_coef=algorithm.ptx_coef, **clips),
     )
     if trainer.accelerator.is_main_process:
         print(trainer)
     history = trainer.train()
     trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        print_evaluation(history)
+    if trainer.run.interrupted:
+        sys.exit(INTERRUPTED)
     return history
+
+
+def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
+    """Refuse what lacks a part, before any model is loaded."""
+    if inputs.dataset is None:
+        sys.exit("--dataset: a JSON or JSONL file of prompts, or a hub name, is needed")
+    if (inputs.reward is None) == (inputs.reward_model_path is None):
+        sys.exit("give one of --reward_model_path and --reward file.py:function")
+    if (inputs.ptx_dataset is None) != (algorithm.ptx_coef is None):
+        sys.exit("--ptx_dataset and --ptx_coef are of use together only; give both or neither")
+
+
+def print_evaluation(history: Iterable[Mapping[str, float]]) -> None:
+    """Print the last evaluation, if there was any."""
+    found = [entry for entry in history if any(name.startswith("eval/") for name in entry)]
+    if found:
+        print(f"\nheld-out prompts, after iteration {found[-1]['step']}:")
+        for name, value in found[-1].items():
+            if name.startswith("eval/"):
+                print(f"  {name:40}{value:10.4g}")
 
 
 def lora(rank: int | None) -> Any:
@@ -164,41 +238,29 @@ def parse(
 
     Returns them, and what was given rather than left at its default.
     """
-    parser = HfArgumentParser((Inputs, Algorithm, Sampling, TrainerConfig), allow_abbrev=False)
-    # PPO-max's own values for what TrainerConfig leaves neutral.
-    parser.set_defaults(critic_learning_rate=1.65e-6, critic_pretrain_steps=50)
-    given: dict[str, Any] = {}
-    if "--config" in argv[:-1]:
-        at = argv.index("--config")
-        given = read_yaml(argv[at + 1])
-        argv = argv[:at] + argv[at + 2 :]
-        known = {spec.name for kind in parser.dataclass_types for spec in fields(kind)}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            sys.exit(f"--config: {unknown} are no options; see --help")
-        parser.set_defaults(**given)
-    inputs, algorithm, sampling, args = parser.parse_args_into_dataclasses(argv)
-    everything = {**vars(inputs), **vars(algorithm), **vars(sampling), **vars(args)}
-    named = {arg[2:].partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
-    given.update({name: everything[name] for name in named if name in everything})
+    defaults = (Inputs(), Algorithm(), Sampling(), presets.ppo_max()["args"])
+    notes = "[Defaults] in brackets. P1 is arXiv 2307.04964, C the code released with it."
+    parser = option_parser(f"{__doc__}\n{notes}", defaults)
+    given = read_options(parser, argv)
+    try:
+        found = [
+            replace(part, **{s.name: given[s.name] for s in fields(part) if s.name in given})
+            for part in defaults
+        ]
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    inputs, algorithm, sampling, args = found
     return inputs, algorithm, sampling, args, given
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a YAML file of options."""
-    import yaml
-
-    data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        sys.exit(f"--config: {path} holds a {type(data).__name__}, expected option: value lines")
-    return data
-
-
-def only(given: dict[str, Any], allowed: set[str], where: str) -> None:
+def only(given: Mapping[str, Any], allowed: set[str]) -> None:
     """Refuse options that nothing would read."""
-    odd = sorted(set(given) - allowed)
-    if odd:
-        sys.exit(f"{where} takes {sorted(allowed)} alone; {odd} would be read by nothing")
+    if odd := sorted(set(given) - allowed):
+        listed = ", ".join(f"--{name}" for name in odd)
+        sys.exit(
+            f"{listed}: nothing would read that. Without --model_name_or_path only "
+            f"{', '.join(f'--{name}' for name in sorted(allowed))} are of use"
+        )
 
 
 if __name__ == "__main__":

@@ -228,6 +228,21 @@ def test_settings_are_left_as_they_were():
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.parametrize("values", [(21.0, 49.0), (183.0, 184.0), (1.2, 49.0), (0.0, 4000.0)])
+def test_every_axis_has_marks(values):
+    history = [{"step": i, "perplexity/policy": value} for i, value in enumerate(values)]
+    (axes,) = plot_history(history).axes
+    low, high = axes.get_ylim()
+    assert sum(low <= mark <= high for mark in axes.get_yticks()) >= 2
+
+
+def test_great_numbers_are_written_out():
+    figure = plot_history([{"step": i, "perplexity/ref": 10.0**i} for i in range(7)])
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {"1", "1,000", "1,000,000"} <= set(labels)
+
+
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

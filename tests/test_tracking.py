@@ -30,6 +30,18 @@ def test_heading_names_every_column_and_stands_above_it():
     assert cells(heading) == [name for name, _, _, _ in COLUMNS]
 
 
+def test_an_evaluation_is_a_line_for_each_reward(capsys):
+    metrics = {"eval/kl/ref_per_sequence": 1.0}
+    for name in ("reward_model", "brevity"):
+        rates = {"policy": 1.196, "ref": 0.3824, "win_rate": 0.95, "tie_rate": 0, "lose_rate": 0.04}
+        metrics |= {f"eval/{name}/{what}": value for what, value in rates.items()}
+    ConsoleTable().evaluation(metrics)
+    assert capsys.readouterr().out.splitlines() == [
+        "  held-out reward_model: 1.2, reference 0.382; wins 95%, loses 4%",
+        "  held-out brevity: 1.2, reference 0.382; wins 95%, loses 4%",
+    ]
+
+
 def test_ordinary_numbers():
     expected = ["12", "2.861", "4.83", "18.2", "2.31", "3.07", "0.041", "0.083", "0.71"]
     assert cells(ConsoleTable.line(ORDINARY)) == expected

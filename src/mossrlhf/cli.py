@@ -3,26 +3,46 @@
 import argparse
 from collections.abc import Sequence
 
+from mossrlhf.plotting import require_matplotlib
+from mossrlhf.recipes.bookkeeping import ended_by_interrupt, exit_if_interrupted
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
         argv: arguments; None for those of the process.
+
+    Raises:
+        SystemExit: with 2 where an argument is wrong, 1 without matplotlib, 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="mossrlhf", description="PPO-max, to be looked at")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="vanilla PPO, vanilla PPO tuned and PPO-max side by side, in the toy world"
+    parser = argparse.ArgumentParser(
+        prog="mossrlhf", description="PPO-max, the algorithm of arXiv 2307.04964, at work."
     )
-    demo.add_argument("--lang", choices=["en", "zh"], default="en")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--output_dir", default="outputs/demo")
+    commands = parser.add_subparsers(dest="command", required=True)
+    what = "vanilla PPO, vanilla PPO tuned and PPO-max side by side, in the toy world"
+    demo = commands.add_parser("demo", help=what, description=f"{what}: minutes on two cores.")
+    demo.add_argument("--lang", choices=["en", "zh"], default="en", help="of the dialogues [en]")
+    demo.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of world, models and runs [0]"
+    )
+    demo.add_argument(
+        "--output_dir",
+        default="outputs/demo",
+        metavar="FOLDER",
+        help="where curves, samples and models go [outputs/demo]",
+    )
     options = parser.parse_args(argv)
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        parser.exit(1, f"mossrlhf demo: {error}\n")
 
-    from mossrlhf.recipes import toy
+    with ended_by_interrupt():
+        from mossrlhf.recipes import toy
 
-    toy.main(toy.ToyConfig(lang=options.lang, seed=options.seed, output_dir=options.output_dir))
+        config = toy.ToyConfig(lang=options.lang, seed=options.seed, output_dir=options.output_dir)
+        exit_if_interrupted(toy.main(config))
 
 
 if __name__ == "__main__":

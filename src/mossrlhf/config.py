@@ -61,6 +61,8 @@ class TrainerConfig:
     Source: P1 App. B and C's scripts where marked; the others are ours.
     """
 
+    _argument_group_name = "the run"  # the heading of its options in an HfArgumentParser
+
     output_dir: str = "outputs"
     seed: int = 0
     learning_rate: float = 5e-7

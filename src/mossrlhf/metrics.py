@@ -15,7 +15,7 @@ from mossrlhf.functional.reduce import Reduce, masked_moments, masked_sum, wides
 from mossrlhf.types import Rollout
 
 OFF = log(1.1)
-"""Log-probabilities further apart than this are a ratio outside [0.9, 1.1], nats."""
+"""Log-probabilities further apart than this are a ratio outside [1/1.1, 1.1], nats."""
 
 
 class Meter:

@@ -33,8 +33,8 @@ class Panel:
     Args:
         title: what is drawn, with its unit.
         curves: metric by label; several are told apart by their line style.
-        floor: where data reach beyond 20 times this, the axis is logarithmic above it. None for
-            a linear axis.
+        floor: where data reach beyond 20 times this and 5 times their least, the axis is
+            logarithmic above it. None for a linear axis.
         limits: (bottom, top) of the axis; None fits the data.
         spread: a metric, drawn as a band of ± itself around the first curve of a single run.
 
@@ -124,28 +124,25 @@ def plot_arms(
 def _history_panels(history: History) -> list[Panel]:
     """What `plot_history` draws: the rewards have the names they have."""
 
-    def named(start: str, end: str) -> dict[str, str]:
+    def get(start: str, end: str) -> dict[str, str]:
         found = [n for n in _logged({"": history}) if n.startswith(start) and n.endswith(end)]
         return {name[len(start) : -len(end)]: name for name in sorted(found)}
 
-    score = {"score": "reward/score_mean"}
     # A single trained reward is the score itself: once is enough.
-    trained = _series(history, score["score"])
-    rewards = {n: m for n, m in named("reward/", "/mean").items() if _series(history, m) != trained}
+    trained = _series(history, SCORE.curves["score"])
+    rewards = {n: m for n, m in get("reward/", "/mean").items() if _series(history, m) != trained}
     kl = {"k1 (signed)": "kl/ref_per_sequence", "k3 (≥ 0)": "kl/ref_k3_per_sequence"}
     responses = {"distinct-2": "response/distinct_2", "truncated": "response/truncated_fraction"}
-    explained = {"critic": "critic/explained_variance"}
     clipped = {"policy": "policy/clip_fraction", "critic": "critic/clip_fraction"}
-    wins = named("eval/", "/win_rate")
     return [
-        Panel("Reward (score: mean ± std)", score | rewards, spread="reward/score_std"),
-        Panel("Wins against the SFT model (share)", wins, limits=(-0.02, 1.02)),
+        Panel("Reward (score: mean ± std)", {**SCORE.curves, **rewards}, spread="reward/score_std"),
+        Panel("Wins against the SFT model (share)", get("eval/", "/win_rate"), None, (-0.02, 1.02)),
         Panel(KL.title, kl, floor=KL.floor),
         PERPLEXITY,
         LENGTH,
         Panel("Responses (shares)", responses, limits=(-0.02, 1.02)),
         VALUE_LOSS,
-        Panel("Variance the critic explains (share)", explained, floor=1.0),
+        Panel("Variance the critic explains (share)", {"critic": "critic/explained_variance"}, 1.0),
         Panel("Clipped (share of tokens)", clipped, limits=(0.0, None)),
     ]
 
@@ -191,17 +188,27 @@ def _picture(
             axes.set_xlabel("PPO iteration", fontsize=11, color=INK)
     _head(figure, arms, title)
     if path is not None:
-        _write(figure, Path(path))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).suffix == ".png":
+            Path(path).write_bytes(_png(figure))
+        else:
+            figure.savefig(path)
     return figure
 
 
-def _blank() -> "Figure":
+def require_matplotlib() -> None:
+    """Raise an ImportError that says what to install, where nothing could be drawn."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError('drawing needs matplotlib: pip install "mossrlhf[plot]"') from error
+
+
+def _blank() -> "Figure":
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     class Picture(Figure):
         """Shows itself in a notebook, which pyplot would have to teach it otherwise."""
@@ -223,14 +230,6 @@ def _png(figure: "Figure") -> bytes:
     # A few colors and their shades toward white: a palette takes a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE).save(packed, "png")
     return packed.getvalue()
-
-
-def _write(figure: "Figure", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        path.write_bytes(_png(figure))
-    else:
-        figure.savefig(path)
 
 
 def _color(number: int, count: int) -> str:
@@ -308,7 +307,8 @@ def _scale(axes: "Axes", panel: Panel) -> None:
 
     low, high = axes.dataLim.intervaly
     reach = max(-low, high)
-    if (floor := panel.floor) is None or not 20 * floor < reach < math.inf:
+    # Between two numbers that are close, a logarithmic axis has no mark.
+    if (floor := panel.floor) is None or not max(20 * floor, 5 * low) < reach < math.inf:
         axes.set_ylim(*panel.limits)
         return
     # Logarithmic above the floor, linear below it: estimates of KL pass through zero.
@@ -316,7 +316,7 @@ def _scale(axes: "Axes", panel: Panel) -> None:
     marks = [1, 2, 5] if reach < 200 * max(floor, low) else [1]
     axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=floor, subs=marks))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}".replace("-", "−")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}".replace("-", "−")))
 
 
 def _head(figure: "Figure", arms: Mapping[str, History], title: str | None) -> None:
@@ -326,8 +326,8 @@ def _head(figure: "Figure", arms: Mapping[str, History], title: str | None) -> N
 
     several = len(arms) > 1
     colors = [_color(number, len(arms)) for number in range(len(arms))] if several else []
-    keys: list[Line2D | Patch] = []
-    keys += [Line2D([], [], color=c, lw=3, label=n) for n, c in zip(arms, colors, strict=False)]
+    named = zip(arms, colors, strict=False)
+    keys: list[Any] = [Line2D([], [], color=color, lw=3, label=name) for name, color in named]
     if any(entry.get(COLLAPSED) for history in arms.values() for entry in history):
         keys.append(Line2D([], [], ls="", marker="X", ms=10, color="#888888", label=FLAG))
     if not several and "pretrain/step" in _logged(arms):

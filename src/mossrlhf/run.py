@@ -132,6 +132,7 @@ class Run:
 
     def _bar(self, name: str, total: int, initial: int = 0) -> tqdm:
         hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        hidden = hidden or total == initial
         return tqdm(total=total, initial=initial, desc=name, disable=hidden, leave=name == "PPO")
 
     def _interrupt(self, at_once: bool) -> None:
@@ -228,7 +229,7 @@ class Run:
         self._watch(metrics)
         self._fire("on_step_end")
         self._agree()
-        if self.control.should_log:
+        if self.control.should_log or self.stopping:
             self._log(rollout, metrics)
         if self.control.should_evaluate:
             self.evaluated(self.trainer.evaluate())
@@ -297,6 +298,8 @@ class Run:
         aliases = {f"eval_{name}": value for name, value in metrics.items()}
         self._fire("on_evaluate", metrics={**metrics, **aliases})
         self._track(metrics)
+        if not self.quiet:
+            self.console.evaluation(metrics)
         self.control.should_evaluate = False
 
     def _save_if_due(self, metrics: dict[str, float]) -> None:

@@ -47,6 +47,23 @@ class ConsoleTable:
         tqdm.write(self.line(metrics))
         self.lines += 1
 
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Print what each reward says of an evaluation, a line each.
+
+        Args:
+            metrics: of `Trainer.evaluate`.
+        """
+        for key, rate in metrics.items():
+            name = key.removeprefix("eval/").removesuffix("/win_rate")
+            if key == f"eval/{name}/win_rate":
+                ours, theirs, lost = (
+                    metrics[f"eval/{name}/{what}"] for what in ("policy", "ref", "lose_rate")
+                )
+                tqdm.write(
+                    f"  held-out {name}: {ours:.3g}, reference {theirs:.3g}; "
+                    f"wins {rate:.0%}, loses {lost:.0%}"
+                )
+
     @staticmethod
     def heading() -> str:
         """Return the names of the columns, aligned with them."""

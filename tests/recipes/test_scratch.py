@@ -2,9 +2,12 @@
 
 import json
 import random
+import signal
+import sys
 
 import pytest
 
+from mossrlhf import Trainer
 from mossrlhf.models import RewardModel
 from mossrlhf.recipes import scratch
 from mossrlhf.recipes.from_pairs import Pace
@@ -51,6 +54,8 @@ def config(file, tmp_path):
 
 def test_the_recipe_runs_and_leaves_what_it_says(config, tmp_path, capsys):
     summary = scratch.main(config)
+    printed, bars = capsys.readouterr()
+    assert bars == ""
     folder = tmp_path / "run"
     assert summary["pairs"] == {"train": 84, "held_out": 12}
     assert summary["lang"] == "en"
@@ -65,4 +70,53 @@ def test_the_recipe_runs_and_leaves_what_it_says(config, tmp_path, capsys):
         "learning_rate": 3e-3,
     }
     assert RewardModel.from_pretrained(folder / "reward_model").config.hidden_size == 32
-    assert "ppo_max wins" in capsys.readouterr().out
+    assert summary["runs"]["ppo_max"]["steps"] == 2
+    assert list(summary["runs"]) == ["SFT", "ppo_max"]
+    assert summary["interrupted"] is False
+    assert "Wins and losses: 12 held-out prompts, judged by the reward model of PPO." in printed
+    assert max(map(len, printed.splitlines()[3:-2])) <= 80
+
+
+class Interrupted(Trainer):
+    def collect(self, prompts=None):
+        signal.raise_signal(signal.SIGINT)
+        return super().collect(prompts)
+
+
+def test_ctrl_c_in_ppo_is_written_down(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scratch, "Trainer", Interrupted)
+    summary = scratch.main(config)
+    assert summary["interrupted"] is True
+    assert summary["runs"]["ppo_max"]["steps"] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert (tmp_path / "run" / "policy").exists()
+    assert "INTERRUPTED; PPO iterations done:\n  ppo_max: 0 of 2\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_ppo_names_the_stage_and_keeps_what_is_finished(
+    config, tmp_path, monkeypatch
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scratch, "train_judge", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"^reward_model$"):
+        scratch.main(config)
+    assert (tmp_path / "run" / "sft").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_without_matplotlib_nothing_is_trained(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(scratch, "read_corpus", lambda *args: pytest.fail("it begins"))
+    with pytest.raises(ImportError, match=r'pip install "mossrlhf\[plot\]"'):
+        scratch.main(config)
+
+
+def test_unusable_pairs_are_counted_on_the_console(config, file, capsys):
+    bad = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": "\n\nHuman: Hi"})
+    file.write_text(bad + "\n" + file.read_text())
+    assert len(scratch.read_corpus(config).train) == 84
+    printed = capsys.readouterr().out
+    assert " ".join(printed.split()).startswith("skipped 1 of 97 records; the first: ")
+    assert "UserWarning" not in printed

@@ -1,11 +1,13 @@
 """The main job, a few steps of it: everything it promises to write is there."""
 
 import json
+import signal
+import sys
 from dataclasses import replace
 
 import pytest
 
-from mossrlhf import cli
+from mossrlhf import Trainer
 from mossrlhf.recipes import toy
 from mossrlhf.toyworld import ToyWorld
 
@@ -20,6 +22,7 @@ FIGURES = {
     "win_rate",
     "lose_rate",
     "collapsed",
+    "steps",
 }
 
 
@@ -29,6 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(toy, "EXAMPLES", 64)
     monkeypatch.setattr(toy, "PAIRS", 64)
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 1)
+    monkeypatch.setattr(toy, "_held_out", lambda world: world.prompts(24, split="eval", seed=3))
     monkeypatch.setattr(
         ToyWorld,
         "model_config",
@@ -45,6 +49,7 @@ def test_main_job_writes_what_it_promises(small, tmp_path, capsys):
     assert set(summary) == {
         "seed",
         "lang",
+        "interrupted",
         "sft",
         "reward_model",
         "runs",
@@ -54,9 +59,16 @@ def test_main_job_writes_what_it_promises(small, tmp_path, capsys):
     assert set(summary["sft"]) == {"true_quality", "ended", "well_formed"}
     assert tuple(summary["runs"]) == ARMS
     assert all(set(run) == FIGURES for run in summary["runs"].values())
-    printed = capsys.readouterr().out
+    assert [run["steps"] for run in summary["runs"].values()] == [2, 2, 2]
+    assert summary["interrupted"] is False
+    printed, bars = capsys.readouterr()
+    assert bars == ""
     assert max(map(len, printed.splitlines()[:-2])) <= 80
     assert "right on" in printed
+    assert "INTERRUPTED" not in printed
+    page = (tmp_path / "samples.md").read_text(encoding="utf-8")
+    assert page.startswith("# Samples: the toy world, en, seed 0\n\n12 of the 24 held-out")
+    assert page.count("**SFT**") == page.count("**ppo_max**") == 12
 
 
 def test_true_preference_trains_nothing(small, tmp_path, monkeypatch):
@@ -88,8 +100,68 @@ def test_arms_differ_in_what_they_are_named_for(tmp_path):
     assert toy.rate("vanilla_ppo") == toy.rate("ppo_max") > toy.rate("vanilla_ppo_tuned")
 
 
-def test_command_line(monkeypatch):
-    asked = []
-    monkeypatch.setattr(toy, "main", asked.append)
-    cli.main(["demo", "--lang", "zh", "--seed", "3", "--output_dir", "x"])
-    assert asked == [toy.ToyConfig(lang="zh", seed=3, output_dir="x")]
+class Interrupted(Trainer):
+    """Ctrl-C comes in the second iteration, or in the critic's warm-up where there is one."""
+
+    def update(self, rollout, roles=("critic", "policy"), loss=None):
+        if self.run.state.global_step == 1 or "policy" not in roles:
+            signal.raise_signal(signal.SIGINT)
+        return super().update(rollout, roles, loss)
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_the_arm_and_starts_no_other(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "Trainer", Interrupted)
+    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=5))
+    assert summary["interrupted"] is True
+    assert set(summary["runs"]) == {"vanilla_ppo"}
+    assert set(summary["runs"]["vanilla_ppo"]) == FIGURES
+    assert summary["runs"]["vanilla_ppo"]["steps"] == 2
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "curves.png").exists()
+    assert "**vanilla_ppo**" in (tmp_path / "samples.md").read_text()
+    printed = capsys.readouterr().out
+    assert (
+        "\nINTERRUPTED; PPO iterations done:\n"
+        "  vanilla_ppo: 2 of 5\n  vanilla_ppo_tuned: 0 of 5\n  ppo_max: 0 of 5\n" in printed
+    )
+    assert f"{tmp_path}/: curves.png, samples.md, summary.json, reward_model/\n" in printed
+
+
+def test_ctrl_c_before_the_first_iteration_leaves_no_curves(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "Trainer", Interrupted)
+    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=5, arms=("ppo_max",)))
+    assert summary["interrupted"] is True
+    assert summary["runs"]["ppo_max"]["steps"] == 0
+    assert summary["runs"]["ppo_max"]["kl_per_sequence"] == pytest.approx(0, abs=1e-4)
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_ctrl_c_while_measuring_writes_the_iterations(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "measure", stop)
+    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=1))
+    assert summary["interrupted"] is True
+    assert summary["runs"] == {"vanilla_ppo": {"steps": 1}}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "curves.png").exists()
+    assert "true quality  " not in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_arms_names_the_stage_and_leaves_no_older_report(
+    small, tmp_path, monkeypatch
+):
+    (tmp_path / "summary.json").write_text("of an earlier run")
+    monkeypatch.setattr(toy, "train_reward_model", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"^reward_model$"):
+        toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=1))
+    assert [path.name for path in tmp_path.glob("*.*")] == ["config.json"]
+
+
+def test_without_matplotlib_nothing_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(toy, "prepare", lambda *args: pytest.fail("it trains"))
+    with pytest.raises(ImportError, match=r'pip install "mossrlhf\[plot\]"'):
+        toy.main(toy.ToyConfig(output_dir=str(tmp_path)))

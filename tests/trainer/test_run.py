@@ -206,3 +206,10 @@ def test_pre_training_data_is_split_like_everything_else(make, parameters, world
 def test_writing_a_checkpoint_leaves_the_console_alone(make, capfd):
     make(args=dict(total_steps=1)).train()
     assert "Writing model shards" not in capfd.readouterr().err
+
+
+def test_the_last_iteration_is_logged_however_it_ends(make):
+    trainer = make(args=dict(total_steps=9, logging_steps=7, learning_rate=3e-2, max_kl=0.01))
+    history = trainer.train()
+    assert 1 < trainer.run.state.global_step < 7
+    assert history[-1]["step"] == trainer.run.state.global_step

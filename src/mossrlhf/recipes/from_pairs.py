@@ -1,5 +1,6 @@
 """What preference pairs alone are good for: a tokenizer, an SFT model and a reward model."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import exp, sqrt
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mossrlhf.data import PairCollator, SFTCollator, load_pairs
 from mossrlhf.models import RewardModel, language_model_loss
+from mossrlhf.recipes.bookkeeping import say
 from mossrlhf.recipes.corpus import Corpus, Record, language_records, make_corpus
 from mossrlhf.recipes.stages import fine_tune, train_reward_model
 
@@ -74,21 +76,25 @@ class ScratchConfig:
     reward: Pace = Pace(2, 3e-4)
     response_length: int = 48
     rollout_size: int = 64
-    steps: int = 40
+    steps: int = 24
     critic_steps: int = 10
     learning_rate: float = 1e-4
     critic_learning_rate: float = 3e-4
 
 
 def read_corpus(config: ScratchConfig) -> Corpus:
-    """Read the pairs of a file; unusable ones are left out with a warning that counts them.
+    """Read the pairs of a file; unusable ones are left out, and a line on the console counts them.
 
     Args:
         config: the file, the number held out, the lengths.
 
     Source: ours.
     """
-    pairs = load_pairs(config.file, skip_bad=True)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        pairs = load_pairs(config.file, skip_bad=True)
+    for note in notes:
+        say(str(note.message))
     return make_corpus(
         pairs, config.held_out, config.vocabulary, config.turn_length, lang=config.lang
     )

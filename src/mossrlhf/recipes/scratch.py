@@ -9,16 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import presets
+from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel
-from mossrlhf.recipes.bookkeeping import Clock, versions
+from mossrlhf.plotting import plot_history, require_matplotlib
+from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.corpus import Corpus
 from mossrlhf.recipes.from_pairs import ScratchConfig, read_corpus, train_judge, train_policy
-from mossrlhf.recipes.report import samples_page, summary_table
+from mossrlhf.recipes.report import Results, answer_texts, write_report
 from mossrlhf.trainer import Trainer
 from mossrlhf.version import __version__
 
@@ -28,54 +29,107 @@ __all__ = ["ScratchConfig", "main", "measure", "run_ppo"]
 def main(config: ScratchConfig) -> dict[str, Any]:
     """Run the stages one after the other, and write the report.
 
+    Ctrl-C in PPO ends it after its iteration; what there is by then is measured and written.
+    Before PPO there is nothing to write but the models that are finished.
+
     Args:
         config: the file, and everything else.
 
     Returns:
-        what ``summary.json`` holds.
+        what ``summary.json`` holds; ``interrupted`` tells whether PPO ran to its end.
+
+    Raises:
+        ImportError: without matplotlib, before anything is trained.
+        KeyboardInterrupt: where Ctrl-C came before PPO.
 
     Source: P1 §4 and §5, at a scale of minutes.
     """
+    require_matplotlib()
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    transformers.utils.logging.disable_progress_bar()
-    print(f"mossrlhf {__version__}: {config.file} from scratch, seed {config.seed}\n")
+    clear_folder(folder, asdict(config))
+    print(f"mossrlhf {__version__}: {config.file} from scratch, seed {config.seed}")
+    print("(docs/metrics.md explains the columns of the tables)\n")
     clock = Clock()
     corpus = clock("corpus", read_corpus, config)
     sizes = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     print(f"pairs          {sizes['train']} to learn from, {sizes['held_out']} held out")
-    policy, sft = clock("sft", train_policy, corpus, config)
-    print(f"SFT model      perplexity of held-out chosen responses {sft['perplexity']:.1f}")
-    reward_model, judged = clock("reward_model", train_judge, corpus, policy, config)
-    accuracy, error = judged["accuracy"], judged["standard_error"]
-    print(f"reward model   right on {accuracy:.1%} ± {error:.1%} of the held-out pairs")
-    for name, model in (("sft", policy), ("reward_model", reward_model)):
-        model.save_pretrained(folder / name)
-        corpus.tokenizer.save_pretrained(folder / name)
-    print(f"\nppo_max (learning rate {config.learning_rate:g})")
-    trainer = clock("ppo_max", run_ppo, corpus, policy, reward_model, config)
-    trainer.save_model(folder)
-    runs = clock("evaluation", measure, trainer)
+    policy, sft, reward_model, judged = _models(corpus, config, folder, clock)
+    results = _policy(corpus, policy, reward_model, config, folder, clock)
     summary = {
         "file": config.file,
         "seed": config.seed,
         "lang": corpus.lang,
+        "interrupted": results.interrupted,
         "pairs": sizes,
         "sft": sft,
         "reward_model": judged,
-        "runs": runs,
+        "runs": results.runs,
         "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
         "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    _draw(trainer, config, folder)
-    print("\n" + summary_table(runs))
-    won, lost = runs["ppo_max"]["win_rate"], runs["ppo_max"]["lose_rate"]
-    print(f"by the reward model, ppo_max wins {won:.0%} and loses {lost:.0%} against SFT")
-    print(f"\n{folder}/: curves.png, samples.md, summary.json, policy/, critic/, reward_model/")
+    write_report(
+        results,
+        corpus.held_out,
+        folder,
+        draw=lambda histories, path: plot_history(histories["ppo_max"], path),
+        judge="the reward model of PPO",
+        title=f"Samples: {Path(config.file).name}, seed {config.seed}",
+        seed=config.seed,
+    )
     print(f"{sum(clock.seconds.values()):.0f} seconds in all")
     return summary
+
+
+def _models(
+    corpus: Corpus, config: ScratchConfig, folder: Path, clock: Clock
+) -> tuple[LlamaForCausalLM, dict[str, float], RewardModel, dict[str, float]]:
+    """Train and save what stands before PPO, and say how good it is."""
+    print("SFT model      ", end="", flush=True)
+    policy, sft = clock("sft", train_policy, corpus, config)
+    print(f"perplexity of held-out chosen responses {sft['perplexity']:.1f}")
+    _save(policy, corpus, folder / "sft")
+    print("reward model   ", end="", flush=True)
+    reward_model, judged = clock("reward_model", train_judge, corpus, policy, config)
+    accuracy, error = judged["accuracy"], judged["standard_error"]
+    print(f"right on {accuracy:.1%} ± {error:.1%} of the held-out pairs")
+    _save(reward_model, corpus, folder / "reward_model")
+    return policy, sft, reward_model, judged
+
+
+def _save(model: LlamaForCausalLM | RewardModel, corpus: Corpus, folder: Path) -> None:
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    corpus.tokenizer.save_pretrained(folder)
+
+
+def _policy(
+    corpus: Corpus,
+    policy: LlamaForCausalLM,
+    reward_model: RewardModel,
+    config: ScratchConfig,
+    folder: Path,
+    clock: Clock,
+) -> Results:
+    """Run PPO-max, save and measure what comes of it."""
+    found = Results(asked={"ppo_max": config.steps}, saved=["sft/", "reward_model/"])
+    print(f"\nppo_max (learning rate {config.learning_rate:g})")
+    try:
+        trainer = clock("ppo_max", run_ppo, corpus, policy, reward_model, config)
+        found.interrupted = trainer.run.interrupted
+        if found.interrupted:
+            print("Measuring what there is; Ctrl-C skips that.")
+        found.histories["ppo_max"] = trainer.history
+        found.runs["ppo_max"] = done = {"steps": trainer.run.state.global_step}
+        trainer.save_model(folder)
+        found.saved += ["policy/", "critic/"]
+        figures = clock("evaluation", measure, trainer)
+        found.runs = {**figures, "ppo_max": {**done, **figures["ppo_max"]}}
+        found.answers["SFT"] = answer_texts(trainer, reference=True)
+        found.answers["ppo_max"] = answer_texts(trainer)
+    except KeyboardInterrupt:
+        found.interrupted = True
+    return found
 
 
 def run_ppo(
@@ -135,8 +189,10 @@ def measure(trainer: Trainer) -> dict[str, dict[str, Any]]:
     after = {name.removeprefix("eval/"): value for name, value in found.items()}
     answers = trainer.answer(trainer.eval_dataset, reference=True)
     before = {**after, **rollout_metrics(trainer.annotate(answers), trainer.engine.reduce)}
+    answered = _figures(before, "ref")
+    del answered["perplexity_policy"]  # would be the trained policy's, of answers not its own
     return {
-        "SFT": {**_figures(before, "ref"), "kl_per_sequence": 0.0},
+        "SFT": {**answered, "kl_per_sequence": 0.0},
         "ppo_max": {
             **_figures(after, "policy"),
             "win_rate": after["reward_model/win_rate"],
@@ -154,22 +210,3 @@ def _figures(metrics: Mapping[str, float], side: str) -> dict[str, Any]:
         "perplexity_policy": metrics["perplexity/policy"],
         "perplexity_sft": metrics["perplexity/ref"],
     }
-
-
-def _draw(trainer: Trainer, config: ScratchConfig, folder: Path) -> None:
-    """Write the curves, and answers to held-out prompts."""
-    from mossrlhf.plotting import plot_history
-
-    prompts, decode = trainer.eval_dataset, trainer.processing_class.batch_decode
-    assert prompts is not None
-    sides = {"SFT": True, "PPO-max": False}
-    texts = [
-        decode(trainer.answer(prompts, reference).completions(), skip_special_tokens=True)
-        for reference in sides.values()
-    ]
-    samples = [
-        {"prompt": record["prompt"][-1]["content"], "answers": dict(zip(sides, both, strict=True))}
-        for record, *both in zip(prompts, *texts, strict=True)
-    ]
-    samples_page("Samples", samples, folder / "samples.md", count=12, seed=config.seed)
-    plot_history(trainer.history, folder / "curves.png")

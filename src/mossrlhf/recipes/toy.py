@@ -6,19 +6,20 @@ alone: it has weight 0 among the rewards, and no choice is made by it while anyt
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import presets
+from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.data import prompt_batch
 from mossrlhf.models import RewardModel
-from mossrlhf.plotting import plot_arms
-from mossrlhf.recipes.bookkeeping import Clock, versions
-from mossrlhf.recipes.report import samples_page, summary_table
+from mossrlhf.plotting import plot_arms, require_matplotlib
+from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
+from mossrlhf.recipes.report import Results, answer_texts, write_report
 from mossrlhf.recipes.stages import fine_tune, train_reward_model
 from mossrlhf.sampling import HFSampler
 from mossrlhf.toyworld import ToyWorld
@@ -84,78 +85,104 @@ class Stage:
 def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
     """Run the three stages and the three arms, and write the report.
 
+    Ctrl-C in an arm ends that arm after its iteration, and the others are not started; what there
+    is by then is measured and written. Before the arms there is nothing to write.
+
     Args:
         config: language, seed, folder.
 
     Returns:
-        what ``summary.json`` holds.
+        what ``summary.json`` holds; ``interrupted`` tells whether it is all that was asked for.
+
+    Raises:
+        ImportError: without matplotlib, before anything is trained.
+        KeyboardInterrupt: where Ctrl-C came before the arms.
 
     Source: P1 Figs. 4 and 9, at a scale of minutes.
     """
+    require_matplotlib()
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
-    transformers.utils.logging.disable_progress_bar()
-    print(f"mossrlhf {__version__}: the toy world, {config.lang}, seed {config.seed}\n")
+    clear_folder(folder, vars(config))
+    print(f"mossrlhf {__version__}: the toy world, {config.lang}, seed {config.seed}")
+    print("(docs/metrics.md explains the columns of the tables)\n")
     clock = Clock()
     stage, sft, accuracy = prepare(config, folder, clock)
-    histories: dict[str, list[dict[str, Any]]] = {}
-    runs: dict[str, dict[str, Any]] = {}
-    answers: dict[str, list[str]] = {}
-    for arm in config.arms:
-        print(f"\n{arm} (learning rate {rate(arm):g})")
-        trainer = clock(arm, run, arm, stage, config)
-        histories[arm] = trainer.history
-        runs[arm] = clock("evaluation", measure, trainer)
-        answers.setdefault("SFT", _texts(trainer, reference=True))
-        answers[arm] = _texts(trainer)
-        if arm == "ppo_max":
-            trainer.save_model(folder)
+    results = run_arms(config, stage, folder, clock)
     summary = {
         "seed": config.seed,
         "lang": config.lang,
+        "interrupted": results.interrupted,
         "sft": sft,
         "reward_model": {"accuracy": accuracy},
-        "runs": runs,
+        "runs": results.runs,
         "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
         "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    _write_samples(stage.world, answers, folder / "samples.md", config.seed)
-    plot_arms(histories, folder / "curves.png", true_quality="reward/true_quality/mean")
-    print("\n" + summary_table(runs))
-    print(f"\n{folder}/: curves.png, samples.md, summary.json, policy/, critic/, reward_model/")
+    write_report(
+        results,
+        _held_out(stage.world),
+        folder,
+        draw=partial(plot_arms, true_quality="reward/true_quality/mean"),
+        judge="the true preference",
+        title=f"Samples: the toy world, {config.lang}, seed {config.seed}",
+        seed=config.seed,
+    )
     print(f"{sum(clock.seconds.values()):.0f} seconds in all")
     return summary
+
+
+def run_arms(config: ToyConfig, stage: Stage, folder: Path, clock: Clock) -> Results:
+    """Train and measure one arm after the other, until Ctrl-C.
+
+    Args:
+        config: which arms.
+        stage: what the stages before PPO left behind.
+        folder: where the models of ``ppo_max`` go.
+        clock: of the stages.
+    """
+    found = Results(asked=dict.fromkeys(config.arms, config.steps))
+    try:
+        for arm in config.arms:
+            print(f"\n{arm} (learning rate {rate(arm):g})")
+            trainer = clock(arm, run, arm, stage, config)
+            found.interrupted = trainer.run.interrupted
+            if found.interrupted:
+                print("Measuring what there is; Ctrl-C skips that.")
+            found.histories[arm] = trainer.history
+            found.runs[arm] = {"steps": trainer.run.state.global_step}
+            if arm == "ppo_max":
+                trainer.save_model(folder)
+                found.saved += ["policy/", "critic/"]
+            found.runs[arm] |= clock("evaluation", measure, trainer)
+            found.answers.setdefault("SFT", answer_texts(trainer, reference=True))
+            found.answers[arm] = answer_texts(trainer)
+            if found.interrupted:
+                break
+    except KeyboardInterrupt:
+        found.interrupted = True
+    return found
 
 
 def prepare(config: ToyConfig, folder: Path, clock: Clock) -> tuple[Stage, dict[str, float], float]:
     """Train the SFT model and the reward model, and say how good they are."""
     world = ToyWorld(lang=config.lang, seed=config.seed)
     tokenizer = world.tokenizer()
+    print("SFT model      ", end="", flush=True)
     policy, sft = clock("sft", _sft, world, tokenizer, folder, config.seed)
     print(
-        f"SFT model      true quality {sft['true_quality']:.2f}, ended {sft['ended']:.0%}, "
+        f"true quality {sft['true_quality']:.2f}, ended {sft['ended']:.0%}, "
         f"well-formed {sft['well_formed']:.0%}"
     )
+    print("reward model   ", end="", flush=True)
     reward_model, accuracy = clock(
         "reward_model", _reward_model, world, tokenizer, policy, folder, config.seed
     )
-    print(f"reward model   right on {accuracy:.1%} of fresh pairs")
-    reward_model.save_pretrained(folder / "reward_model")
+    print(f"right on {accuracy:.1%} of fresh pairs")
+    with no_progress_bars():
+        reward_model.save_pretrained(folder / "reward_model")
     tokenizer.save_pretrained(folder / "reward_model")
     return Stage(world, tokenizer, policy, reward_model), sft, accuracy
-
-
-def _write_samples(world: ToyWorld, answers: dict[str, list[str]], path: Path, seed: int) -> None:
-    samples = [
-        {
-            "prompt": record["prompt"][-1]["content"],
-            "answers": {name: texts[i] for name, texts in answers.items()},
-        }
-        for i, record in enumerate(_held_out(world))
-    ]
-    samples_page("Samples", samples, path, count=12, seed=seed)
 
 
 def rate(arm: str) -> float:
@@ -289,12 +316,6 @@ def _copy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def _held_out(world: ToyWorld) -> list[dict[str, Any]]:
     return world.prompts(300, split="eval", seed=3)
-
-
-def _texts(trainer: Trainer, reference: bool = False) -> list[str]:
-    assert trainer.eval_dataset is not None
-    ids = trainer.answer(trainer.eval_dataset, reference).completions()
-    return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
