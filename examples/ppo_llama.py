@@ -10,19 +10,21 @@ outputs/scratch:
 
     python examples/ppo_llama.py --train_from_scratch pairs.jsonl
 
-With models and prompts of your own, alone or under `accelerate launch`:
+With models and prompts of your own, alone or under `accelerate launch`; models,
+curves.png, samples.md, summary.json and config.json go to --output_dir:
 
     accelerate launch examples/ppo_llama.py --config run.yaml \
         --model_name_or_path path/to/sft --reward_model_path path/to/reward \
         --dataset prompts.json
     python examples/ppo_llama.py --model_name_or_path path/to/sft \
         --reward rewards.py:brevity --dataset prompts.jsonl --lang en
+    python examples/ppo_llama.py ... --resume_from_checkpoint true
 """
 
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +33,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from mossrlhf import Trainer, TrainerConfig, presets
 from mossrlhf.data import load_prompts, load_sft, set_dialogue_template
 from mossrlhf.plotting import require_matplotlib
-from mossrlhf.recipes.bookkeeping import INTERRUPTED, ended_by_interrupt, exit_if_interrupted
+from mossrlhf.recipes.bookkeeping import (
+    INTERRUPTED,
+    Clock,
+    clear_folder,
+    ended_by_interrupt,
+    exit_if_interrupted,
+)
 from mossrlhf.recipes.options import option_parser, read_options
+from mossrlhf.recipes.run_folder import write_run
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Inputs:
         ptx_dataset: pre-training or SFT data for the PTX term; needs ptx_coef.
         lang: the dialogue template to put on the tokenizer; in the toy world its language.
         train_from_scratch: preference pairs to learn everything from, a file or hub name.
+        resume_from_checkpoint: the folder of a checkpoint to go on from, or true for the newest
+            in output_dir.
     """
 
     _argument_group_name = "what to train, on what"
@@ -61,6 +72,7 @@ class Inputs:
     ptx_dataset: str | None = None
     lang: Literal["en", "zh"] | None = None
     train_from_scratch: str | None = None
+    resume_from_checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ def recipe(run: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
 def train(
     inputs: Inputs, algorithm: Algorithm, sampling: Sampling, args: TrainerConfig
 ) -> list[dict[str, Any]]:
-    """Put the parts together, train, save."""
+    """Put the parts together, train, write what there is to see."""
     require_sense(inputs, algorithm)
     reward = inputs.reward_model_path or load_function(str(inputs.reward))
     prompts = load_prompts(str(inputs.dataset))
@@ -174,11 +186,16 @@ def train(
         loss=replace(loss, ptx_coef=algorithm.ptx_coef, **clips),
     )
     if trainer.accelerator.is_main_process:
+        groups = {"inputs": inputs, "algorithm": algorithm, "sampling": sampling, "args": args}
+        clear_folder(trainer.output_dir, {name: asdict(part) for name, part in groups.items()})
         print(trainer)
-    history = trainer.train()
-    trainer.save_model()
+    clock = Clock()
+    history: list[dict[str, Any]] = clock(
+        "training", trainer.train, checkpoint(inputs.resume_from_checkpoint)
+    )
     if trainer.accelerator.is_main_process:
         print_evaluation(history)
+    write_run(trainer, clock.seconds)
     if trainer.run.interrupted:
         sys.exit(INTERRUPTED)
     return history
@@ -192,6 +209,12 @@ def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
         sys.exit("give one of --reward_model_path and --reward file.py:function")
     if (inputs.ptx_dataset is None) != (algorithm.ptx_coef is None):
         sys.exit("--ptx_dataset and --ptx_coef are of use together only; give both or neither")
+
+
+def checkpoint(given: str | None) -> str | bool | None:
+    """Read what ``--resume_from_checkpoint`` says: a folder, true or false."""
+    words = {"true": True, "false": False}
+    return given if given is None else words.get(given.lower(), given)
 
 
 def print_evaluation(history: Iterable[Mapping[str, float]]) -> None:
@@ -239,18 +262,26 @@ def parse(
     Returns them, and what was given rather than left at its default.
     """
     defaults = (Inputs(), Algorithm(), Sampling(), presets.ppo_max()["args"])
-    notes = "[Defaults] in brackets. P1 is arXiv 2307.04964, C the code released with it."
+    notes = (
+        "[Defaults] in brackets. P1 is arXiv 2307.04964, C the code released with it.\n"
+        "--learning_rate alone takes the critic's along: 3.3 times the policy's (P1)."
+    )
     parser = option_parser(f"{__doc__}\n{notes}", defaults)
     given = read_options(parser, argv)
     try:
-        found = [
-            replace(part, **{s.name: given[s.name] for s in fields(part) if s.name in given})
-            for part in defaults
-        ]
+        inputs, algorithm, sampling = (
+            replace(part, **chosen(part, given)) for part in defaults[:-1]
+        )
+        # The preset, not `replace`: it keeps the two learning rates in proportion.
+        args = presets.ppo_max(**chosen(defaults[-1], given))["args"]
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    inputs, algorithm, sampling, args = found
     return inputs, algorithm, sampling, args, given
+
+
+def chosen(part: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the given options that are fields of a dataclass."""
+    return {spec.name: given[spec.name] for spec in fields(part) if spec.name in given}
 
 
 def only(given: Mapping[str, Any], allowed: set[str]) -> None:

@@ -1,6 +1,7 @@
 """`examples/ppo_llama.py`: its options, what it refuses, what it trains, how it ends."""
 
 import importlib.util
+import json
 import signal
 import sys
 from dataclasses import fields
@@ -8,7 +9,7 @@ from dataclasses import fields
 import pytest
 from transformers import LlamaForCausalLM
 
-from mossrlhf import ToyWorld, Trainer, presets
+from mossrlhf import RewardModel, ToyWorld, Trainer, presets
 from mossrlhf.recipes import scratch, toy
 from mossrlhf.recipes.options import help_texts
 
@@ -61,6 +62,7 @@ def test_every_option_is_explained_within_80_columns(example, monkeypatch, capsy
         assert {spec.name for spec in fields(kind)} <= set(help_texts(kind)), kind
     assert "--critic_pretrain_steps N" in printed
     assert "step 1 [50]" in printed
+    assert "--learning_rate alone takes the critic's along: 3.3 times the policy's" in printed
 
 
 def test_defaults_are_those_of_ppo_max(example):
@@ -87,6 +89,16 @@ def test_options_reach_their_parts(example, tmp_path):
     assert (args.learning_rate, args.bf16, algorithm.value_clip) == (5e-6, False, None)
     assert (sampling.top_p, algorithm.lam, inputs.dataset) == (0.9, 1.0, "x.json")
     assert set(given) == {"learning_rate", "bf16", "value_clip", "top_p", "lam", "dataset"}
+
+
+def test_the_critics_learning_rate_follows_the_policys(example):
+    def rates(*words):
+        args = example.parse(list(words))[3]
+        return args.learning_rate, args.critic_learning_rate
+
+    assert rates("--learning_rate=1e-3") == pytest.approx((1e-3, 3.3e-3))
+    assert rates("--learning_rate=1e-3", "--critic_learning_rate=2e-3") == (1e-3, 2e-3)
+    assert rates("--critic_learning_rate=2e-3") == (5e-7, 2e-3)
 
 
 def test_impossible_numbers_are_refused_with_their_reason(example, capsys):
@@ -146,10 +158,97 @@ def test_a_model_of_ones_own_is_trained_evaluated_and_saved(example, words, tmp_
     history = example.main([*words, f"--eval_dataset={tmp_path / 'prompts.jsonl'}"])
     assert [entry["step"] for entry in history if "policy/loss" in entry] == [1, 2]
     assert "eval/brevity/win_rate" in history[-1]
-    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
+    folder = tmp_path / "run"
+    for name in ("policy", "critic"):
+        assert (folder / name / "model.safetensors").exists(), name
+    assert not (folder / "reward_model").exists()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = (folder / "samples.md").read_text()
+    assert samples.startswith("# Samples after iteration 2\n\n12 of the 12 held-out prompts,")
+    assert samples.count("**policy**") == samples.count("**reference**") == 12
+    assert f"\n> {WORLD.prompts(1)[0]['prompt'][-1]['content']}\n" in samples
     printed = capsys.readouterr().out
+    files = "config.json, curves.png, samples.md, summary.json, policy/, critic/"
+    assert printed.endswith(f"\n{folder}/: {files}\n")
     assert "\nheld-out prompts, after iteration 2:\n" in printed
     assert "\n  eval/brevity/win_rate " in printed
+
+
+def test_a_run_leaves_its_figures_and_its_settings(example, words, tmp_path):
+    history = example.main([*words, f"--eval_dataset={tmp_path / 'prompts.jsonl'}", "--lam=0.5"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["training"] == history[-2]
+    assert summary["evaluation"] == history[-1]
+    assert (summary["steps"], summary["interrupted"]) == (2, False)
+    assert summary["seconds"]["training"] > 0
+    assert set(summary["versions"]) >= {"mossrlhf", "torch", "transformers"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["algorithm"]["lam"] == 0.5
+    assert config["args"]["eval_steps"] == 2
+    assert config["inputs"]["dataset"] == str(tmp_path / "prompts.jsonl")
+
+
+def test_without_held_out_prompts_the_last_rollout_is_quoted(example, words, tmp_path):
+    example.main(words)
+    samples = (tmp_path / "run" / "samples.md").read_text()
+    lead = "The first 8 responses of the rollout of iteration 2."
+    assert samples.startswith(f"# Samples after iteration 2\n\n{lead}\n\n## Prompt 1\n")
+    assert samples.count("**policy**") == 8
+    assert "**reference**" not in samples
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"] is None
+
+
+def test_a_number_that_is_none_is_null_in_the_summary(example, words, tmp_path, monkeypatch):
+    class Blind(Trainer):
+        def evaluate(self, *args, **kwargs):
+            return {**super().evaluate(*args, **kwargs), "eval/brevity/ref": float("nan")}
+
+    monkeypatch.setattr(example, "Trainer", Blind)
+    example.main([*words, f"--eval_dataset={tmp_path / 'prompts.jsonl'}"])
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["evaluation"]["eval/brevity/ref"] is None
+
+
+def test_the_reward_model_is_saved_beside_the_policy(example, words, tmp_path):
+    model = LlamaForCausalLM(WORLD.model_config(hidden_size=16, num_layers=1))
+    RewardModel(model.base_model).save_pretrained(tmp_path / "rm")
+    WORLD.tokenizer().save_pretrained(tmp_path / "rm")
+    words = [word for word in words if not word.startswith("--reward=")]
+    example.main([*words, f"--reward_model_path={tmp_path / 'rm'}"])
+    saved = RewardModel.from_pretrained(tmp_path / "run" / "reward_model").state_dict()
+    given = RewardModel.from_pretrained(tmp_path / "rm").state_dict()
+    assert all(saved[name].equal(value) for name, value in given.items())
+    assert (tmp_path / "run" / "reward_model" / "tokenizer.json").exists()
+
+
+def test_without_matplotlib_ones_own_model_is_trained_all_the_same(
+    example, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    example.main(words)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "curves.png" in line]
+    assert lines == [
+        'curves.png is not drawn: drawing needs matplotlib: pip install "mossrlhf[plot]"'
+    ]
+    assert (tmp_path / "run" / "samples.md").exists()
+
+
+@pytest.mark.parametrize("given", ["true", "checkpoint-2"])
+def test_a_run_goes_on_from_its_checkpoint(example, words, tmp_path, given):
+    first = example.main(words)
+    given = given if given == "true" else str(tmp_path / "run" / given)
+    history = example.main([*words, "--total_steps=3", f"--resume_from_checkpoint={given}"])
+    assert history[: len(first)] == first
+    assert [entry["step"] for entry in history if "policy/loss" in entry] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("True", True), ("false", False), (None, None), ("a/b", "a/b")]
+)
+def test_where_to_go_on_from(example, word, meant):
+    assert example.checkpoint(word) == meant
 
 
 class Interrupted(Trainer):
@@ -165,6 +264,7 @@ def test_ctrl_c_saves_and_ends_with_130(example, words, tmp_path, monkeypatch):
         example.main(words)
     assert ended.value.code == 130
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"] is True
 
 
 def test_ctrl_c_in_a_recipe_ends_with_130(example, monkeypatch, capsys):

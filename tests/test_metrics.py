@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mossrlhf.metrics import Meter, distinct_2, explained_variance, rollout_metrics
+from mossrlhf.metrics import Meter, distinct_2, explained_variance, quantiles, rollout_metrics
 from mossrlhf.types import Rollout
 
 LENGTHS = [3, 1, 5]
@@ -208,6 +208,43 @@ def test_shares_of_processes_add_up():
     collected = []
     theirs.compute(lambda sums: collected.append(sums) or sums)
     assert ours.compute(lambda sums: sums + collected[0]) == full.compute()
+
+
+SCORES = np.random.default_rng(0).normal(3.0, 2.0, 61)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        SCORES,
+        SCORES**3,
+        SCORES.round(),  # ties, and one at the mean
+        np.array([0.0] * 19 + [1.0]),  # as far from the mean as a twentieth can be
+        np.array([-1.0] + [0.0] * 19),
+        np.array([1e6, -5.0, 2.0]),
+        np.array([0.1] * 7),
+        np.array([4.0]),
+        np.arange(20.0),
+    ],
+)
+def test_quantiles_are_those_of_numpy(scores):
+    shares = (0.05, 0.25, 0.5, 0.95)
+    expected = np.quantile(scores, shares, method="inverted_cdf")
+    mixed = torch.tensor([math.nan, *scores, math.inf], dtype=torch.float64)
+    found = quantiles(mixed, torch.isfinite(mixed), shares)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-9)
+
+
+def test_quantiles_of_the_scores_are_logged():
+    scores = torch.tensor([*range(100), math.nan])
+    metrics = rollout_metrics(filled(lengths=[1] * 101, scores=scores))
+    names = [f"reward/score_p{percent}" for percent in ("05", "50", "95")]
+    assert [metrics[name] for name in names] == pytest.approx([4.0, 49.0, 94.0])
+
+
+def test_of_no_scores_all_quantiles_are_zero():
+    nothing = torch.full((3,), math.nan, dtype=torch.float64)
+    assert quantiles(nothing, torch.isfinite(nothing), (0.5,)).tolist() == [0.0]
 
 
 def test_metrics_of_two_processes_are_those_of_the_whole(rollout):

@@ -17,7 +17,14 @@ from transformers import (
 
 from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel, ValueHead
-from mossrlhf.rewards import RESERVED, ModelReward, RewardSet, as_reward_model, reward_name
+from mossrlhf.rewards import (
+    RESERVED,
+    ModelReward,
+    RewardSet,
+    as_reward_model,
+    as_scorer,
+    reward_name,
+)
 from mossrlhf.types import Rollout
 
 WORDS = ["user", "assistant", ":", "hi", "there", "how", "are", "you", "fine", "thanks"]
@@ -146,10 +153,25 @@ class TestFunctions:
         def broken(completions, **columns):
             return [columns["missing"]]
 
-        message = r"'broken' raised KeyError: 'missing'.*2 completions and the columns \['answer'\]"
+        message = (
+            r"'broken' raised KeyError: 'missing'.* for 2 completions with \['completion_ids', "
+            r"'completions', 'prompts'\] and the columns \['answer'\]"
+        )
         with pytest.raises(ValueError, match=message) as caught:
             RewardSet(broken, tokenizer)(rollout)
         assert isinstance(caught.value.__cause__, KeyError)
+
+    def test_completions_are_counted_though_not_asked_for(self, tokenizer, rollout):
+        def broken(prompts):
+            raise RuntimeError("no")
+
+        with pytest.raises(ValueError, match=r"for 2 completions with \['prompts'\] and"):
+            RewardSet(broken, tokenizer)(rollout)
+
+    def test_a_column_in_the_way_is_named(self, tokenizer, rollout):
+        clash = replace(rollout, columns={"prompt": ["a", "b"], "completions": ["x", "y"]})
+        with pytest.raises(ValueError, match=r"column 'completions' is what the reward 'fine'"):
+            RewardSet(fine, tokenizer)(clash)
 
 
 class TestTokenRewards:
@@ -226,6 +248,17 @@ LLAMA = dict(
 @pytest.fixture
 def classifier():
     return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1))
+
+
+BERT = dict(
+    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=19,
+    intermediate_size=8, initializer_range=0.5, max_position_embeddings=12,
+)  # fmt: skip
+
+
+@pytest.fixture
+def bert():
+    return BertForSequenceClassification(BertConfig(**BERT, num_labels=1)).eval()
 
 
 def finished(rollout, **columns):
@@ -340,13 +373,46 @@ class TestModels:
         got = as_reward_model(classifier)(torch.tensor([[3, 4]]), torch.ones(1, 2))
         assert got.item() == pytest.approx(score(classifier, [3, 4]), abs=1e-5)
 
-    def test_a_head_of_another_name_is_refused(self):
-        config = BertConfig(
-            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-            intermediate_size=8, num_labels=1,
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=r"got a BertForSequence.*head is called 'score'"):
-            ModelReward(model=BertForSequenceClassification(config))
+    def test_any_classifier_will_do(self, tokenizer, rollout, bert):
+        """Its own forward says what it thinks of each sequence, alone and unpadded."""
+        rewards = RewardSet(bert, tokenizer)
+        scores, _, _ = rewards(rollout)
+        rows = [p + c for p, c in zip(rollout.prompts(), rollout.completions(), strict=True)]
+        expected = torch.tensor([score(bert, row) for row in rows])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        assert abs(expected[0] - expected[1]) > 1e-3
+        assert rewards.same_tokenizer() == []  # a critic cannot be made of it
+        assert not any(p.requires_grad for p in bert.parameters())
+        assert rewards.to("meta").models()[0].model.device.type == "meta"
+
+    def test_any_classifier_reads_text_with_its_own_tokenizer(self, tokenizer, rollout, bert):
+        other = word_tokenizer(sorted(WORDS), adds_eos=True)
+        reward = ModelReward(model=bert, tokenizer=other)
+        scores, _, _ = RewardSet(reward, tokenizer)(finished(rollout, prompt=["hi ", "you "]))
+        texts = ["hi fine thanks", "you fine"]
+        expected = torch.tensor([score(bert, other.encode(text)) for text in texts])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+    def test_a_classifier_knows_its_own_padding(self, bert):
+        """Whatever stands under the mask, the model sees the padding it was trained with."""
+        seen = []
+        bert.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+        )
+        as_scorer(bert)(torch.tensor([[3, 4, 5]]), torch.tensor([[True, True, False]]))
+        assert seen == [[[3, 4, 19]]]
+
+    def test_more_than_a_classifier_reads_is_named(self, bert):
+        with pytest.raises(ValueError, match=r"takes 13 tokens, BertForSeq.* at most 12; lower"):
+            as_scorer(bert)(torch.zeros(1, 13, dtype=torch.long), torch.ones(1, 13))
+
+    def test_a_classifier_without_values_is_no_critic(self, bert):
+        with pytest.raises(ValueError, match=r"critic: got a BertForSeq.*value at every token"):
+            as_reward_model(bert)
+
+    def test_several_labels_of_any_classifier_are_refused(self):
+        with pytest.raises(ValueError, match="has 2 labels, expected 1"):
+            ModelReward(model=BertForSequenceClassification(BertConfig(**BERT, num_labels=2)))
 
     def test_several_labels_are_refused(self):
         classifier = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3))

@@ -185,6 +185,31 @@ def test_token_scores_stand_where_they_are_given(rollout):
     assert shaper(kl_coef=0.0)(alone).tolist() == [[1, 0, 2], [3, 0, 0], [4, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"normalize": True}, r"normalize=True\)"),
+        ({"scale": True}, r"scale=True\)"),
+        ({"clip": 0.8, "normalize": True}, r"normalize=True, clip=0\.8\)"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_token_scores_escape_no_switch_in_silence(rollout, options, named, beside):
+    dense = replace(rollout, token_scores=torch.ones(3, 3))
+    if not beside:
+        dense = replace(dense, scores=None)
+    subject = shaper(**options)
+    with pytest.raises(ValueError, match=rf"^RewardShaper\({named}: a reward gave a number per"):
+        subject(dense)
+    assert subject.moments.count == 0
+
+
+def test_token_scores_stand_beside_the_kl_penalty(rollout):
+    dense = replace(rollout, scores=None, token_scores=torch.ones(3, 3))
+    expected = [[1 - 0.5, 0, 1 + 0.5], [1 - 0.25, 0, 0], [1, 0, 0]]
+    torch.testing.assert_close(shaper(kl_coef=0.5)(dense), torch.tensor(expected))
+
+
 def test_score_after_the_end(rollout):
     """As in TRL: one step after the last token, but at it where the response was cut."""
     assert not RewardShaper().score_after_end

@@ -226,6 +226,34 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
         shutil.rmtree(path)
 
 
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Move checkpoints after a step into a folder of their own: they are of another run.
+
+    Left where they are, the newest by number would be theirs, to be resumed from and to be kept.
+
+    Args:
+        folder: an output directory.
+        step: the last one that belongs to the run; -1 where none does.
+
+    Returns:
+        where they are now; None where there were none.
+
+    Source: ours.
+    """
+    foreign = [p for p in checkpoints(folder) if int(p.name.rpartition("-")[2]) > step]
+    if not foreign:
+        return None
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    there = folder / f"earlier-{number}"
+    there.mkdir()
+    for path in [*foreign, *([folder / "completions.jsonl"] if step < 0 else [])]:
+        if path.exists():
+            path.rename(there / path.name)
+    return there
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing a bar for every model that is written.

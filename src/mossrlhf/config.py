@@ -115,6 +115,10 @@ class TrainerConfig:
         for name in counts.split():
             check(name, 1)
         check_range("TrainerConfig", "save_total_limit", self.save_total_limit, 1)
+        for name in (*counts.split(), "total_steps", "critic_pretrain_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise ValueError(f"TrainerConfig({name}=): got {value}, expected a whole number")
         if self.rollout_size % self.samples_per_prompt:
             raise ValueError(
                 f"TrainerConfig(rollout_size={self.rollout_size}, samples_per_prompt="

@@ -78,6 +78,20 @@ class Engine:
         """Return the learning rate of each role."""
         return {r: float(o.param_groups[0]["lr"]) for r, o in self.optimizers.items()}
 
+    def set_learning_rate(self, role: str, rate: float) -> None:
+        """Change the learning rate a schedule starts from, and with it the one in force.
+
+        Args:
+            role: "policy" or "critic".
+            rate: at the peak of the schedule.
+        """
+        scheduler, groups = self.schedulers[role], self.optimizers[role].param_groups
+        scheduler.base_lrs = [rate] * len(groups)
+        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
+
     def step(
         self,
         minibatch: Rollout,

@@ -2,14 +2,47 @@
 
 from typing import Any
 
+from transformers import GenerationConfig
+
+from mossrlhf.config import TrainerConfig
+from mossrlhf.loss import PPOMaxLoss
+
+
+def require_types(args: Any, loss: Any, generation_config: Any) -> None:
+    """Refuse what only looks like a part: a dict for a config, a function for the loss.
+
+    Args:
+        args: a `TrainerConfig`, or None.
+        loss: a `PPOMaxLoss`, or None.
+        generation_config: of transformers, or None.
+
+    Raises:
+        TypeError: which, and what to do.
+
+    Source: ours.
+    """
+    wanted = {
+        "args": (args, TrainerConfig, "TrainerConfig(...)"),
+        "loss": (
+            loss,
+            PPOMaxLoss,
+            "a PPOMaxLoss; for another algorithm subclass it and override policy_loss",
+        ),
+        "generation_config": (generation_config, GenerationConfig, "GenerationConfig(...)"),
+    }
+    for name, (value, kind, remedy) in wanted.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: got a {type(value).__name__}, expected {remedy}")
+
 
 def require_fitting_parts(
-    trainer: Any, ptx_dataset: Any, generation_config: Any, sampler: Any
+    trainer: Any, critic: Any, ptx_dataset: Any, generation_config: Any, sampler: Any
 ) -> None:
     """Refuse parts that are each in order but not together.
 
     Args:
         trainer: with its ``args``, ``loss``, ``advantage`` and ``accelerator``.
+        critic: as the trainer was given it.
         ptx_dataset: pre-training data, or None.
         generation_config: or None.
         sampler: or None.
@@ -24,6 +57,16 @@ def require_fitting_parts(
         raise ValueError(
             f"PPOMaxLoss(ptx_coef={loss.ptx_coef}): there is no pre-training data; pass "
             "Trainer(ptx_dataset=), or set ptx_coef=None"
+        )
+    if ptx_dataset is not None and loss.ptx_coef is None:
+        raise ValueError(
+            "ptx_dataset: got one, but PPOMaxLoss(ptx_coef=None) does without; set "
+            "Trainer(loss=PPOMaxLoss(ptx_coef=...)), or leave ptx_dataset out"
+        )
+    if args.bootstrap_truncated and critic is False:
+        raise ValueError(
+            "TrainerConfig(bootstrap_truncated=True): it takes the critic's values, and "
+            "critic=False; leave one of them out"
         )
     size = getattr(trainer.advantage, "group_size", None)
     if size is not None and size != args.samples_per_prompt:

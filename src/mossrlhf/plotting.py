@@ -36,7 +36,7 @@ class Panel:
         floor: where data reach beyond 20 times this and 5 times their least, the axis is
             logarithmic above it. None for a linear axis.
         limits: (bottom, top) of the axis; None fits the data.
-        spread: a metric, drawn as a band of ± itself around the first curve of a single run.
+        band: two metrics; a single run is shaded from the one to the other.
 
     Source: ours.
     """
@@ -45,10 +45,11 @@ class Panel:
     curves: Mapping[str, str]
     floor: float | None = None
     limits: tuple[float | None, float | None] = (None, None)
-    spread: str | None = None
+    band: tuple[str, str] | None = None
 
 
 SCORE = Panel("Reward score (trained on)", {"score": "reward/score_mean"})
+SCORE_BAND = ("reward/score_p05", "reward/score_p95")
 VARIETY = Panel("Distinct bigrams (share)", {"share": "response/distinct_2"}, None, (0.0, None))
 KL = Panel("KL to the SFT model (nats/response)", {"k1": "kl/ref_per_sequence"}, floor=1.0)
 PERPLEXITY = Panel(
@@ -135,7 +136,7 @@ def _history_panels(history: History) -> list[Panel]:
     responses = {"distinct-2": "response/distinct_2", "truncated": "response/truncated_fraction"}
     clipped = {"policy": "policy/clip_fraction", "critic": "critic/clip_fraction"}
     return [
-        Panel("Reward (score: mean ± std)", {**SCORE.curves, **rewards}, spread="reward/score_std"),
+        Panel("Reward (score: mean, 5-95 %)", {**SCORE.curves, **rewards}, band=SCORE_BAND),
         Panel("Wins against the SFT model (share)", get("eval/", "/win_rate"), None, (-0.02, 1.02)),
         Panel(KL.title, kl, floor=KL.floor),
         PERPLEXITY,
@@ -279,13 +280,12 @@ def _cross(
 
 
 def _surroundings(axes: "Axes", panel: Panel, history: History, color: str) -> None:
-    """Draw the spread around the first curve of a run, and its critic's warm-up in gray."""
-    if panel.spread is not None:
-        center = dict(zip(*_series(history, next(iter(panel.curves.values()))), strict=True))
-        around = dict(zip(*_series(history, panel.spread), strict=True))
-        steps = sorted(center.keys() & around.keys())
-        low, high = ([center[x] + sign * around[x] for x in steps] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=color, alpha=0.13, lw=0)
+    """Draw the band of a run, and its critic's warm-up in gray."""
+    if panel.band is not None:
+        low, high = (dict(zip(*_series(history, name), strict=True)) for name in panel.band)
+        steps = sorted(low.keys() & high.keys())
+        bottom, top = ([edge[x] for x in steps] for edge in (low, high))
+        axes.fill_between(steps, bottom, top, color=color, alpha=0.13, lw=0)
     if warmup := _series(history, "pretrain/step")[0]:
         axes.axvspan(warmup[0], 0.5, color=SHADE, zorder=0)
 

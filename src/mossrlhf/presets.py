@@ -6,6 +6,7 @@ changed by replacing a component::
     Trainer(model, reward=reward, train_dataset=prompts, **presets.ppo_max(total_steps=200))
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig
@@ -14,6 +15,12 @@ from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.shaping import RewardShaper
+
+P1_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.65e-6}
+"""P1: the critic learns 3.3 times as fast as the policy."""
+
+C_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.5e-6}
+"""C: three times as fast."""
 
 
 def ppo_max(**options: Any) -> dict[str, Any]:
@@ -26,14 +33,15 @@ def ppo_max(**options: Any) -> dict[str, Any]:
     critic pre-trained for 50 iterations (the number is ours; P1 gives none).
 
     Args:
-        options: of `TrainerConfig`.
+        options: of `TrainerConfig`. A ``learning_rate`` without a ``critic_learning_rate`` takes
+            the critic's along in P1's proportion: 3.3 times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.
 
     Source: P1 §5.4.
     """
-    settings = {"critic_learning_rate": 1.65e-6, "critic_pretrain_steps": 50, **options}
+    settings = {**_rates(P1_RATES, options), "critic_pretrain_steps": 50, **options}
     return {
         "args": TrainerConfig(**settings),
         "shaper": RewardShaper(kl_coef=0.05, normalize=True, clip=0.8),
@@ -49,14 +57,15 @@ def vanilla_ppo(**options: Any) -> dict[str, Any]:
     bound on gradients; surrogate clip 0.2 (C), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
 
     Args:
-        options: of `TrainerConfig`.
+        options: of `TrainerConfig`; the critic's learning rate follows the policy's as in
+            `ppo_max`.
 
     Returns:
         keyword arguments of `Trainer`.
 
     Source: P1 §5.2 (vanilla PPO).
     """
-    settings = {"critic_learning_rate": 1.65e-6, "max_grad_norm": None, **options}
+    settings = {**_rates(P1_RATES, options), "max_grad_norm": None, **options}
     return {
         "args": TrainerConfig(**settings),
         "shaper": RewardShaper(kl_coef=None),
@@ -78,7 +87,8 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
 
     Args:
         language: "en" or "zh".
-        options: of `TrainerConfig`.
+        options: of `TrainerConfig`. A ``learning_rate`` without a ``critic_learning_rate`` takes
+            the critic's along in C's proportion: three times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -94,8 +104,7 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
             f"language: got {language!r}, expected 'en' or 'zh', the two the scripts exist for"
         )
     settings = {
-        "learning_rate": 5e-7,
-        "critic_learning_rate": 1.5e-6,
+        **_rates(C_RATES, options),
         "lr_scheduler_type": "inverse_sqrt",
         "rollout_size": 2,
         "minibatch_size": 2,
@@ -120,11 +129,12 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
 
     Advantages whitened over the rollout (unbiased variance), score one step after the end of a
     response, KL penalty 0.05 by k1, clips 0.2, value coefficient 0.1 and one learning rate of
-    3e-6, decaying linearly, four epochs, policy and critic clipped jointly at 1, temperature 0.7,
-    responses of at most 53 tokens.
+    3e-6, decaying linearly, four epochs, no bound on gradients (its config has one that its loop
+    never reads), temperature 0.7, responses of at most 53 tokens.
 
     Args:
-        options: of `TrainerConfig`.
+        options: of `TrainerConfig`. The critic learns at the policy's rate unless it is given a
+            ``critic_learning_rate``.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -140,8 +150,7 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
         "adam_epsilon": 1e-8,
         "num_ppo_epochs": 4,
         "minibatch_size": options.get("rollout_size", 128),  # one minibatch an epoch
-        "max_grad_norm": 1.0,
-        "clip_grad_jointly": True,
+        "max_grad_norm": None,
         **options,
     }
     return {
@@ -151,3 +160,15 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
         "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2, value_coef=0.1),
         "generation_config": GenerationConfig(max_new_tokens=53, do_sample=True, temperature=0.7),
     }
+
+
+def _rates(published: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, float]:
+    """Keep the published proportion between the two learning rates where one alone is given.
+
+    Left where it was, the critic would be thousands of times too slow for a small model's policy.
+    """
+    given = options.get("learning_rate")
+    if given is None:
+        return dict(published)
+    proportion = published["critic_learning_rate"] / published["learning_rate"]
+    return {**published, "critic_learning_rate": given * proportion}

@@ -1,5 +1,6 @@
 """Saving a trainer whole, and going on from there as if nothing had happened."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[A
         "best_metric": state.best_metric,
         "best_global_step": state.best_global_step,
         "best_model_checkpoint": state.best_model_checkpoint,
-        "shaper": trainer.shaper.state_dict(),
+        "settings": trainer.run.settings,
+        "shaper": getattr(trainer.shaper, "state_dict", dict)(),
         "prompts": trainer.prompts.state_dict(),
         "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
@@ -108,11 +110,13 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
         unpack_optimizer(optimizer, tensors, saved["optimizers"][role])
         trainer.engine.schedulers[role].load_state_dict(saved["schedulers"][role])
-    trainer.shaper.load_state_dict(saved["shaper"])
+    if saved["shaper"]:
+        trainer.shaper.load_state_dict(saved["shaper"])
     trainer.prompts.load_state_dict(saved["prompts"])
     if trainer.ptx is not None and saved["ptx"] is not None:
         trainer.ptx.load_state_dict(saved["ptx"])
     trainer.generator.set_state(load_tensors(path / "generator.safetensors")["minibatches"])
+    _apply_new_settings(trainer, saved["settings"])
     state = trainer.run.state
     for name in ("global_step", "best_metric", "best_global_step", "best_model_checkpoint"):
         setattr(state, name, saved[name])
@@ -123,6 +127,25 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     index = trainer.accelerator.process_index
     if index < len(saved["random"]):
         set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved["random"][index])
+
+
+def _apply_new_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
+    """Let what the user has changed since the checkpoint win over what it holds, and say so."""
+    for name, now in trainer.run.settings.items():
+        if before.get(name) == now:
+            continue
+        warnings.warn(
+            f"resume_from_checkpoint: {name} was {before.get(name)} when the run began and is "
+            f"{now} now; from here on it is {now}",
+            UserWarning,
+            stacklevel=2,
+        )
+        if name == "kl_coef":
+            trainer.shaper.kl_coef = now
+        else:
+            role = "critic" if name.startswith("critic") else "policy"
+            if role in trainer.engine.schedulers:
+                trainer.engine.set_learning_rate(role, now)
 
 
 def _find(output_dir: Path, source: str | Path | bool) -> Path:

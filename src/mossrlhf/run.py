@@ -1,6 +1,5 @@
 """The bookkeeping of a run: counters, callbacks, console, trackers, watchers, checkpoints."""
 
-import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,10 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler
 
+from mossrlhf.checkpoint import set_aside
+from mossrlhf.flow import Flow, is_best, require_measurable
 from mossrlhf.interrupts import interruptible
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.resume import load_checkpoint, save_checkpoint
@@ -22,24 +23,6 @@ from mossrlhf.types import Rollout
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
-
-
-class _Flow(DefaultFlowCallback):
-    """Decides when to log, evaluate, save and stop, from `TrainerConfig`."""
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        def due(every: int | None) -> bool:
-            return every is not None and state.global_step % every == 0
-
-        control.should_log = state.global_step == 1 or due(args.logging_steps)
-        control.should_evaluate = due(args.eval_steps)
-        control.should_save = due(args.save_steps)
-        if state.global_step >= args.total_steps:
-            control.should_training_stop = True
-            control.should_log = True
-        return control
 
 
 class Run:
@@ -64,7 +47,7 @@ class Run:
         )
         self.pretrained = 0
         self.callbacks = CallbackHandler(
-            [_Flow, *callbacks],
+            [Flow, *callbacks],
             trainer.policy,
             trainer.processing_class,
             trainer.engine.optimizers["policy"],
@@ -78,6 +61,13 @@ class Run:
         self.bar: tqdm | None = None
         self.interrupted = False
         self.stopping = False
+        self.whole = True
+        self.opened = False
+        self.settings: dict[str, Any] = {
+            "learning_rate": self.args.learning_rate,
+            "critic_learning_rate": self.args.critic_learning_rate,
+            "kl_coef": getattr(trainer.shaper, "kl_coef", None),
+        }
         self._fire("on_init_end")
 
     def _fire(self, event: str, **kwargs: Any) -> None:
@@ -106,7 +96,7 @@ class Run:
         Args:
             resume_from_checkpoint: as `Trainer.train` takes it.
         """
-        self._require_measurable()
+        require_measurable(self.args, self.trainer.eval_dataset)
         if not self.state.global_step and not self.pretrained:
             # Processes draw from streams of their own.
             set_seed(self.args.seed + self.accelerator.process_index)
@@ -116,18 +106,44 @@ class Run:
         if resume_from_checkpoint:
             load_checkpoint(self.trainer, resume_from_checkpoint)
         self.control.should_training_stop = self.stopping = self.interrupted = False
-        if self.accelerator.is_main_process:
-            self.completions.rewind(self.state.global_step)
+        self._clear_the_folder()
         if self.args.report_to and not self.accelerator.trackers:
             self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
         self._fire("on_train_begin")
-        with (
-            self._bar("PPO", self.args.total_steps, self.state.global_step) as self.bar,
-            interruptible(self._interrupt),
-        ):
-            yield
+        try:
+            with (
+                self._bar("PPO", self.args.total_steps, self.state.global_step) as self.bar,
+                interruptible(self._interrupt),
+            ):
+                yield
+        except Exception as error:
+            # Alone: the other processes wait elsewhere, and would never come to save with it.
+            if self.accelerator.num_processes == 1:
+                tqdm.write(f"{type(error).__name__} in iteration {self.state.global_step + 1}.")
+                self._leave()
+            raise
         self._fire("on_train_end")
-        if self.state.global_step:
+        self._leave()
+
+    def _clear_the_folder(self) -> None:
+        """Move what another run, or the future of a resumed one, has left in the folder aside."""
+        if self.accelerator.is_main_process and not self.opened:
+            step = self.state.global_step
+            moved = set_aside(self.trainer.output_dir, step if step or self.pretrained else -1)
+            self.completions.rewind(step)
+            if moved is not None and not self.quiet:
+                tqdm.write(f"Checkpoints of an earlier run are now in {moved}.")
+        self.opened = True
+        self.accelerator.wait_for_everyone()
+
+    def _leave(self) -> None:
+        """Save on the way out, however it came to that."""
+        if not self.whole:
+            # Part of an iteration's steps: no state to resume from, but the models are there.
+            folder = self.trainer.output_dir / "unfinished"
+            self.trainer.save_model(folder)
+            tqdm.write(f"The models as they are: {folder}.")
+        elif self.state.global_step or self.pretrained:
             save_checkpoint(self.trainer)
 
     def _bar(self, name: str, total: int, initial: int = 0) -> tqdm:
@@ -145,21 +161,6 @@ class Run:
         tqdm.write(
             f"Stopped within iteration {self.state.global_step + 1}. train() goes on from here."
         )
-
-    def _require_measurable(self) -> None:
-        """Refuse settings that ask for measurements nobody will take."""
-        args = self.args
-        if args.eval_steps is not None and self.trainer.eval_dataset is None:
-            raise ValueError(
-                f"TrainerConfig(eval_steps={args.eval_steps}): there is nothing to evaluate "
-                "on; pass Trainer(eval_dataset=), or set eval_steps=None"
-            )
-        best = args.metric_for_best_model
-        if best is not None and best.startswith("eval/") and args.eval_steps is None:
-            raise ValueError(
-                f"TrainerConfig(metric_for_best_model={best!r}): it is measured by evaluations, "
-                "of which there are none; set eval_steps="
-            )
 
     def timed(self, stage: Callable[..., Any], *args: Any) -> Any:
         """Run a stage and note how long it took.
@@ -186,10 +187,11 @@ class Run:
             for i in range(steps):
                 if self.stopping:
                     return
+                self.whole = False
                 yield i
                 bar.update()
 
-    def end_pretraining_step(self, metrics: dict[str, float]) -> None:
+    def end_pretraining_step(self, metrics: Any) -> None:
         """Take note of an iteration of the critic's warm-up.
 
         Args:
@@ -197,6 +199,8 @@ class Run:
                 and to the trackers with ``pretrain/`` before their names.
         """
         self.pretrained += 1
+        self.whole = True
+        metrics = _numbers(metrics)
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
         self._track({f"pretrain/{name}": value for name, value in metrics.items()})
         self._agree()
@@ -204,21 +208,24 @@ class Run:
     def begin_step(self) -> None:
         """Open an iteration."""
         self.clock = {}
+        self.whole = False
         self._fire("on_step_begin")
 
-    def end_step(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+    def end_step(self, rollout: Rollout, metrics: Any) -> None:
         """Close an iteration: watch, log, evaluate, save, as it is due.
 
         Args:
             rollout: of the iteration.
             metrics: of the iteration.
         """
+        metrics = _numbers(metrics)
         state = self.state
         state.global_step += 1
+        self.whole = True
         prompts = self.trainer.prompts
         state.epoch = prompts.position / len(prompts.dataset)
         seconds = sum(self.clock.values())
-        tokens = metrics["response/length_tokens"] * self.args.rollout_size
+        tokens = metrics.get("response/length_tokens", 0.0) * self.args.rollout_size
         metrics = {
             "step": state.global_step,
             **metrics,
@@ -305,7 +312,7 @@ class Run:
     def _save_if_due(self, metrics: dict[str, float]) -> None:
         evaluated = [e for e in self.state.log_history[-1:] if e.get("step") == metrics["step"]]
         latest = {**metrics, **(evaluated[0] if evaluated else {})}
-        if self._is_best(latest):
+        if is_best(self.args, self.state.best_metric, latest):
             self.state.best_metric = latest[str(self.args.metric_for_best_model)]
             self.state.best_global_step = self.state.global_step
             folder = self.trainer.output_dir / f"checkpoint-{self.state.global_step}"
@@ -316,19 +323,12 @@ class Run:
             self._fire("on_save")
             self.control.should_save = False
 
-    def _is_best(self, latest: dict[str, float]) -> bool:
-        name, best = self.args.metric_for_best_model, self.state.best_metric
-        if name is None:
-            return False
-        measured = any(key.startswith("eval/") for key in latest)
-        if name not in latest:
-            if name.startswith("eval/") and not measured:
-                return False
-            close = difflib.get_close_matches(name, latest, n=3) or sorted(latest)
-            raise ValueError(
-                f"TrainerConfig(metric_for_best_model={name!r}): there is no such metric; the "
-                f"closest are {close}"
-            )
-        if best is None:
-            return True
-        return latest[name] > best if self.args.greater_is_better else latest[name] < best
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Return the metrics of an update as plain numbers, which is what can be written down."""
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            f"update: returned {type(metrics).__name__}, expected a dict of metrics; an override "
+            "ends with the metrics of super().update(rollout)"
+        )
+    return {name: float(value) for name, value in metrics.items()}

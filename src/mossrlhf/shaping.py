@@ -198,7 +198,8 @@ class RewardShaper:
             ``[B, T]`` rewards, zero outside the mask but for a score after the end.
 
         Raises:
-            ValueError: where the rollout is not filled in as needed.
+            ValueError: where the rollout is not filled in as needed, or has rewards per token,
+                which `normalize`, `scale` and `clip` are not defined for.
 
         Source: P1 eq. 19.
         """
@@ -212,6 +213,7 @@ class RewardShaper:
             penalty = self.kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs)
             rewards = torch.where(rollout.mask, -penalty, rewards)
         if rollout.token_scores is not None:
+            self._require_plain()
             rewards = rewards + torch.where(rollout.mask, rollout.token_scores, 0.0)
         if rollout.scores is not None:
             shaped = self.shape(rollout.scores, reduce)
@@ -222,6 +224,19 @@ class RewardShaper:
         if self.missing_eos_penalty is not None:
             shaped = shaped - self.missing_eos_penalty * rollout.truncated
         return add_at_last(rewards, shaped, rollout.states)
+
+    def _require_plain(self) -> None:
+        """Refuse what shapes scores, eq. 18, where rewards come per token and would escape it."""
+        switches = {"normalize": self.normalize, "scale": self.scale, "clip": self.clip}
+        neutral = {"normalize": False, "scale": False, "clip": None}
+        on = [f"{name}={value}" for name, value in switches.items() if value != neutral[name]]
+        if on:
+            raise ValueError(
+                f"RewardShaper({', '.join(on)}): a reward gave a number per token, expected one "
+                "per response, which alone is normalized, scaled or clipped; set "
+                "RewardShaper(normalize=False, scale=False, clip=None) and bring the rewards to "
+                "scale yourself (kl_coef works with them), or return one number per response"
+            )
 
     def adapt(self, kl: float, target: float, gain: float = 0.1) -> None:
         """Move η towards what keeps the KL divergence near a target.

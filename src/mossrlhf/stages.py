@@ -1,7 +1,7 @@
 """The five stages of an iteration, and the parts they work with."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.buffer import RolloutBuffer, note, split
@@ -22,8 +22,9 @@ from mossrlhf.data import (
     prompt_batch,
     require_fitting_prompts,
 )
+from mossrlhf.data.feed import require_records
 from mossrlhf.engine import Engine
-from mossrlhf.fitting import require_fitting_parts
+from mossrlhf.fitting import require_fitting_parts, require_types
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, policy_stats
@@ -40,10 +41,12 @@ from mossrlhf.roles import (
     make_accelerator,
     policy_context,
     prompt_budget,
+    require_vocabulary,
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
 from mossrlhf.signature import call_with
+from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
 
 Dataset = Sequence[Mapping[str, Any]]
@@ -72,11 +75,13 @@ class Stages:
         processing_class: the policy's tokenizer; None to load it from the model's name.
         peft_config: LoRA or another adapter; the base is then frozen.
         generation_config: how responses are drawn, where no `sampler` is given.
-        shaper: scores → rewards; copied, with the running moments it has.
+        shaper: scores → rewards, a `RewardShaper` or any callable; copied, with the running
+            moments it has.
         advantage: rewards and values → advantages and returns.
         loss: what is minimized.
         sampler: draws responses; None for `HFSampler`.
         accelerator: None for one made from `args`.
+        callbacks: `transformers.TrainerCallback`s, called where they mean the same.
 
     Raises:
         ValueError: where the parts do not fit together; it says which and what to do.
@@ -85,6 +90,7 @@ class Stages:
     Source: P1 Algorithm 1.
     """
 
+    @strict_init
     def __init__(
         self,
         model: nn.Module | str | Path,
@@ -99,30 +105,38 @@ class Stages:
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         generation_config: GenerationConfig | None = None,
-        shaper: RewardShaper | None = None,
+        shaper: RewardShaper | Callable[..., Tensor] | None = None,
         advantage: Any = None,
         loss: PPOMaxLoss | None = None,
         sampler: Sampler | None = None,
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        require_types(args, loss, generation_config)
+        for name, records in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if records is not None:
+                require_records(records, name)
+        if ptx_dataset is not None:
+            require_records(ptx_dataset, "ptx_dataset", prompts=False)
         self.args = args or TrainerConfig()
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
         self.accelerator = accelerator or make_accelerator(self.args)
         # Its running moments are this trainer's alone, though a preset may serve several.
-        self.shaper = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
+        self.shaper: Any = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
         self.loss = loss or PPOMaxLoss()
-        require_fitting_parts(self, ptx_dataset, generation_config, sampler)
+        require_fitting_parts(self, critic, ptx_dataset, generation_config, sampler)
         self.processing_class = processing_class or load_tokenizer(model)
         self.sampler = sampler or HFSampler.for_tokenizer(
             self.processing_class, generation_config or GenerationConfig(max_new_tokens=512)
         )
-        self.prompts = self._feed(train_dataset, "train_dataset")
+        self.prompts = self._feed(train_dataset)
         self.eval_dataset = eval_dataset
-        self.ptx = self._feed(ptx_dataset, "ptx_dataset") if ptx_dataset is not None else None
+        self.ptx = self._feed(ptx_dataset) if ptx_dataset is not None else None
 
-        policy = load_policy(model, peft_config)
+        policy = load_policy(model, peft_config, seed=self.args.seed)
+        require_vocabulary(policy, self.processing_class)
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
@@ -141,7 +155,13 @@ class Stages:
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
+        if ptx_dataset is not None:
+            self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up
         self.generator = torch.Generator().manual_seed(self.args.seed)
+        self._ready(callbacks)
+
+    def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
+        """For `Trainer`, once the parts are together."""
 
     def collect(self, prompts: PromptBatch | None = None) -> Rollout:
         """Draw responses to the next prompts.
@@ -303,16 +323,14 @@ class Stages:
         with self.accelerator.autocast():
             rollout = self.sampler(model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
-        if self.shaper.score_after_end:
+        if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)
         return rollout
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
 
-    def _feed(self, dataset: Dataset, name: str) -> Shuffled:
-        if len(dataset) == 0:
-            raise ValueError(f"{name}: it is empty, expected at least one record")
+    def _feed(self, dataset: Dataset) -> Shuffled:
         accelerator = self.accelerator
         return Shuffled(
             dataset, self.args.seed, accelerator.process_index, accelerator.num_processes

@@ -4,9 +4,11 @@ import difflib
 import functools
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
 
 ELSEWHERE = {
     "batch_size": "TrainerConfig(rollout_size=, minibatch_size=)",
@@ -16,6 +18,7 @@ ELSEWHERE = {
     "epsilon": "PPOMaxLoss(policy_clip=)",
     "gradient_accumulation_steps": "TrainerConfig(micro_batch_size=), which changes speed alone",
     "init_kl_coef": "RewardShaper(kl_coef=)",
+    "config": "Trainer(args=TrainerConfig(...))",
     "kl_coef": "RewardShaper(kl_coef=), or PPOMaxLoss(kl_loss_coef=) for a term of the loss",
     "max_new_tokens": "Trainer(generation_config=GenerationConfig(max_new_tokens=))",
     "max_steps": "TrainerConfig(total_steps=)",
@@ -29,11 +32,15 @@ ELSEWHERE = {
     "ptx_coef": "PPOMaxLoss(ptx_coef=)",
     "reward_clip": "RewardShaper(clip=)",
     "response_length": "Trainer(generation_config=GenerationConfig(max_new_tokens=))",
+    "reward_funcs": "Trainer(reward=)",
+    "reward_model": "Trainer(reward=)",
     "temperature": "Trainer(generation_config=GenerationConfig(temperature=))",
+    "tokenizer": "Trainer(processing_class=)",
     "top_p": "Trainer(generation_config=GenerationConfig(top_p=))",
     "total_episodes": "TrainerConfig(total_steps=), each of rollout_size episodes",
     "use_score_norm": "RewardShaper(normalize=True)",
     "use_score_scaling": "RewardShaper(scale=True)",
+    "value_model": "Trainer(critic=)",
     "vf_coef": "PPOMaxLoss(value_coef=)",
     "whiten_rewards": "AdvantageEstimator(whiten=True) or RewardShaper(normalize=True)",
 }
@@ -65,19 +72,33 @@ def strict(cls: type[T]) -> type[T]:
     """
     init: Callable[..., None] = cls.__init__
     known = [spec.name for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
+    cls.__init__ = _checked(init, known, cls.__name__)  # type: ignore[method-assign]
+    return cls
 
+
+def strict_init(init: F) -> F:
+    """Make an ``__init__`` answer an unknown keyword with what was probably meant.
+
+    Args:
+        init: the method; its signature is kept.
+
+    Source: ours.
+    """
+    return _checked(init, [name for name in signature(init).parameters if name != "self"])
+
+
+def _checked(init: Any, known: list[str], owner: str = "") -> Any:
     @functools.wraps(init)
-    def checked(self: T, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in known:
                 raise TypeError(
-                    f"{cls.__name__} has no option {name!r}{suggest(name, known)} "
-                    f"(its options: {', '.join(known)})"
+                    f"{owner or type(self).__name__} has no option {name!r}"
+                    f"{suggest(name, known)} (its options: {', '.join(known)})"
                 )
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked  # type: ignore[assignment, method-assign]
-    return cls
+    return checked
 
 
 def check_range(

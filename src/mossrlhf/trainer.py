@@ -1,5 +1,6 @@
 """`Trainer`: Algorithm 1 of P1."""
 
+import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from mossrlhf.checkpoint import no_progress_bars
@@ -28,33 +29,17 @@ Dataset = Sequence[Mapping[str, Any]]
 class Trainer(Stages):
     """PPO-max: collect → score → annotate → estimate → update, each a method to override.
 
-    Takes all arguments of `Stages`, among them ``model``, ``reward``, ``train_dataset``,
-    ``critic``, ``ref_model``, ``args``, ``eval_dataset``, ``ptx_dataset``, ``processing_class``,
-    ``peft_config``, ``generation_config``, ``shaper``, ``advantage``, ``loss``, ``sampler`` and
-    ``accelerator``, and:
-
-    Args:
-        model: the policy: a causal language model, or its folder or hub name.
-        callbacks: `transformers.TrainerCallback`s, called where they mean the same.
-        parts: the arguments of `Stages`.
-
-    Raises:
-        ValueError: where the parts do not fit together; it says which and what to do.
-        TypeError: where one of them is of no use at all.
+    Its arguments are those of `Stages`: ``model``, ``reward`` and ``train_dataset``, and whatever
+    of ``critic``, ``ref_model``, ``args``, ``eval_dataset``, ``ptx_dataset``,
+    ``processing_class``, ``peft_config``, ``generation_config``, ``shaper``, ``advantage``,
+    ``loss``, ``sampler``, ``accelerator`` and ``callbacks`` is wanted.
 
     Source: P1 Algorithm 1.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | str | Path,
-        *,
-        callbacks: Sequence[TrainerCallback] = (),
-        **parts: Any,
-    ) -> None:
-        super().__init__(model, **parts)
+    def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
         self.run = Run(self, callbacks)
-        self._references: deque[tuple[Dataset, Rollout]] = deque(maxlen=4)
+        self._references: deque[tuple[Any, Rollout]] = deque(maxlen=4)
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None
@@ -108,7 +93,8 @@ class Trainer(Stages):
             return history
         for _ in self.run.pretraining(steps):
             rollout = self.estimate(self.annotate(self.score(self.collect())))
-            metrics = self.update(rollout, ("critic",), replace(self.loss, value_clip=None))
+            # Not `self.update`: what a subclass adds to it belongs to PPO, and may take no roles.
+            metrics = super().update(rollout, ("critic",), replace(self.loss, value_clip=None))
             history.append(metrics)
             self.run.end_pretraining_step(metrics)
         return history
@@ -189,10 +175,13 @@ class Trainer(Stages):
         """
         if not reference:
             return self._answer(dataset, reference)
-        for kept, answers in self._references:
-            if kept is dataset:
+        # Known by the prompts and who draws: either may have been changed in between.
+        prompts = repr([dict(dataset[i])["prompt"] for i in range(len(dataset))]).encode()
+        asked = hashlib.blake2b(prompts).digest(), self.sampler
+        for known, answers in self._references:
+            if known[0] == asked[0] and known[1] is asked[1]:
                 return answers
-        self._references.append((dataset, self._answer(dataset, reference)))
+        self._references.append((asked, self._answer(dataset, reference)))
         return self._references[-1][1]
 
     def _answer(self, dataset: Dataset, reference: bool) -> Rollout:

@@ -113,3 +113,10 @@ def test_upcast_is_float32(dtype):
 
 def test_upcast_leaves_float64():
     assert upcast(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_variance_is_of_the_population_unless_asked_otherwise():
+    # (1 − 3)² + (5 − 3)² = 8 over 2 entries; whitened: ±2/√4.
+    x, mask = torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, True, False])
+    assert masked_moments(x, mask)[1].item() == 4.0
+    assert torch.allclose(whiten(x, mask), torch.tensor([-1.0, 1.0, 0.0]))

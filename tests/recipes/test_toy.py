@@ -103,10 +103,10 @@ def test_arms_differ_in_what_they_are_named_for(tmp_path):
 class Interrupted(Trainer):
     """Ctrl-C comes in the second iteration, or in the critic's warm-up where there is one."""
 
-    def update(self, rollout, roles=("critic", "policy"), loss=None):
-        if self.run.state.global_step == 1 or "policy" not in roles:
+    def estimate(self, rollout):
+        if self.run.state.global_step == 1 or self.args.critic_pretrain_steps:
             signal.raise_signal(signal.SIGINT)
-        return super().update(rollout, roles, loss)
+        return super().estimate(rollout)
 
 
 def stop(*args, **kwargs):

@@ -1,12 +1,18 @@
 """The bookkeeping of a run: who decides, what is remembered, what reaches the trackers."""
 
+import inspect
+import re
+import signal
+from dataclasses import replace
 from itertools import chain, repeat
 
 import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from mossrlhf import presets
+from mossrlhf import PPOMaxLoss, Trainer, presets
+from mossrlhf.checkpoint import STATE, checkpoints
+from mossrlhf.fitting import require_types
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.tracking import completion_table
 
@@ -52,18 +58,16 @@ def test_a_best_metric_nobody_measures_is_refused(make, world, options, message)
 
 def test_what_another_process_wishes_holds_here_too(make, monkeypatch):
     trainer = make(args=dict(total_steps=5))
+    engine, alone, agree = trainer.engine, trainer.engine.reduce, trainer.run._agree
+    # As if the other of two processes had been asked to stop in its second iteration.
     wishes = chain([0.0, 0.0], repeat(1.0))  # looked at twice in each iteration
 
-    def from_elsewhere(flags):
-        # As if the other of two processes had been asked to stop in its second iteration.
-        return flags + torch.tensor([next(wishes), 0.0, 0.0])
+    def with_the_other():
+        engine.reduce = lambda flags: flags + torch.tensor([next(wishes), 0.0, 0.0])
+        agree()
+        engine.reduce = alone
 
-    original = trainer.engine.reduce
-    monkeypatch.setattr(
-        trainer.engine,
-        "reduce",
-        lambda t: from_elsewhere(t) if t.shape == (3,) else original(t),
-    )
+    monkeypatch.setattr(trainer.run, "_agree", with_the_other)
     assert len(trainer.train()) == 2
 
 
@@ -213,3 +217,199 @@ def test_the_last_iteration_is_logged_however_it_ends(make):
     history = trainer.train()
     assert 1 < trainer.run.state.global_step < 7
     assert history[-1]["step"] == trainer.run.state.global_step
+
+
+def steps_in(folder):
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_another_run_in_the_folder_is_moved_aside(make):
+    options = dict(save_steps=1, save_total_limit=2)
+    make("run", args=dict(total_steps=5, **options)).train()
+    trainer = make("run", args=dict(total_steps=3, **options))
+    trainer.train()
+    assert steps_in(trainer.output_dir) == ["checkpoint-2", "checkpoint-3"]
+    assert steps_in(trainer.output_dir / "earlier-1") == ["checkpoint-4", "checkpoint-5"]
+    assert (trainer.output_dir / "earlier-1" / "completions.jsonl").is_file()
+    resumed = make("run", args=dict(total_steps=4, **options))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.run.state.global_step == 4
+    assert [entry["step"] for entry in resumed.history] == [1, 2, 3, 4]
+
+
+def test_what_a_resumed_run_had_done_later_is_moved_aside(make):
+    options = dict(total_steps=4, save_steps=1, save_total_limit=None)
+    make("run", args=options).train()
+    trainer = make("run", args=options)
+    trainer.train(resume_from_checkpoint=trainer.output_dir / "checkpoint-2")
+    assert steps_in(trainer.output_dir) == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
+    assert steps_in(trainer.output_dir / "earlier-1") == ["checkpoint-3", "checkpoint-4"]
+
+
+class Fails(Trainer):
+    def collect(self, prompts=None):
+        if self.run.state.global_step == 2:
+            raise RuntimeError("no more")
+        return super().collect(prompts)
+
+
+def test_an_exception_within_an_iteration_leaves_the_models(make):
+    trainer = make(kind=Fails, args=dict(total_steps=5))
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer.train()
+    assert (trainer.output_dir / "unfinished" / "policy" / "model.safetensors").is_file()
+
+
+def test_an_exception_in_an_evaluation_leaves_a_checkpoint(make, world):
+    trainer = make(eval_dataset=world.prompts(4), args=dict(total_steps=2, eval_steps=2))
+    trainer.evaluate = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert steps_in(trainer.output_dir) == ["checkpoint-2"]
+
+
+def test_a_second_ctrl_c_does_not_overwrite_a_checkpoint(make, parameters):
+    class Impatient(Trainer):
+        def estimate(self, rollout):
+            if self.run.state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return super().estimate(rollout)
+
+    trainer = make(kind=Impatient, args=dict(total_steps=3, save_steps=1))
+    trainer.train()
+    written = (trainer.output_dir / "checkpoint-1" / STATE).stat().st_mtime_ns
+    assert trainer.run.interrupted
+    assert (trainer.output_dir / "unfinished" / "policy" / "model.safetensors").is_file()
+    assert (trainer.output_dir / "checkpoint-1" / STATE).stat().st_mtime_ns == written
+
+
+def test_ctrl_c_in_the_warm_up_leaves_a_checkpoint_to_go_on_from(make, parameters):
+    class Interrupted(Trainer):
+        def score(self, rollout):
+            if self.run.pretrained == 1:
+                signal.raise_signal(signal.SIGINT)
+            return super().score(rollout)
+
+    options = dict(total_steps=1, critic_pretrain_steps=4)
+    trainer = make("run", kind=Interrupted, args=options)
+    trainer.train()
+    assert steps_in(trainer.output_dir) == ["checkpoint-0"]
+    resumed = make("run", args=options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make("whole", args=options)
+    whole.train()
+    assert torch.equal(parameters(resumed.model), parameters(whole.model))
+
+
+def test_settings_changed_before_resuming_win_and_are_named(make):
+    from mossrlhf import RewardShaper
+
+    options = dict(total_steps=1, save_steps=1)
+    make("run", shaper=RewardShaper(kl_coef=0.05), args=options).train()
+    changed = dict(total_steps=2, save_steps=1, learning_rate=1e-5)
+    trainer = make("run", shaper=RewardShaper(kl_coef=0.5), args=changed)
+    with pytest.warns(UserWarning, match="when the run began") as caught:
+        trainer.train(resume_from_checkpoint=True)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "learning_rate was 0.001 when the run began and is 1e-05 now" in said
+    assert "kl_coef was 0.05 when the run began and is 0.5 now" in said
+    assert trainer.shaper.kl_coef == 0.5
+    assert trainer.history[-1]["policy/learning_rate"] == pytest.approx(1e-5)
+    assert trainer.history[-1]["critic/learning_rate"] == pytest.approx(1e-3)
+
+
+def test_overrides_of_update_need_no_roles_and_may_return_tensors(make):
+    class Own(Trainer):
+        def update(self, rollout):
+            super().update(rollout)
+            return {"mine": torch.tensor(3.0)}
+
+    trainer = make(kind=Own, args=dict(critic_pretrain_steps=1))
+    assert [entry.get("mine") for entry in trainer.train()] == [None, 3.0, 3.0]
+
+
+def test_an_update_that_returns_nothing_is_told(make):
+    class Silent(Trainer):
+        def update(self, rollout):
+            super().update(rollout)
+
+    with pytest.raises(TypeError, match=r"update: returned NoneType, expected a dict of metrics"):
+        make(kind=Silent).train()
+
+
+def test_a_shaper_may_be_any_callable(make):
+    def shaper(rollout):
+        return rollout.mask * rollout.scores[:, None]
+
+    trainer = make(shaper=shaper, args=dict(total_steps=1))
+    trainer.train()
+    resumed = make(shaper=shaper)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.run.state.global_step == 2
+
+
+def test_the_signature_shows_every_part():
+    shown = set(inspect.signature(Trainer).parameters)
+    assert {"model", "reward", "train_dataset", "critic", "args", "loss", "callbacks"} <= shown
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (dict(rewards=len), "Trainer has no option 'rewards'; did you mean 'reward'?"),
+        (dict(tokenizer=None), "here that is Trainer(processing_class=)"),
+    ],
+)
+def test_parts_nobody_knows(make, part, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**part)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (({}, None, None), "args: got a dict, expected TrainerConfig(...)"),
+        ((None, len, None), "loss: got a builtin_function_or_method, expected a PPOMaxLoss"),
+        ((None, None, {}), "generation_config: got a dict, expected GenerationConfig(...)"),
+    ],
+)
+def test_parts_of_the_wrong_kind(parts, message):
+    # Of the trainer itself the type checker of these tests would see them first.
+    with pytest.raises(TypeError, match=re.escape(message)):
+        require_types(*parts)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (dict(ptx_dataset=[{"text": "a"}]), "PPOMaxLoss(ptx_coef=None) does without"),
+        (
+            dict(critic=False, args=dict(bootstrap_truncated=True)),
+            "it takes the critic's values, and critic=False",
+        ),
+        (
+            dict(loss=PPOMaxLoss(ptx_coef=0.1), ptx_dataset=[{"words": "a"}]),
+            "text missing among ['words']",
+        ),
+        (
+            dict(args=dict(total_steps=2.5)),
+            "(total_steps=): got 2.5, expected a whole number",
+        ),
+    ],
+)
+def test_parts_that_would_be_ignored_or_fail_late(make, part, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**part)
+
+
+def test_reference_answers_follow_the_prompts_and_the_sampler(make, world):
+    trainer = make()
+    dataset = world.prompts(4)
+    first = trainer.answer(dataset, reference=True)
+    dataset.reverse()
+    assert trainer.answer(dataset, reference=True) is not first
+    dataset.reverse()
+    assert trainer.answer(dataset, reference=True) is first
+    trainer.sampler = replace(trainer.sampler)
+    assert trainer.answer(dataset, reference=True) is not first

@@ -85,7 +85,7 @@ def test_ptx_adds_its_gradient_and_no_more(make, world, parameters):
         trainer = make(
             f"ptx{coefficient}",
             loss=PPOMaxLoss(ptx_coef=coefficient),
-            ptx_dataset=examples,
+            ptx_dataset=None if coefficient is None else examples,
             args=dict(minibatch_size=8, max_grad_norm=None),
         )
         kept = []

@@ -48,8 +48,7 @@ def masked_sum(
 
     Source: ours.
     """
-    kept = torch.where(mask, x, torch.zeros_like(x))
-    return kept.sum() if dim is None else kept.sum(dim)
+    return torch.where(mask, x, torch.zeros_like(x)).sum(dim)
 
 
 def masked_mean(
@@ -64,8 +63,7 @@ def masked_mean(
 
     Source: ours.
     """
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(x, mask, dim) / count.clamp(min=1)
+    return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
 
 
 def masked_moments(

@@ -6,7 +6,7 @@ from mossrlhf.models.actor_critic import (
     language_model_loss,
     policy_stats,
 )
-from mossrlhf.models.reward_model import RewardModel, ValueHead
+from mossrlhf.models.reward_model import RewardModel, ValueHead, load_classifier
 
 __all__ = [
     "IGNORED_LABEL",
@@ -14,5 +14,6 @@ __all__ = [
     "RewardModel",
     "ValueHead",
     "language_model_loss",
+    "load_classifier",
     "policy_stats",
 ]

@@ -135,17 +135,14 @@ class RewardModel(nn.Module):
             ValueError: where the checkpoint has no ``score`` head, more than one label, or
                 lacks weights.
         """
-        kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(path), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        model = load_classifier(path, **kwargs)
         head = getattr(model, "score", None)
-        lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
-        if head is None or lost:
+        if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"path: {str(path)!r} holds no one-label classifier with a head called 'score' "
-                f"(missing or of another shape: {lost[:3]}); to start a reward model from a "
-                "language model, use RewardModel.from_language_model(path)"
+                f"path: {str(path)!r} holds a {type(model).__name__}, whose head is not called "
+                "'score', so it gives no value at every token; a critic and a model to be trained "
+                "need a causal language model's backbone under such a head. It can be a reward: "
+                "pass reward=path"
             )
         bias = head.bias is not None
         reward_model = cls(model.base_model, ValueHead(head.in_features, bias=bias))
@@ -220,6 +217,32 @@ class RewardModel(nn.Module):
                 f"{different[:3]}, so saving would lose weights; save its state_dict() yourself"
             )
         return shell
+
+
+def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a one-label sequence classifier of any family, and make sure that it is one.
+
+    Args:
+        path: folder or hub name.
+        kwargs: passed to ``AutoModelForSequenceClassification.from_pretrained``.
+
+    Raises:
+        ValueError: where the checkpoint has no head, more than one label, or lacks weights.
+
+    Source: ours.
+    """
+    kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        str(path), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if lost:
+        raise ValueError(
+            f"path: {str(path)!r} holds no sequence classifier with one label (missing or of "
+            f"another shape: {lost[:3]}); to start a reward model from a language model, use "
+            "RewardModel.from_language_model(path)"
+        )
+    return model
 
 
 def _warn_where_an_end_pads(config: PreTrainedConfig) -> None:

@@ -137,10 +137,28 @@ def samples_page(
     Source: ours.
     """
     drawn = random.Random(seed).sample(list(samples), min(count, len(samples)))
-    lines = [f"# {title}", ""]
-    lines += [f"{len(drawn)} of the {len(samples)} held-out prompts, drawn at random, not chosen."]
-    lines += ["Beneath each stands one answer of every model, as it was sampled."]
-    for number, sample in enumerate(drawn, 1):
+    lead = [
+        f"{len(drawn)} of the {len(samples)} held-out prompts, drawn at random, not chosen.",
+        "Beneath each stands one answer of every model, as it was sampled.",
+    ]
+    write_page(title, lead, drawn, path)
+
+
+def write_page(
+    title: str, lead: Sequence[str], samples: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    """Write a page of prompts with answers, all of them.
+
+    Args:
+        title: heading of the page.
+        lead: lines beneath it: where the samples come from.
+        samples: each with ``prompt`` and, under ``answers``, a text by model's name.
+        path: the Markdown file.
+
+    Source: ours.
+    """
+    lines = [f"# {title}", "", *lead]
+    for number, sample in enumerate(samples, 1):
         lines += ["", f"## Prompt {number}", "", *_quoted(sample["prompt"])]
         for name, answer in sample["answers"].items():
             lines += ["", f"**{name}**", "", *_quoted(answer)]
@@ -161,18 +179,42 @@ def answer_texts(trainer: Trainer, reference: bool = False) -> list[str]:
     return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
 
 
-def dialogue(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a prompt as people read it: a question, or a dialogue with its speakers.
+def answer_pairs(trainer: Trainer, records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the answers of policy and reference to some prompts, as texts.
 
     Args:
-        messages: with ``role`` and ``content``.
+        trainer: any.
+        records: with ``prompt``, at least one for each process.
+
+    Returns:
+        of this process's share of the records, by ``policy`` and ``reference``.
 
     Source: ours.
     """
+
+    def texts(reference: bool) -> list[str]:
+        ids = trainer.answer(records, reference).completions()
+        return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
+
+    both = zip(texts(reference=False), texts(reference=True), strict=True)
+    return [{"policy": ours, "reference": theirs} for ours, theirs in both]
+
+
+def dialogue(messages: str | Sequence[Mapping[str, str]]) -> str:
+    """Return a prompt as people read it: a question, or a dialogue with its speakers.
+
+    Args:
+        messages: with ``role`` and ``content``; a text is returned as it is.
+
+    Source: ours.
+    """
+    if isinstance(messages, str):
+        return messages
     if len(messages) == 1:
         return messages[0]["content"]
     speakers = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "\n\n".join(f"{speakers[turn['role']]}: {turn['content']}" for turn in messages)
+    turns = ((speakers.get(turn["role"], turn["role"]), turn["content"]) for turn in messages)
+    return "\n\n".join(f"{speaker}: {content}" for speaker, content in turns)
 
 
 def _quoted(text: str) -> list[str]:

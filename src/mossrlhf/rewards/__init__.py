@@ -1,14 +1,16 @@
 """What is to be maximized: reward models, classifiers and functions behind one door."""
 
-from mossrlhf.rewards.model import ModelReward, as_reward_model
+from mossrlhf.rewards.model import Classifier, ModelReward, as_reward_model, as_scorer
 from mossrlhf.rewards.together import RESERVED, Reward, RewardFunction, RewardSet, reward_name
 
 __all__ = [
     "RESERVED",
+    "Classifier",
     "ModelReward",
     "Reward",
     "RewardFunction",
     "RewardSet",
     "as_reward_model",
+    "as_scorer",
     "reward_name",
 ]

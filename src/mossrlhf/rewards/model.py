@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +25,7 @@ class ModelReward:
     it is a list of messages, and the completion decoded. A truncated response is not ended there.
 
     Args:
-        model: `RewardModel`, or a classifier with a head called ``score``.
+        model: `RewardModel`, or any one-label ``…ForSequenceClassification`` of transformers.
         tokenizer: its tokenizer, where it is not the policy's; None for the policy's.
         batch_size: sequences at a time.
         name: what metrics call it.
@@ -42,7 +42,7 @@ class ModelReward:
     name: str = "reward_model"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", as_reward_model(self.model).eval().requires_grad_(False))
+        object.__setattr__(self, "model", as_scorer(self.model).eval().requires_grad_(False))
 
     @property
     def __name__(self) -> str:
@@ -100,11 +100,79 @@ class ModelReward:
         return ids if ids[-1:] == [end] else [*ids, end]
 
 
+class Classifier(nn.Module):
+    """A one-label sequence classifier asked as it is: BERT and its like, whatever their head.
+
+    Args:
+        model: gives ``logits [B, 1]`` of ids and mask, padded on the right.
+
+    Source: ours.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of the tokens it reads."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]
+    ) -> Float[Tensor, " B"]:
+        """Score each sequence.
+
+        Args:
+            input_ids: ``[B, L]``.
+            attention_mask: ``[B, L]`` 1 on tokens, 0 on the padding behind them.
+
+        Returns:
+            ``[B]`` scores, float32.
+
+        Raises:
+            ValueError: where a sequence is longer than the model reads.
+        """
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and limit > 0 and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"reward: a prompt with its response takes {input_ids.shape[1]} tokens, "
+                f"{type(self.model).__name__} reads at most {limit}; lower max_prompt_length or "
+                "max_new_tokens"
+            )
+        if (pad := config.pad_token_id) is not None:  # positions may be counted by it
+            input_ids = input_ids.masked_fill(attention_mask == 0, pad)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask.long())
+        return output.logits[:, 0].float()
+
+
+def as_scorer(model: nn.Module) -> RewardModel | Classifier:
+    """Return what scores sequences from ``input_ids`` and ``attention_mask``, sharing the weights.
+
+    Args:
+        model: a `RewardModel`, or a transformers sequence classifier with one label.
+
+    Raises:
+        ValueError: where it is neither.
+
+    Source: ours.
+    """
+    if isinstance(model, Classifier):
+        return model
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    own_head = isinstance(getattr(model, "score", None), nn.Linear)
+    if not isinstance(model, PreTrainedModel) or not classifies or own_head:
+        return as_reward_model(model)
+    _require_one_label(model, model.config.num_labels)
+    return Classifier(model)
+
+
 def as_reward_model(model: nn.Module) -> RewardModel:
     """Return a `RewardModel` sharing the weights of a one-label sequence classifier.
 
     Args:
-        model: a `RewardModel`, which is returned as it is, or a transformers classifier.
+        model: a `RewardModel`, which is returned as it is, or a transformers classifier with a
+            head called ``score`` on a causal backbone: one that gives a value at every token.
 
     Raises:
         ValueError: where it has no linear head called ``score`` with one output.
@@ -115,18 +183,27 @@ def as_reward_model(model: nn.Module) -> RewardModel:
         return model
     head = getattr(model, "score", None)
     if not isinstance(model, PreTrainedModel) or not isinstance(head, nn.Linear):
+        classifies = type(model).__name__.endswith("ForSequenceClassification")
         raise ValueError(
-            f"reward: got a {type(model).__name__}, expected a RewardModel, a transformers "
-            "sequence classifier whose head is called 'score', or a callable; wrap others in a "
-            "function reward(*, prompts, completions, completion_ids, **columns) -> list[float]"
+            f"critic: got a {type(model).__name__}, which scores sequences as a whole; a critic "
+            "needs a value at every token: a RewardModel, or a causal backbone under a head called "
+            "'score'. Leave critic=None for one made of the policy"
+            if classifies
+            else f"reward: got a {type(model).__name__}, expected a RewardModel, a transformers "
+            "sequence classifier with one label, or a callable; wrap others in a function "
+            "reward(*, prompts, completions, completion_ids, **columns) -> list[float]"
         )
-    if head.out_features != 1:
-        raise ValueError(
-            f"reward: {type(model).__name__} has {head.out_features} labels, expected 1; write a "
-            "function that says which of them is the reward"
-        )
+    _require_one_label(model, head.out_features)
     value_head = ValueHead(head.in_features, bias=head.bias is not None)
     value_head.weight = head.weight
     if head.bias is not None:
         value_head.bias = head.bias
     return RewardModel(model.base_model, value_head)
+
+
+def _require_one_label(model: nn.Module, labels: int) -> None:
+    if labels != 1:
+        raise ValueError(
+            f"reward: {type(model).__name__} has {labels} labels, expected 1; write a function "
+            "that says which of them is the reward"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel
-from mossrlhf.rewards.model import Messages, ModelReward, as_reward_model
+from mossrlhf.rewards.model import Messages, ModelReward
 from mossrlhf.types import Rollout
 
 RESERVED = frozenset([
@@ -85,14 +85,15 @@ class RewardSet:
         pairs = zip(self.names, self.rewards, strict=True)
         return {name: weight for name, (_, weight) in pairs}
 
-    def models(self) -> list[RewardModel]:
-        """Return the reward models among the rewards."""
-        return [as_reward_model(r.model) for r, _ in self.rewards if isinstance(r, ModelReward)]
+    def models(self) -> list[nn.Module]:
+        """Return the models among the rewards, `RewardModel` or `Classifier`."""
+        return [r.model for r, _ in self.rewards if isinstance(r, ModelReward)]
 
     def same_tokenizer(self) -> list[RewardModel]:
         """Return the reward models that read the policy's tokens."""
         models = [r for r, _ in self.rewards if isinstance(r, ModelReward)]
-        return [as_reward_model(r.model) for r in models if r.tokenizer is None]
+        alike = [r.model for r in models if r.tokenizer is None]
+        return [model for model in alike if isinstance(model, RewardModel)]
 
     def to(self, device: torch.device | str) -> "RewardSet":
         """Move the reward models among the rewards.
@@ -187,6 +188,12 @@ def _as_reward(reward: Any) -> Reward:
 def _call(
     reward: Callable[..., Any], name: str, arguments: dict[str, Any], columns: dict[str, Any]
 ) -> Any:
+    if taken := sorted(arguments.keys() & columns.keys()):
+        raise ValueError(
+            f"train_dataset: its column {taken[0]!r} is what the reward {name!r} gets from the "
+            "trainer; rename the column"
+        )
+    size = len(arguments["completions"])
     parameters = inspect.signature(reward).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         # Refusing `def reward(completions, **_)` without its `**_` would help nobody.
@@ -196,9 +203,8 @@ def _call(
         return reward(**arguments, **columns)
     except Exception as error:
         raise ValueError(
-            f"reward {name!r} raised {type(error).__name__}: {error}. It was called with "
-            f"{len(arguments.get('completions', []))} completions and the columns "
-            f"{sorted(columns)}"
+            f"reward {name!r} raised {type(error).__name__}: {error}. It was called for "
+            f"{size} completions with {sorted(arguments)} and the columns {sorted(columns)}"
         ) from error
 
 

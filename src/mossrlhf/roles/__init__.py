@@ -1,0 +1,38 @@
+"""The four models of PPO, made of whatever a user gives: objects, names or nothing."""
+
+from mossrlhf.roles.judges import load_critic, load_reward
+from mossrlhf.roles.machine import (
+    checkpoint_activations,
+    count_parameters,
+    disable_dropout,
+    make_accelerator,
+)
+from mossrlhf.roles.policy import (
+    as_reference,
+    is_adapted,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    policy_context,
+    prompt_budget,
+    require_vocabulary,
+    vocabulary_size,
+)
+
+__all__ = [
+    "as_reference",
+    "checkpoint_activations",
+    "count_parameters",
+    "disable_dropout",
+    "is_adapted",
+    "load_critic",
+    "load_policy",
+    "load_reference",
+    "load_reward",
+    "load_tokenizer",
+    "make_accelerator",
+    "policy_context",
+    "prompt_budget",
+    "require_vocabulary",
+    "vocabulary_size",
+]

@@ -1,0 +1,113 @@
+"""The critic and the rewards, made of objects, names or nothing."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mossrlhf.models import RewardModel, load_classifier
+from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
+from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted, vocabulary_size
+
+
+def load_critic(
+    critic: nn.Module | str | Path | bool | None, policy: nn.Module, rewards: list[RewardModel]
+) -> RewardModel | None:
+    """Make the critic: what was given, else a copy of the reward model, else of the policy.
+
+    Args:
+        critic: a `RewardModel`, a one-label classifier, a folder or hub name; False for no
+            critic; None for a copy of the first reward model with the policy's vocabulary, else
+            of the policy's backbone with a zero `ValueHead`.
+        policy: the policy.
+        rewards: reward models that read the policy's tokens.
+
+    Raises:
+        ValueError: where its vocabulary is not the policy's.
+
+    Source: P1 §5.3.1: the critic starts from the reward model.
+    """
+    if critic is False:
+        return None
+    vocabulary = vocabulary_size(policy)
+    if critic is None or critic is True:
+        alike = [model for model in rewards if vocabulary_size(model) == vocabulary]
+        if alike:
+            made = RewardModel(copy.deepcopy(alike[0].backbone), copy.deepcopy(alike[0].score))
+        else:
+            made = RewardModel.from_language_model(_without_adapters(policy))
+    elif isinstance(critic, (str, Path)):
+        made = RewardModel.from_pretrained(critic)
+    else:
+        made = as_reward_model(critic)
+        if any(made.score.weight is model.score.weight for model in rewards):
+            made = copy.deepcopy(made)  # or the reward would be trained along
+    if vocabulary_size(made) != vocabulary:
+        raise ValueError(
+            f"critic: its vocabulary has {vocabulary_size(made)} tokens, the policy's "
+            f"{vocabulary}; it must read the policy's tokens. Resize its embeddings, or leave "
+            "critic=None"
+        )
+    made.requires_grad_(True)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+    return made
+
+
+def _without_adapters(policy: nn.Module) -> Any:
+    """Return a copy of the policy's base, with what its adapters say by now."""
+    base = policy
+    if is_adapted(policy):
+        if has_effect(policy) and hasattr(policy, "merge_and_unload"):
+            return copy.deepcopy(policy).merge_and_unload()  # type: ignore[operator]
+        base = policy.get_base_model()  # type: ignore[operator]
+    copied = copy.deepcopy(base)
+    for module in list(copied.modules()):
+        for name, child in list(module.named_children()):
+            get_base_layer = getattr(child, "get_base_layer", None)
+            if get_base_layer is not None:
+                setattr(module, name, get_base_layer())
+    return copied
+
+
+def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Any:
+    """Load a reward model from its folder or hub name, with its tokenizer where it has another.
+
+    Args:
+        reward: a path or name is loaded; anything else is returned as it is, but a model with
+            a vocabulary other than the policy's is refused.
+        tokenizer: the policy's.
+        name: what metrics call it; empty for "reward_model".
+
+    Raises:
+        ValueError: where a model cannot read the policy's tokens and has no tokenizer.
+
+    Source: ours.
+    """
+    if isinstance(reward, (str, Path)):
+        other = _other_tokenizer(str(reward), tokenizer)
+        model = load_classifier(reward)
+        return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
+    if isinstance(reward, nn.Module):
+        scorer = as_scorer(reward)
+        origin = "" if isinstance(scorer, RewardModel) else scorer.model.config._name_or_path
+        other = _other_tokenizer(origin, tokenizer) if origin else None
+        reward = ModelReward(model=scorer, tokenizer=other, name=name or "reward_model")
+    if isinstance(reward, ModelReward) and reward.tokenizer is None:
+        size = vocabulary_size(reward.model)
+        if size < len(tokenizer):
+            raise ValueError(
+                f"reward: its model knows {size} tokens, the policy's tokenizer {len(tokenizer)}; "
+                "pass ModelReward(model=, tokenizer=) with its own tokenizer, and it is scored "
+                "through text"
+            )
+    return reward
+
+
+def _other_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    own = AutoTokenizer.from_pretrained(name)
+    return None if own.get_vocab() == tokenizer.get_vocab() else own

@@ -1,0 +1,124 @@
+"""What the models run on, and switches that any of them has."""
+
+import os
+from typing import Any
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from mossrlhf.config import TrainerConfig
+
+
+class OwnPrecision(Accelerator):
+    """An accelerator that computes in its own precision, though a later one has another.
+
+    Accelerate keeps one precision for the whole process.
+
+    Args:
+        args, kwargs: of ``accelerate.Accelerator``.
+
+    Source: ours.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._own = self.mixed_precision
+
+    def autocast(self, autocast_handler: Any = None) -> Any:
+        """Return the context to compute in.
+
+        Args:
+            autocast_handler: of accelerate; None for the accelerator's.
+        """
+        if self.mixed_precision != self._own:
+            _change_precision(self._own)
+        return super().autocast(autocast_handler)
+
+
+def make_accelerator(args: TrainerConfig) -> Accelerator:
+    """Make the accelerator a config asks for; without `bf16` the launcher's choice holds.
+
+    What an earlier trainer or script in this process ran in has no say.
+
+    Args:
+        args: precision, trackers, output directory.
+
+    Raises:
+        ValueError: where several processes have begun in another precision.
+
+    Source: ours.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    wanted = "bf16" if args.bf16 else launched
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        begun = AcceleratorState()
+        if begun.distributed_type != DistributedType.NO:
+            raise ValueError(
+                f"TrainerConfig(bf16={args.bf16}): these processes have begun to run in mixed "
+                f"precision {begun.mixed_precision!r}, expected {wanted!r}, which several of them "
+                "cannot change; pass accelerator= with the one they have, or start anew"
+            )
+        _change_precision(wanted)
+    return OwnPrecision(
+        mixed_precision="bf16" if args.bf16 else None,
+        log_with=list(args.report_to) or None,
+        project_dir=args.output_dir,
+        # Roles run in turn: the other's parameters take no part in a backward.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _change_precision(wanted: str) -> None:
+    # Not _reset_state(): accelerators made before share this state and would lose their device.
+    AcceleratorState()._mixed_precision = wanted
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute a model's activations in the backward pass instead of keeping them.
+
+    Args:
+        model: a transformers model, with or without adapters.
+
+    Source: ours.
+    """
+    # Adapters on a frozen base: without a gradient at the input there would be none at all.
+    if not all(p.requires_grad for p in model.parameters()):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20
+    (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to zero.
+
+    Args:
+        model: any module. Numbers called "…dropout…" count, as attention keeps its own.
+
+    Source: ours; left on, ratios are noise from the first minibatch.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def count_parameters(module: nn.Module | None) -> str:
+    """Say how large a model is, how much of it is trained, in which type and where.
+
+    Args:
+        module: any; None says so.
+
+    Source: ours.
+    """
+    if module is None:
+        return "none"
+    parameters = list(module.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    types = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    name = type(module).__name__
+    return f"{name}, {total:,} parameters, {trained:,} trained, {types}, {parameters[0].device}"

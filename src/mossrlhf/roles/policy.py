@@ -1,0 +1,315 @@
+"""The policy and its reference, adapters included, and what the policy can read."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+
+from mossrlhf.config import TrainerConfig
+from mossrlhf.models import RewardModel
+
+
+def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Module:
+    """Make the policy ready to be trained: trained parameters are float32, adapters put on.
+
+    An adapter the model comes with is trained on; where `peft_config` asks for another, it is
+    merged into the base first, so that the new one starts from what the model says now.
+
+    Args:
+        model: a causal language model, with or without an adapter, or a folder or hub name of
+            one; the folder may hold an adapter alone.
+        peft_config: a ``peft.PeftConfig``; the base is then frozen. None trains all of it.
+        seed: of the new adapter's first weights, whatever was drawn before.
+
+    Raises:
+        TypeError: where `model` is neither.
+        ValueError: where nothing of it is trainable, or its adapter cannot be merged.
+
+    Warns:
+        UserWarning: where an adapter is merged: what is saved stands on the merged model.
+
+    Source: P1 §3.2: the policy starts from the SFT model.
+    """
+    if isinstance(model, (str, Path)):
+        model = _load(str(model))
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a causal language model, or the folder "
+            "or hub name of one"
+        )
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = _merged(model)
+        with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
+            torch.default_generator.manual_seed(seed)
+            model = get_peft_model(model, peft_config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "model: none of its parameters requires a gradient, so there is nothing to train; "
+            + (
+                "load its adapter with is_trainable=True, pass its folder as model=, or pass "
+                "peft_config= to merge it and train a new one"
+                if is_adapted(model) or _is_injected(model)
+                else "call model.requires_grad_(True), or pass peft_config="
+            )
+        )
+    for parameter in trained:
+        # At 5e-7 a bfloat16 AdamW moves one weight in a hundred.
+        parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+    return model
+
+
+def _load(name: str) -> nn.Module:
+    if find_adapter_config_file(name) is None:
+        return AutoModelForCausalLM.from_pretrained(name)
+    # Transformers' own loader would freeze the adapter and hide it inside the base.
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True)
+
+
+def _is_injected(model: nn.Module) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """Return the model with the adapter it came with merged into its base."""
+    if _is_injected(model):
+        raise ValueError(
+            "model: transformers has put an adapter inside it, which peft_config= would silently "
+            "replace; pass the adapter's folder as model=, or a peft.PeftModel, and it is merged"
+        )
+    if not is_adapted(model):
+        return model
+    merge = getattr(model, "merge_and_unload", None)
+    if merge is None:
+        raise ValueError(
+            f"model: its adapter ({type(model.base_model).__name__}) cannot be merged, so "
+            "peft_config= cannot put another on top; leave peft_config=None to train it on"
+        )
+    if has_effect(model):
+        warnings.warn(
+            "model: its adapter is merged into its base, and the one of peft_config put on top. "
+            "What is saved is the new adapter, which stands on the merged model, not on the bare "
+            "base: to load it by name later, save model.merge_and_unload() to a folder first and "
+            "pass that folder as model=",
+            UserWarning,
+            stacklevel=3,
+        )
+    return merge()
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that parameters of this type are trained in.
+
+    Args:
+        dtype: a floating type.
+
+    Source: ours.
+    """
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
+    """Make the reference: what was given, else a frozen copy of the policy as it is now.
+
+    Args:
+        ref_model: a causal language model, a folder or hub name, or None.
+        policy: as `load_policy` returns it.
+
+    Returns:
+        the reference; None where it is the policy itself with its adapters off, which is where
+        they change nothing yet.
+
+    Warns:
+        UserWarning: where the policy's adapters were trained before, so that it is copied whole.
+
+    Source: P1 §3.2: the reference is the SFT model.
+    """
+    if ref_model is None:
+        if is_adapted(policy):
+            if not has_effect(policy):
+                return None
+            warnings.warn(
+                "ref_model: got None, and the policy's adapter already changes what it says, so "
+                "the reference is a copy of the whole policy, which costs the memory of a second "
+                "base. To do without, pass peft_config=: the adapter is merged and a new one put "
+                "on top",
+                UserWarning,
+                stacklevel=2,
+            )
+        ref_model = copy.deepcopy(policy)
+    elif isinstance(ref_model, (str, Path)):
+        ref_model = AutoModelForCausalLM.from_pretrained(str(ref_model))
+    elif {*map(id, ref_model.parameters())} & {*map(id, policy.parameters())}:
+        ref_model = copy.deepcopy(ref_model)  # what is frozen must not be what is trained
+    return ref_model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def has_effect(policy: nn.Module) -> bool:
+    """Whether a policy's adapters change what it says; those just put on do not.
+
+    Args:
+        policy: an adapted causal language model; asked about a few tokens, with and without.
+
+    Source: ours; asked rather than looked up, since every kind of adapter rests in its own way.
+    """
+    size = vocabulary_size(policy)
+    # The last ones too: added tokens, which alone may have been trained.
+    ids = torch.tensor([[*range(min(8, size)), *range(max(0, size - 8), size)]])
+    training = policy.training
+    policy.eval()
+    try:
+        ids = ids.to(policy.get_input_embeddings().weight.device)  # type: ignore[operator]
+        adapted = policy(input_ids=ids).logits
+        with policy.disable_adapter():  # type: ignore[operator]
+            bare = policy(input_ids=ids).logits
+    finally:
+        policy.train(training)
+    return not torch.equal(adapted, bare)
+
+
+def is_adapted(policy: nn.Module) -> bool:
+    """Whether PEFT adapters sit around the model.
+
+    Args:
+        policy: any module.
+
+    Source: ours.
+    """
+    from peft import PeftModel
+
+    return isinstance(policy, PeftModel)
+
+
+@contextmanager
+def as_reference(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
+    """Lend the reference: the model itself, or the policy with its adapters off.
+
+    Args:
+        reference: as `load_reference` returns it.
+        policy: the adapted policy.
+
+    Source: ours.
+    """
+    if reference is not None:
+        yield reference
+    else:
+        with policy.disable_adapter():  # type: ignore[operator]
+            yield policy
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of tokens a model embeds.
+
+    Args:
+        model: a transformers model or `RewardModel`.
+
+    Source: ours.
+    """
+    backbone = model.backbone if isinstance(model, RewardModel) else model
+    return int(backbone.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
+def require_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens the policy does not embed.
+
+    Args:
+        policy: a transformers model, with or without adapters.
+        tokenizer: what its prompts are encoded with.
+
+    Raises:
+        ValueError: with both sizes, in tokens.
+
+    Source: ours.
+    """
+    size = vocabulary_size(policy)
+    if size < len(tokenizer):
+        raise ValueError(
+            f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model embeds {size} "
+            "of them; call model.resize_token_embeddings(len(tokenizer)) where tokens were added "
+            "(and train them), or pass the model's own tokenizer"
+        )
+
+
+def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model, by its name.
+
+    Args:
+        model: a folder or hub name, or a model that remembers where it came from.
+
+    Raises:
+        ValueError: where it does not.
+
+    Source: ours.
+    """
+    name = str(model) if isinstance(model, (str, Path)) else ""
+    if not name:
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not name:
+        raise ValueError(
+            "processing_class: got None, and the model does not say where it came from; pass its "
+            "tokenizer"
+        )
+    if Path(name, "adapter_config.json").is_file() and not [*Path(name).glob("tokenizer*")]:
+        from peft import PeftConfig
+
+        name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def policy_context(policy: nn.Module) -> int | None:
+    """Return the most tokens the policy's positions reach, or None where it has no such bound.
+
+    Args:
+        policy: a transformers model.
+
+    Source: ours.
+    """
+    config = policy.config.get_text_config()  # type: ignore[union-attr, operator]
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def prompt_budget(policy: nn.Module, args: TrainerConfig, max_new_tokens: int) -> int | None:
+    """Return the most tokens a prompt may have, so that a response fits behind it.
+
+    Args:
+        policy: a transformers model.
+        args: `max_prompt_length`.
+        max_new_tokens: longest response, in tokens.
+
+    Returns:
+        tokens; None where neither the config nor the model sets a bound.
+
+    Raises:
+        ValueError: where prompt and response cannot both fit into the model's context.
+
+    Source: C: at most 2048 tokens with the response.
+    """
+    limit = policy_context(policy)
+    if limit is None:
+        return args.max_prompt_length
+    left = limit - max_new_tokens
+    wanted = args.max_prompt_length
+    if left < 1 or (wanted is not None and wanted > left):
+        raise ValueError(
+            f"max_prompt_length: {wanted} prompt tokens and max_new_tokens={max_new_tokens} do "
+            f"not fit into the model's context of {limit}; lower one of them"
+        )
+    return wanted or left
