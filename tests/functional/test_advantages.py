@@ -152,3 +152,15 @@ def test_what_is_masked_has_no_part_in_the_gradient(name):
         assert leaf.grad.isfinite().all()
         assert leaf.grad[mask].any()
         assert not leaf.grad[~mask].any()
+
+
+def test_defaults_are_those_documented():
+    """γ = 1 and λ = 0.95; discounted returns with γ = 1; ε = 1e-4 in a group's deviation."""
+    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    # δ_1 = 2 − 0.25 = 1.75; δ_0 = 1 + 0.25 − 0.5 = 0.75; A_0 = 0.75 + 0.95·1.75 = 2.4125.
+    assert torch.allclose(gae(rewards, values, mask), torch.tensor([[2.4125, 1.75]]))
+    assert torch.allclose(discounted_returns(rewards, mask), torch.tensor([[3.0, 2.0]]))
+    # Returns 0 and 1e-3: mean 5e-4, unbiased deviation 7.0711e-4; 5e-4 / 8.0711e-4 = 0.61950.
+    got = group_relative(torch.tensor([0.0, 1e-3], dtype=torch.float64), 2)
+    assert got[1].item() == pytest.approx(0.61950, abs=1e-5)

@@ -1,6 +1,7 @@
 """Advantages: generalized advantage estimation, and baselines that need no critic."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def _grouped(returns: Tensor, group_size: int) -> Tensor:
             f"group_size: got {group_size} for {len(returns)} responses, expected a divisor of "
             "that number that is at least 2; set samples_per_prompt to the same value"
         )
-    return returns.view(-1, group_size)
+    return rearrange(returns, "(prompt sample) -> prompt sample", sample=group_size)
 
 
 def group_relative(
@@ -88,7 +89,7 @@ def group_relative(
     centered = groups - groups.mean(dim=1, keepdim=True)
     if eps is not None:
         centered = centered / (groups.std(dim=1, keepdim=True) + eps)
-    return centered.flatten()
+    return rearrange(centered, "prompt sample -> (prompt sample)")
 
 
 def leave_one_out(returns: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
@@ -105,7 +106,7 @@ def leave_one_out(returns: Float[Tensor, " B"], group_size: int) -> Float[Tensor
     """
     groups = _grouped(returns, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    return rearrange(groups - others, "prompt sample -> (prompt sample)")
 
 
 def reinforce_plus_plus(

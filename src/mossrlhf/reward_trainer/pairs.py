@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ class PairRows:
         """
         batch = self.collator(records)
         rows = {
-            name: torch.stack(batch[name].chunk(2), dim=1)
+            name: rearrange(batch[name], "(side pair) length -> pair side length", side=2)
             for name in ("input_ids", "attention_mask")
         }
         margin = torch.tensor([self._margin(record) for record in records])
@@ -167,12 +168,13 @@ class PairModel(nn.Module):
         head = self.reward_model.score
         with head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
             scores = self.reward_model(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
-        scores = scores.unflatten(0, (-1, 2))
+        scores = rearrange(scores, "(pair side) -> pair side", side=2)
         if chosen_labels is None:
             return scores, torch.zeros_like(scores[:, 0])
         targets = chosen_labels[:, 1:]
         counted = targets != IGNORED_LABEL
-        hidden = given[0].unflatten(0, (-1, 2))[:, 0, :-1]
+        hidden = rearrange(given[0], "(pair side) length d -> pair side length d", side=2)
+        hidden = hidden[:, 0, :-1]  # of the chosen
         nll = -token_logprobs(self.logits(hidden[counted]), targets[counted])
         return scores, nll.new_zeros(targets.shape).masked_scatter(counted, nll).sum(1)
 
