@@ -188,7 +188,7 @@ class PPOMaxLoss:
 
         Source: P1 eq. 15; statistics: P1 §5.2.
         """
-        weights = batch.token_weights[batch.mask]
+        weights = batch.token_weights[batch.mask].to(stats.logprob)
         if denominator is None:
             denominator = weights.sum()
         old_logprob = _counted(self._old_logprob(batch), batch.mask, weights)
@@ -228,7 +228,7 @@ class PPOMaxLoss:
 
         Source: P1 eq. 16.
         """
-        weights = batch.state_weights[batch.states]
+        weights = batch.state_weights[batch.states].to(value)
         if denominator is None:
             denominator = weights.sum()
         old_value = _counted(_filled(batch, "values"), batch.states, weights)

@@ -1,0 +1,149 @@
+"""What must change no number: padding, order, company, and how a minibatch is cut up."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mossrlhf import PPOMaxLoss, Rollout
+
+LOSS = PPOMaxLoss(value_clip=0.2, advantage_norm=True, entropy_coef=0.01, kl_loss_coef=0.05)
+
+
+@pytest.fixture
+def rollout(world):
+    """Eight responses of very different lengths behind prompts of very different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.tensor([3, 9, 5, 14, 4, 6, 11, 8])
+    responses = torch.tensor([12, 1, 7, 3, 12, 2, 9, 5])
+    ids = torch.randint(6, len(world.tokenizer()), (8, 26), generator=generator)
+    return Rollout(
+        input_ids=ids[:, : int((prompts + responses).max())],
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        truncated=responses == 12,
+        mask=torch.arange(12) < responses[:, None],
+        scores=torch.randn(8, generator=generator, dtype=torch.float64),
+    )
+
+
+def tolerance(dtype):
+    return 1e-12 if dtype == torch.float64 else 1e-6
+
+
+def close(ours, theirs, dtype):
+    distance = torch.linalg.vector_norm((ours - theirs).double())
+    assert distance <= tolerance(dtype) * torch.linalg.vector_norm(theirs.double())
+
+
+@pytest.fixture
+def learn(make, parameters):
+    """Annotate, estimate and differentiate a rollout: statistics and gradients."""
+    count = 0
+
+    def run(rollout, dtype=torch.float64, **args):
+        nonlocal count
+        count += 1
+        trainer = make(f"run{count}", loss=LOSS, args=dict(minibatch_size=8, **args))
+        # Away from the reference and from the policy that drew, as in the midst of an epoch.
+        trainer.model.to(dtype), trainer.ref_model.to(dtype)
+        estimated = trainer.estimate(
+            trainer.annotate(replace(rollout, scores=rollout.scores.to(dtype)))
+        )
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, dtype=torch.float64).to(dtype))
+        minibatch = trainer.loss.prepare(estimated, trainer.engine.reduce)
+        stats = {}
+        for role in ("critic", "policy"):
+            trainer.engine._backward(role, trainer.engine._parts(minibatch), trainer.loss, stats)
+        gradients = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        return torch.stack(list(stats.values())), gradients, estimated
+
+    return run
+
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "cut",
+    [dict(micro_batch_size=1), dict(micro_batch_size=3), dict(max_tokens=40), dict(max_tokens=1)],
+    ids=str,
+)
+def test_how_a_minibatch_is_cut_up(learn, rollout, cut, dtype):
+    stats, gradients, _ = learn(rollout, dtype)
+    ours, theirs, _ = learn(rollout, dtype, **cut)
+    close(ours, stats, dtype)
+    close(theirs, gradients, dtype)
+
+
+@BOTH
+def test_order_of_the_sequences(learn, rollout, dtype):
+    stats, gradients, _ = learn(rollout, dtype)
+    ours, theirs, _ = learn(rollout.select(torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])), dtype)
+    close(ours, stats, dtype)
+    close(theirs, gradients, dtype)
+
+
+def widened(rollout, more):
+    """The same with more padding behind, of ids that mean something, in every [B, T] as well."""
+    columns = {
+        spec.name: torch.nn.functional.pad(value, (0, more))
+        for spec in fields(rollout)
+        if isinstance(value := getattr(rollout, spec.name), Tensor) and value.ndim == 2
+    }
+    columns["input_ids"][:, -more:] = 9
+    return replace(rollout, **columns)
+
+
+@BOTH
+@pytest.mark.parametrize("more", [1, 17])
+def test_amount_of_padding_and_what_stands_in_it(learn, rollout, more, dtype):
+    stats, gradients, plain = learn(rollout, dtype)
+    other = rollout.input_ids.clone()
+    ends = rollout.prompt_lengths + rollout.response_lengths
+    other[torch.arange(other.shape[1]) >= ends[:, None]] = 11
+    ours, theirs, padded = learn(widened(replace(rollout, input_ids=other), more), dtype)
+    close(ours, stats, dtype)
+    close(theirs, gradients, dtype)
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+        width = rollout.mask.shape[1]
+        close(
+            getattr(padded, name)[:, :width][rollout.mask],
+            getattr(plain, name)[rollout.mask],
+            dtype,
+        )
+
+
+@BOTH
+def test_company(make, rollout, dtype):
+    """What is noted of a response does not depend on who is in the batch, or how long they are."""
+    trainer = make()
+    trainer.model.to(dtype), trainer.ref_model.to(dtype)
+    together = trainer.annotate(rollout)
+    for row in range(len(rollout)):
+        alone = trainer.annotate(rollout.select(torch.tensor([row])))
+        length = int(rollout.response_lengths[row])
+        for name in ("logprobs", "entropies", "ref_logprobs", "values"):
+            close(getattr(alone, name)[0, :length], getattr(together, name)[row, :length], dtype)
+
+
+def test_prompts_of_other_lengths_change_no_greedy_answer(make, world):
+    """The sampler pads on the left; alone there is nothing to pad."""
+    from transformers import GenerationConfig
+
+    from mossrlhf import HFSampler
+
+    trainer = make()
+    trainer.model.double()
+    sampler = HFSampler.for_tokenizer(
+        world.tokenizer(), GenerationConfig(max_new_tokens=8, do_sample=False)
+    )
+    prompts = [list(range(6, 6 + length)) for length in (1, 4, 30, 9)]
+    together = sampler(trainer.policy, prompts)
+    for row, prompt in enumerate(prompts):
+        assert sampler(trainer.policy, [prompt]).completions()[0] == together.completions()[row]
