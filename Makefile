@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format docs clean
+.PHONY: help demo test lint types mutants format docs clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -32,6 +32,9 @@ lint: $(VENV)/installed-dev  ## style, format, import floors, sizes, documentati
 
 types: $(VENV)/installed-dev  ## static types
 	$(BIN)/mypy
+
+mutants: $(VENV)/installed-dev  ## faults in the numerical code that no test sees; takes long
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(FILES)
 
 format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks for
 	$(BIN)/ruff check --fix --exit-zero --quiet .

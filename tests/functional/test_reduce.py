@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mossrlhf.functional import masked_mean, masked_moments, masked_sum, upcast, whiten
+from mossrlhf.functional.reduce import widest
 
 
 @st.composite
@@ -120,3 +121,8 @@ def test_variance_is_of_the_population_unless_asked_otherwise():
     x, mask = torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, True, False])
     assert masked_moments(x, mask)[1].item() == 4.0
     assert torch.allclose(whiten(x, mask), torch.tensor([-1.0, 1.0, 0.0]))
+
+
+def test_sums_over_many_tokens_are_in_float64():
+    assert widest(torch.ones(2)).dtype == torch.float64
+    assert widest(torch.ones(2, dtype=torch.long)).dtype == torch.float64
