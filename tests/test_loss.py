@@ -443,3 +443,12 @@ def test_an_entropy_bonus_needs_the_entropy(batch):
 def test_what_the_critic_needs_is_named(batch, field):
     with pytest.raises(ValueError, match=rf"batch\.{field}: got None"):
         PPOMaxLoss().critic(batch.values[batch.mask], replace(batch, **{field: None}))
+
+
+def test_defaults_clip_as_documented(weighted):
+    """Surrogate and value clip are 0.2 without being asked for."""
+    model = Model.near(weighted)
+    default, named = PPOMaxLoss(), PPOMaxLoss(policy_clip=0.2, value_clip=0.2, value_coef=1.0)
+    stats, value = model.stats(weighted.mask), model.value[weighted.mask]
+    assert default.policy(stats, weighted).loss == named.policy(stats, weighted).loss
+    assert default.critic(value, weighted).loss == named.critic(value, weighted).loss
