@@ -452,3 +452,26 @@ def test_defaults_clip_as_documented(weighted):
     stats, value = model.stats(weighted.mask), model.value[weighted.mask]
     assert default.policy(stats, weighted).loss == named.policy(stats, weighted).loss
     assert default.critic(value, weighted).loss == named.critic(value, weighted).loss
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"policy_clip": 0.0},
+        {"policy_clip": (0.2, 0.0)},
+        {"policy_clip": (0.0, 0.2)},
+        {"dual_clip": 1.0},
+        {"value_clip": 0.0},
+        {"advantage_clip": 0.0},
+    ],
+    ids=str,
+)
+def test_bounds_themselves_are_refused(option):
+    """A clip of zero would let nothing through; dual clipping at 1 would undo the surrogate."""
+    with pytest.raises(ValueError, match="expected a number in"):
+        PPOMaxLoss(**option)
+
+
+@pytest.mark.parametrize("option", [{"sampler_ratio_cap": 1.0}, {"value_coef": 0.0}], ids=str)
+def test_bounds_that_are_allowed(option):
+    PPOMaxLoss(**option)
