@@ -68,35 +68,19 @@ def noisy(model: torch.nn.Module, scale: float) -> torch.nn.Module:
     return model
 
 
-def main() -> None:
-    """Run two optimizer steps, and keep what TRL has computed."""
-    torch.manual_seed(0)
-    policy = noisy(LlamaForCausalLM(LlamaConfig(**SHAPE)), 0.3)
-    reference = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    reference.load_state_dict(policy.state_dict())
-    noisy(reference, 0.05)
-    kinds = [noisy(LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)), 0.3)]
-    kinds += [noisy(LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)), 0.3)]
-    reward, critic = kinds
-    prompts, responses = rollout()
-    kept: dict[str, torch.Tensor] = {"responses": responses}
-
-    def given(
-        model: torch.nn.Module, queries: torch.Tensor, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept["prompts"] = queries.clone()  # shuffled by its data loader
-        ids = torch.cat([queries, responses], dim=1)
-        logits = ppo_trainer.forward(model, ids, PAD).logits[:, queries.shape[1] - 1 : -1]
-        return ids, logits / TEMPERATURE  # as `generate` returns them
-
-    ppo_trainer.batch_generation = given
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of as many words as the models know."""
     core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t3"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="t0", bos_token="t1", eos_token="t2", padding_side="left"
     )
+
+
+def config() -> PPOConfig:
+    """Return TRL's settings: its defaults, but for sizes, two epochs and a large learning rate."""
     count = len(PROMPTS)
-    config = PPOConfig(
+    return PPOConfig(
         output_dir="trl_ppo_golden",
         learning_rate=0.02,  # for ratios beyond the clip after one step
         per_device_train_batch_size=count,
@@ -117,9 +101,65 @@ def main() -> None:
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
+
+
+def give(responses: torch.Tensor, kept: dict[str, torch.Tensor]) -> None:
+    """Put given responses in the place of what TRL would draw."""
+
+    def given(
+        model: torch.nn.Module, queries: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kept["prompts"] = queries.clone()  # shuffled by its data loader
+        ids = torch.cat([queries, responses], dim=1)
+        logits = ppo_trainer.forward(model, ids, PAD).logits[:, queries.shape[1] - 1 : -1]
+        return ids, logits / TEMPERATURE  # as `generate` returns them
+
+    ppo_trainer.batch_generation = given
+    kept["responses"] = responses
+
+
+def watch(
+    trainer: PPOTrainer, modules: dict[str, torch.nn.Module], kept: dict[str, torch.Tensor]
+) -> None:
+    """Keep what stands in the variables of `train` whenever it calls ``backward``."""
+    backward = trainer.accelerator.backward
+    steps = iter(range(2))
+
+    def watched(loss: torch.Tensor) -> None:
+        step, found = next(steps), sys._getframe(1).f_locals
+        for name, model in modules.items():
+            kept.update({f"{step}.{name}.{k}": v.clone() for k, v in model.state_dict().items()})
+        backward(loss)
+        if step == 0:
+            names = "logprobs ref_logprobs values scores rewards advantages returns"
+            kept.update({name: found[name].clone() for name in names.split()})
+        for name in ("pg_loss", "vf_loss"):
+            kept[f"{step}.{name}"] = found[name].detach().clone()
+        kept[f"{step}.clipped"] = (found["pg_losses2"] > found["pg_losses"]).sum()
+        for name, model in modules.items():
+            for key, parameter in model.named_parameters():
+                kept[f"{step}.{name}.grad.{key}"] = parameter.grad.clone()
+
+    trainer.accelerator.backward = watched
+
+
+def main() -> None:
+    """Run two optimizer steps, and keep what TRL has computed."""
+    torch.manual_seed(0)
+    policy = noisy(LlamaForCausalLM(LlamaConfig(**SHAPE)), 0.3)
+    reference = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    reference.load_state_dict(policy.state_dict())
+    noisy(reference, 0.05)
+    reward, critic = (
+        noisy(LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)), 0.3)
+        for _ in range(2)
+    )
+    prompts, responses = rollout()
+    kept: dict[str, torch.Tensor] = {}
+    give(responses, kept)
     trainer = PPOTrainer(
-        args=config,
-        processing_class=tokenizer,
+        args=config(),
+        processing_class=tokenizer(),
         model=policy,
         ref_model=reference,
         reward_model=reward,
@@ -128,37 +168,8 @@ def main() -> None:
     )
     for name, model in (("reference", reference), ("reward", reward)):
         kept |= {f"{name}.{k}": v.clone() for k, v in model.state_dict().items()}
-    backward = trainer.accelerator.backward
-    steps = 0
-
-    def watched(loss: torch.Tensor) -> None:
-        nonlocal steps
-        found = sys._getframe(1).f_locals
-        modules = {"policy": policy, "critic": critic}
-        for name, model in modules.items():
-            kept.update({f"{steps}.{name}.{k}": v.clone() for k, v in model.state_dict().items()})
-        backward(loss)
-        order = torch.as_tensor(found["micro_batch_inds"])
-        place = torch.argsort(order)
-        if steps == 0:
-            for name in ("logprobs", "ref_logprobs", "values", "scores", "rewards"):
-                kept[name] = found[name].clone()
-            kept["advantages"], kept["returns"] = found["advantages"], found["returns"]
-        for name in ("pg_loss", "vf_loss", "loss"):
-            kept[f"{steps}.{name}"] = found[name].detach().clone()
-        for name in ("new_logprobs", "vpred"):
-            kept[f"{steps}.{name}"] = found[name].detach()[place].clone()
-        for name in ("pg_losses2", "pg_losses"):
-            assert found[name].isfinite().all()
-        kept[f"{steps}.clipped"] = (found["pg_losses2"] > found["pg_losses"]).sum()
-        for name, model in modules.items():
-            for key, parameter in model.named_parameters():
-                kept[f"{steps}.{name}.grad.{key}"] = parameter.grad.clone()
-        steps += 1
-
-    trainer.accelerator.backward = watched
+    watch(trainer, {"policy": policy, "critic": critic}, kept)
     trainer.train()
-    assert steps == 2
     assert int(kept["1.clipped"]) > 3, "no clip binds: raise the learning rate"
     origin = {"origin": "TRL 1.12.0 PPOTrainer.train", "torch": torch.__version__}
     path = Path(__file__).parent.parent / "tests" / "golden" / "trl_ppo.safetensors"
