@@ -472,6 +472,6 @@ def test_bounds_themselves_are_refused(option):
         PPOMaxLoss(**option)
 
 
-@pytest.mark.parametrize("option", [{"sampler_ratio_cap": 1.0}, {"value_coef": 0.0}], ids=str)
-def test_bounds_that_are_allowed(option):
-    PPOMaxLoss(**option)
+@pytest.mark.parametrize(("name", "bound"), [("sampler_ratio_cap", 1.0), ("value_coef", 0.0)])
+def test_bounds_that_are_allowed(name, bound):
+    assert getattr(PPOMaxLoss(**{name: bound}), name) == bound

@@ -1,6 +1,7 @@
 """Alignment by hand, and reward models that are transformers' own on disk and in numbers."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import peft
@@ -303,7 +304,10 @@ class TestRewardModel:
     def test_any_other_pad_token_is_not(self, pad, ends, tmp_path):
         ours = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]())
         ours.config.pad_token_id, ours.config.eos_token_id = pad, ends
-        ours.save_pretrained(tmp_path)  # a warning would be an error here
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours.save_pretrained(tmp_path)
+        assert not [str(w.message) for w in caught if "pad_token_id" in str(w.message)]
 
     def test_the_dtype_comes_back(self, tmp_path):
         model = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).bfloat16()

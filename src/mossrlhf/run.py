@@ -61,8 +61,8 @@ class Run:
         self.bar: tqdm | None = None
         self.interrupted = False
         self.stopping = False
-        self.whole = True
-        self.opened = False
+        self.between_iterations = True
+        self.folder_cleared = False
         self.settings: dict[str, Any] = {
             "learning_rate": self.args.learning_rate,
             "critic_learning_rate": self.args.critic_learning_rate,
@@ -127,18 +127,18 @@ class Run:
 
     def _clear_the_folder(self) -> None:
         """Move what another run, or the future of a resumed one, has left in the folder aside."""
-        if self.accelerator.is_main_process and not self.opened:
+        if self.accelerator.is_main_process and not self.folder_cleared:
             step = self.state.global_step
             moved = set_aside(self.trainer.output_dir, step if step or self.pretrained else -1)
             self.completions.rewind(step)
             if moved is not None and not self.quiet:
                 tqdm.write(f"Checkpoints of an earlier run are now in {moved}.")
-        self.opened = True
+        self.folder_cleared = True
         self.accelerator.wait_for_everyone()
 
     def _leave(self) -> None:
         """Save on the way out, however it came to that."""
-        if not self.whole:
+        if not self.between_iterations:
             # Part of an iteration's steps: no state to resume from, but the models are there.
             folder = self.trainer.output_dir / "unfinished"
             self.trainer.save_model(folder)
@@ -187,7 +187,7 @@ class Run:
             for i in range(steps):
                 if self.stopping:
                     return
-                self.whole = False
+                self.between_iterations = False
                 yield i
                 bar.update()
 
@@ -199,7 +199,7 @@ class Run:
                 and to the trackers with ``pretrain/`` before their names.
         """
         self.pretrained += 1
-        self.whole = True
+        self.between_iterations = True
         metrics = _numbers(metrics)
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
         self._track({f"pretrain/{name}": value for name, value in metrics.items()})
@@ -208,7 +208,7 @@ class Run:
     def begin_step(self) -> None:
         """Open an iteration."""
         self.clock = {}
-        self.whole = False
+        self.between_iterations = False
         self._fire("on_step_begin")
 
     def end_step(self, rollout: Rollout, metrics: Any) -> None:
@@ -221,7 +221,7 @@ class Run:
         metrics = _numbers(metrics)
         state = self.state
         state.global_step += 1
-        self.whole = True
+        self.between_iterations = True
         prompts = self.trainer.prompts
         state.epoch = prompts.position / len(prompts.dataset)
         seconds = sum(self.clock.values())
