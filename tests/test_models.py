@@ -364,13 +364,13 @@ class TestRewardModel:
         with pytest.raises(ValueError, match=r"score\.bias"):
             RewardModel(backbone, ValueHead(16, bias=True)).save_pretrained(tmp_path)
 
-    def test_a_family_without_classifier_is_refused(self, tmp_path):
+    def test_a_family_nobody_knows_is_refused(self, tmp_path):
         class Unknown(LlamaConfig):
             model_type = "unknown"
 
         model = RewardModel(LANGUAGE_MODELS["llama"]().base_model)
         model.config = Unknown(**LLAMA)
-        with pytest.raises(ValueError, match="no sequence classifier for Unknown"):
+        with pytest.raises(ValueError, match="no model for Unknown"):
             model.save_pretrained(tmp_path)
 
     def test_device_is_that_of_the_head(self):

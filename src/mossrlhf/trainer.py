@@ -233,12 +233,12 @@ class Trainer(Stages):
         folder = self.output_dir if output_dir is None else Path(output_dir)
         if not self.accelerator.is_main_process:
             return
-        models = {"policy": self.policy, "critic": self.critic}
         with no_progress_bars():
-            for name, model in models.items():
-                if model is not None:
-                    model.save_pretrained(folder / name)  # type: ignore[operator]
-                    self.processing_class.save_pretrained(folder / name)
+            self.policy.save_pretrained(folder / "policy")  # type: ignore[operator]
+            self.processing_class.save_pretrained(folder / "policy")
+            if self.critic is not None:
+                self.critic.save_pretrained(folder / "critic", scores=False)
+                self.processing_class.save_pretrained(folder / "critic")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Upload policy and tokenizer to the hub.

@@ -107,6 +107,8 @@ def test_reinforce_plus_plus(batch, gamma):
     if len(to_go):
         expected = (to_go - to_go.mean()) / np.sqrt(to_go.var() + 1e-8)
         np.testing.assert_allclose(got[mask.numpy()], expected, atol=1e-6)
+    undiscounted = reinforce_plus_plus(rewards, mask, 1.0)
+    torch.testing.assert_close(reinforce_plus_plus(rewards, mask), undiscounted, equal_nan=True)
 
 
 RETURNS = torch.tensor([1.0, 3.0, 8.0, 5.0, 5.0, 5.0])

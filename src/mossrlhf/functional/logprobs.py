@@ -40,9 +40,9 @@ def entropy_from_logits(
     Source: P1 §5.3.1 (entropy bonus).
     """
     logp = (upcast(logits) / temperature).log_softmax(-1)
-    possible = logp != -torch.inf  # a NaN stays one
-    safe = torch.where(possible, logp, torch.zeros_like(logp))
-    return -torch.where(possible, safe.exp() * safe, torch.zeros_like(logp)).sum(-1)
+    # At zero e^x x is zero too; a NaN stays one.
+    safe = torch.where(logp != -torch.inf, logp, torch.zeros_like(logp))
+    return -(safe.exp() * safe).sum(-1)
 
 
 def token_stats(

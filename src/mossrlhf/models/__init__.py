@@ -6,7 +6,8 @@ from mossrlhf.models.actor_critic import (
     language_model_loss,
     policy_stats,
 )
-from mossrlhf.models.reward_model import RewardModel, ValueHead, load_classifier
+from mossrlhf.models.classifiers import load_classifier
+from mossrlhf.models.reward_model import RewardModel, ValueHead
 
 __all__ = [
     "IGNORED_LABEL",

@@ -1,7 +1,6 @@
 """The value head, and the reward model that is also the critic."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,17 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from mossrlhf.functional.reduce import upcast
+from mossrlhf.models.classifiers import (
+    classifier_class,
+    load_classifier,
+    warn_where_an_end_pads,
+)
 from mossrlhf.signature import accepts
 
 
@@ -166,11 +168,13 @@ class RewardModel(nn.Module):
             return cls(AutoModelForCausalLM.from_pretrained(str(model), **kwargs).base_model)
         return cls(copy.deepcopy(model.base_model))
 
-    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, path: str | Path, *, scores: bool = True, **kwargs: Any) -> None:
         """Write config and weights in the layout of transformers' sequence classifiers.
 
         Args:
             path: folder, made where absent.
+            scores: whether others may score with it; False for a critic, to do without the
+                warning.
             kwargs: passed to ``PreTrainedModel.save_pretrained`` (``max_shard_size`` …).
 
         Warns:
@@ -178,9 +182,11 @@ class RewardModel(nn.Module):
                 read the score one token early.
 
         Raises:
-            ValueError: where transformers has no sequence classifier for this family, or none
-                with a head like this one.
+            ValueError: where transformers does not know this family, or has no classifier with a
+                head like this one.
         """
+        if scores:
+            warn_where_an_end_pads(self.config)
         self._shell().save_pretrained(
             str(path), state_dict=kwargs.pop("state_dict", self.state_dict()), **kwargs
         )
@@ -192,21 +198,15 @@ class RewardModel(nn.Module):
             repo_id: ``owner/name``.
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
+        warn_where_an_end_pads(self.config)
         shell = self._shell().to_empty(device="cpu")
         shell.load_state_dict(self.state_dict())
         shell.push_to_hub(repo_id, **kwargs)
 
     def _shell(self) -> PreTrainedModel:
-        _warn_where_an_end_pads(self.config)
+        architecture = classifier_class(self.config)
         config: PreTrainedConfig = copy.deepcopy(self.config)
         config.num_labels = 1
-        family = type(config)
-        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise ValueError(
-                f"transformers has no sequence classifier for {family.__name__}, so there is no "
-                "layout to save this reward model in; save its state_dict() yourself"
-            )
-        architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[family]
         config.architectures = [architecture.__name__]
         with torch.device("meta"):
             shell = architecture(config).to(self.backbone.dtype)
@@ -217,43 +217,3 @@ class RewardModel(nn.Module):
                 f"{different[:3]}, so saving would lose weights; save its state_dict() yourself"
             )
         return shell
-
-
-def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a one-label sequence classifier of any family, and make sure that it is one.
-
-    Args:
-        path: folder or hub name.
-        kwargs: passed to ``AutoModelForSequenceClassification.from_pretrained``.
-
-    Raises:
-        ValueError: where the checkpoint has no head, more than one label, or lacks weights.
-
-    Source: ours.
-    """
-    kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        str(path), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
-    lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
-    if lost:
-        raise ValueError(
-            f"path: {str(path)!r} holds no sequence classifier with one label (missing or of "
-            f"another shape: {lost[:3]}); to start a reward model from a language model, use "
-            "RewardModel.from_language_model(path)"
-        )
-    return model
-
-
-def _warn_where_an_end_pads(config: PreTrainedConfig) -> None:
-    text = config.get_text_config()
-    pad, end = text.pad_token_id, text.eos_token_id
-    if pad is not None and pad in (end if isinstance(end, list) else [end]):
-        warnings.warn(
-            f"config.pad_token_id is {pad}, which also ends responses. Transformers' sequence "
-            "classifiers read the score at the last token that is not this one, so what is saved "
-            "here would score a finished response one token early (as a RewardModel it does not). "
-            "Set config.pad_token_id to a token that no response contains, and pad with it",
-            UserWarning,
-            stacklevel=4,
-        )

@@ -1,0 +1,99 @@
+"""Sequence classifiers of one label: the layout in which reward models and critics are kept."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where a checkpoint is, not what to make of it."""
+
+
+def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the sequence classifier of a family.
+
+    Transformers has none for Granite, Cohere, OLMoE and others: theirs is made of its generic
+    one, in the layout that transformers will read once it has one.
+
+    Args:
+        config: of a model of the family.
+
+    Raises:
+        ValueError: where transformers has no such family.
+
+    Source: ours.
+    """
+    family = type(config)
+    if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[family]
+    if family not in MODEL_MAPPING:
+        raise ValueError(
+            f"transformers has no model for {family.__name__}, so there is no layout to keep this "
+            "reward model in; save its state_dict() yourself"
+        )
+    backbone = MODEL_MAPPING[family]
+    bare = next(kind for kind in backbone.__mro__[1:] if issubclass(kind, PreTrainedModel))
+    name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
+    own = {"base_model_prefix": backbone.base_model_prefix, "__module__": __name__}
+    return type(name, (GenericForSequenceClassification, bare), own)
+
+
+def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a one-label sequence classifier of any family, and make sure that it is one.
+
+    Args:
+        path: folder or hub name.
+        kwargs: passed to ``from_pretrained`` of the family's classifier.
+
+    Raises:
+        ValueError: where the checkpoint has no head, more than one label, or lacks weights.
+
+    Source: ours.
+    """
+    kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
+    architecture: Any = AutoModelForSequenceClassification
+    if not kwargs.get("trust_remote_code"):  # then the checkpoint may bring a class of its own
+        place = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
+        architecture = classifier_class(AutoConfig.from_pretrained(str(path), **place))
+    model, info = architecture.from_pretrained(
+        str(path), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if lost:
+        raise ValueError(
+            f"path: {str(path)!r} holds no sequence classifier with one label (missing or of "
+            f"another shape: {lost[:3]}); to start a reward model from a language model, use "
+            "RewardModel.from_language_model(path)"
+        )
+    return model
+
+
+def warn_where_an_end_pads(config: PreTrainedConfig) -> None:
+    """Tell of a padding token that also ends responses, which transformers then passes over.
+
+    Args:
+        config: of the model that is about to be written.
+
+    Source: ours.
+    """
+    text = config.get_text_config()
+    pad, end = text.pad_token_id, text.eos_token_id
+    if pad is not None and pad in (end if isinstance(end, list) else [end]):
+        warnings.warn(
+            f"config.pad_token_id is {pad}, which also ends responses. Transformers' sequence "
+            "classifiers read the score at the last token that is not this one, so what is saved "
+            "here would score a finished response one token early (as a RewardModel it does not). "
+            "Set config.pad_token_id to a token that no response contains, and pad with it",
+            UserWarning,
+            stacklevel=3,
+        )
