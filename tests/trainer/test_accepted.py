@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, WINDOW, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,7 +19,6 @@ from transformers import (
 
 from mossrlhf import RewardModel, ToyWorld
 from mossrlhf.models import policy_stats
-from families import FAMILIES, WINDOW, tiny
 
 LENGTHS = (2, 5, 3, 9, 1, 7)
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
