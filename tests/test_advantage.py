@@ -135,6 +135,9 @@ def test_reinforce_plus_plus():
     expected = (to_go - to_go.mean()) / to_go.std(correction=0)
     torch.testing.assert_close(got.advantages[MASK], expected)
     assert (got.advantages[~MASK] == 0).all()
+    undiscounted = ReinforcePlusPlus(gamma=1.0)(REWARDS, REWARDS, MASK)
+    usual = ReinforcePlusPlus()(REWARDS, REWARDS, MASK)
+    assert torch.equal(usual.advantages, undiscounted.advantages)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,12 @@ def test_refusals(option):
     (name,) = option
     with pytest.raises(ValueError, match=rf"AdvantageEstimator\({name}=\)"):
         AdvantageEstimator(**option)
+
+
+@pytest.mark.parametrize("option", ["gamma", "lam", "value_lam"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_every_share_is_accepted(option, share):
+    assert getattr(AdvantageEstimator(**{option: share}), option) == share
 
 
 def test_a_slip_is_recognized():

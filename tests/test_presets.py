@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from mossrlhf import presets
+from mossrlhf import PPOMaxLoss, presets
 
 MOSS = partial(presets.moss_rlhf_2023, "en")
 
@@ -39,6 +39,21 @@ def test_the_critics_rate_follows_the_policys(preset, proportion):
 @pytest.mark.parametrize("preset", [presets.ppo_max, presets.vanilla_ppo, MOSS, presets.trl_ppo])
 def test_the_critics_rate_alone_leaves_the_policys(preset):
     assert rates(preset, critic_learning_rate=1.0) == (rates(preset)[0], 1.0)
+
+
+@pytest.mark.parametrize("preset", [presets.ppo_max, presets.vanilla_ppo, MOSS, presets.trl_ppo])
+def test_a_component_given_stands_in_place_of_the_presets(preset):
+    loss = PPOMaxLoss(policy_clip=0.3)
+    parts, usual = preset(loss=loss, total_steps=7), preset(total_steps=7)
+    assert parts.pop("loss") is loss
+    del usual["loss"]
+    assert repr(parts) == repr(usual)
+    assert parts["args"].total_steps == 7
+
+
+def test_what_is_neither_an_option_nor_a_component_is_refused():
+    with pytest.raises(TypeError, match="rewards"):
+        presets.ppo_max(rewards=None)
 
 
 def test_an_unknown_language_is_refused():

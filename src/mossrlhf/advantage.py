@@ -129,8 +129,8 @@ class GroupRelative:
             reduce: ignored; groups never span processes.
         """
         returns = sequence_returns(rewards, mask)
-        eps = 1e-4 if self.scale else None
-        relative = group_relative(returns, self.group_size, eps)
+        scale = {} if self.scale else {"eps": None}
+        relative = group_relative(returns, self.group_size, **scale)
         return Advantages(_spread(relative, mask), _spread(returns, mask))
 
 

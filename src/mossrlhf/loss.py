@@ -72,9 +72,10 @@ class PPOMaxLoss:
     sampler_ratio_cap: float | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.clip_range or (0.1, 0.1)
-        check_range("PPOMaxLoss", "policy_clip", low, 0, 1, above=True)
-        check_range("PPOMaxLoss", "policy_clip", high, 0, above=True)
+        if self.clip_range is not None:
+            low, high = self.clip_range
+            check_range("PPOMaxLoss", "policy_clip", low, 0, 1, above=True)
+            check_range("PPOMaxLoss", "policy_clip", high, 0, above=True)
         check_range("PPOMaxLoss", "dual_clip", self.dual_clip, 1, above=True)
         check_range("PPOMaxLoss", "sampler_ratio_cap", self.sampler_ratio_cap, 1)
         check_range("PPOMaxLoss", "value_clip", self.value_clip, 0, above=True)

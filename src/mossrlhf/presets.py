@@ -1,9 +1,10 @@
 """Named compositions of components: no hidden flags, every number marked P1, C, TRL or ours.
 
-Each returns keyword arguments of `Trainer`; options of `TrainerConfig` can be given, others are
-changed by replacing a component::
+Each returns keyword arguments of `Trainer`. Options of `TrainerConfig` can be given, and components
+to stand in place of its own::
 
-    Trainer(model, reward=reward, train_dataset=prompts, **presets.ppo_max(total_steps=200))
+    preset = presets.ppo_max(total_steps=200, advantage=AdvantageEstimator(lam=0.95))
+    Trainer(model, reward=reward, train_dataset=prompts, **preset)
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ P1_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.65e-6}
 C_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.5e-6}
 """C: three times as fast."""
 
+COMPONENTS = ("shaper", "advantage", "loss", "generation_config")
+"""Arguments of `Trainer` that a preset takes in place of what it would compose."""
+
 
 def ppo_max(**options: Any) -> dict[str, Any]:
     """PPO-max, the paper's algorithm.
@@ -33,21 +37,21 @@ def ppo_max(**options: Any) -> dict[str, Any]:
     critic pre-trained for 50 iterations (the number is ours; P1 gives none).
 
     Args:
-        options: of `TrainerConfig`. A ``learning_rate`` without a ``critic_learning_rate`` takes
-            the critic's along in P1's proportion: 3.3 times the policy's.
+        options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
+            ``critic_learning_rate`` takes the critic's along in P1's proportion: 3.3 times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.
 
     Source: P1 §5.4.
     """
-    settings = {**_rates(P1_RATES, options), "critic_pretrain_steps": 50, **options}
-    return {
-        "args": TrainerConfig(**settings),
-        "shaper": RewardShaper(kl_coef=0.05, normalize=True, clip=0.8),
-        "advantage": AdvantageEstimator(gamma=1.0, lam=0.9),
-        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
-    }
+    return _composed(
+        options,
+        {**_rates(P1_RATES, options), "critic_pretrain_steps": 50},
+        shaper=RewardShaper(kl_coef=0.05, normalize=True, clip=0.8),
+        advantage=AdvantageEstimator(gamma=1.0, lam=0.9),
+        loss=PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
+    )
 
 
 def vanilla_ppo(**options: Any) -> dict[str, Any]:
@@ -57,21 +61,21 @@ def vanilla_ppo(**options: Any) -> dict[str, Any]:
     bound on gradients; surrogate clip 0.2 (C), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
 
     Args:
-        options: of `TrainerConfig`; the critic's learning rate follows the policy's as in
-            `ppo_max`.
+        options: of `TrainerConfig`, or `COMPONENTS`; the critic's learning rate follows the
+            policy's as in `ppo_max`.
 
     Returns:
         keyword arguments of `Trainer`.
 
     Source: P1 §5.2 (vanilla PPO).
     """
-    settings = {**_rates(P1_RATES, options), "max_grad_norm": None, **options}
-    return {
-        "args": TrainerConfig(**settings),
-        "shaper": RewardShaper(kl_coef=None),
-        "advantage": AdvantageEstimator(gamma=1.0, lam=0.9),
-        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=None),
-    }
+    return _composed(
+        options,
+        {**_rates(P1_RATES, options), "max_grad_norm": None},
+        shaper=RewardShaper(kl_coef=None),
+        advantage=AdvantageEstimator(gamma=1.0, lam=0.9),
+        loss=PPOMaxLoss(policy_clip=0.2, value_clip=None),
+    )
 
 
 def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
@@ -87,8 +91,8 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
 
     Args:
         language: "en" or "zh".
-        options: of `TrainerConfig`. A ``learning_rate`` without a ``critic_learning_rate`` takes
-            the critic's along in C's proportion: three times the policy's.
+        options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
+            ``critic_learning_rate`` takes the critic's along in C's proportion: three times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -111,17 +115,17 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
         "num_ppo_epochs": 1,
         "max_grad_norm": 1.0,
         "clip_grad_jointly": True,
-        **options,
     }
-    return {
-        "args": TrainerConfig(**settings),
-        "shaper": RewardShaper(kl_coef=coefficients[language], scale=True),
-        "advantage": AdvantageEstimator(gamma=1.0, lam=0.95),
-        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
-        "generation_config": GenerationConfig(
+    return _composed(
+        options,
+        settings,
+        shaper=RewardShaper(kl_coef=coefficients[language], scale=True),
+        advantage=AdvantageEstimator(gamma=1.0, lam=0.95),
+        loss=PPOMaxLoss(policy_clip=0.2, value_clip=0.2),
+        generation_config=GenerationConfig(
             max_new_tokens=512, do_sample=True, temperature=0.8, top_p=0.9, repetition_penalty=1.1
         ),
-    }
+    )
 
 
 def trl_ppo(**options: Any) -> dict[str, Any]:
@@ -133,8 +137,8 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
     never reads), temperature 0.7, responses of at most 53 tokens.
 
     Args:
-        options: of `TrainerConfig`. The critic learns at the policy's rate unless it is given a
-            ``critic_learning_rate``.
+        options: of `TrainerConfig`, or `COMPONENTS`. The critic learns at the policy's rate
+            unless it is given a ``critic_learning_rate``.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -151,15 +155,24 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
         "num_ppo_epochs": 4,
         "minibatch_size": options.get("rollout_size", 128),  # one minibatch an epoch
         "max_grad_norm": None,
-        **options,
     }
-    return {
-        "args": TrainerConfig(**settings),
-        "shaper": RewardShaper(kl_coef=0.05, score_after_end=True),
-        "advantage": AdvantageEstimator(gamma=1.0, lam=0.95, whiten=True, correction=1),
-        "loss": PPOMaxLoss(policy_clip=0.2, value_clip=0.2, value_coef=0.1),
-        "generation_config": GenerationConfig(max_new_tokens=53, do_sample=True, temperature=0.7),
-    }
+    return _composed(
+        options,
+        settings,
+        shaper=RewardShaper(kl_coef=0.05, score_after_end=True),
+        advantage=AdvantageEstimator(gamma=1.0, lam=0.95, whiten=True, correction=1),
+        loss=PPOMaxLoss(policy_clip=0.2, value_clip=0.2, value_coef=0.1),
+        generation_config=GenerationConfig(max_new_tokens=53, do_sample=True, temperature=0.7),
+    )
+
+
+def _composed(
+    options: Mapping[str, Any], settings: Mapping[str, Any], **components: Any
+) -> dict[str, Any]:
+    """Put what was asked for in place of what the preset says."""
+    given = {name: options[name] for name in COMPONENTS if name in options}
+    others = {name: value for name, value in options.items() if name not in COMPONENTS}
+    return {"args": TrainerConfig(**{**settings, **others}), **components, **given}
 
 
 def _rates(published: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, float]:

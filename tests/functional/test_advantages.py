@@ -115,6 +115,7 @@ RETURNS = torch.tensor([1.0, 3.0, 8.0, 5.0, 5.0, 5.0])
 
 
 def test_group_relative_by_hand():
+    assert torch.equal(group_relative(RETURNS, 3), group_relative(RETURNS, 3, eps=1e-4))
     # Group [1, 3, 8]: mean 4, deviations [−3, −1, 4], unbiased std √(26/2) = √13.
     got = group_relative(RETURNS, 3, eps=0.0001)
     expected = torch.tensor([-3.0, -1.0, 4.0]) / (13**0.5 + 1e-4)

@@ -69,8 +69,8 @@ def test_clipped_value_loss(value, target, clip, loss, gradient, old):
 def test_what_is_left_out():
     """Both clips are 0.2; pairs have no margin and no flipped labels."""
     new, old, target = torch.tensor([[0.9, -0.9, 0.3], [0.0] * 3, [2.0, -2.0, 0.1]]).double()
-    for loss, given in ((clipped_policy_loss, CLIP), (clipped_value_loss, 0.2)):
-        assert torch.equal(loss(new, old, target), loss(new, old, target, given))
+    for loss, clip in ((clipped_policy_loss, CLIP), (clipped_value_loss, 0.2)):
+        assert torch.equal(loss(new, old, target), loss(new, old, target, clip))
     assert torch.equal(ranking_loss(new, old), ranking_loss(new, old, 0.0, 0.0))
 
 
