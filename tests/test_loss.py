@@ -149,7 +149,8 @@ def test_policy_statistics(batch):
         ratio = math.exp(log_ratio)
         ratios.append(ratio)
         kls.append(ratio - 1 - log_ratio)  # k3 of KL(π_old‖π), sampled from π_old
-        clipped.append(ratio > 1.4 if batch.advantages[b, t] > 0 else ratio < 0.8)
+        advantage = batch.advantages[b, t]
+        clipped.append((advantage > 0 and ratio > 1.4) or (advantage < 0 and ratio < 0.8))
     count = len(ratios)
     assert stats["policy/ratio"].item() == pytest.approx(sum(ratios) / count)
     assert stats["policy/approx_kl_per_token"].item() == pytest.approx(sum(kls) / count)
@@ -159,6 +160,40 @@ def test_policy_statistics(batch):
         PPOMaxLoss(policy_clip=None).policy(model.stats(batch.mask), batch).stats
     )
     assert not any(value.requires_grad for value in stats.values())
+
+
+@pytest.mark.parametrize(
+    ("direction", "advantage", "share"),
+    [(1, 1.0, 1), (1, 0.0, 0), (1, -1.0, 0), (-1, 1.0, 0), (-1, 0.0, 0), (-1, -1.0, 1)],
+)
+@pytest.mark.parametrize("beyond", [True, False])
+def test_a_clip_counts_where_it_stops_something(batch, direction, advantage, share, beyond):
+    """Nothing is stopped of an advantage of zero, nor at the bound itself."""
+    ratio = torch.tensor(0.1 * direction, dtype=torch.float64).exp()
+    at = abs(ratio.item() - 1)  # exact, as both are within a factor of two
+    loss = PPOMaxLoss(policy_clip=at / (1 + beyond), value_clip=at / (1 + beyond))
+    flat = torch.full_like(batch.advantages, advantage)
+    stats = TokenStats(batch.logprobs[batch.mask] * 0 + ratio.log())
+    still = replace(batch, advantages=flat, logprobs=torch.zeros_like(batch.logprobs))
+    assert stats.logprob.exp().eq(ratio).all()
+    got = loss.policy(stats, still).stats["policy/clip_fraction"].item()
+    assert got == pytest.approx(share if beyond else 0)
+    moved = replace(batch, values=torch.zeros_like(batch.values))
+    value = torch.full_like(stats.logprob, at * direction)
+    critic = loss.critic(value, moved).stats["critic/clip_fraction"].item()
+    assert critic == pytest.approx(1 if beyond else 0)
+
+
+def test_statistics_keep_no_graph(batch):
+    model = Model.near(batch)
+    loss = PPOMaxLoss(ptx_coef=1.0)
+    outputs = [
+        loss.policy(model.stats(batch.mask), batch),
+        loss.critic(model.value[batch.mask], batch),
+        loss.ptx(model.value.sum(), torch.tensor(3)),
+    ]
+    assert all(output.loss.requires_grad for output in outputs)
+    assert not any(value.requires_grad for output in outputs for value in output.stats.values())
 
 
 def test_on_policy_the_ratio_is_one(batch):
@@ -259,6 +294,13 @@ class TestPrepare:
         got.loss.backward()
         pull = model.entropy.grad[weighted.mask]
         torch.testing.assert_close(pull, -0.01 * sign * weights / weights.sum())
+
+    def test_entropy_on_its_target_is_left_alone(self, batch):
+        even = replace(batch, entropies=torch.full_like(batch.entropies, 0.5))
+        loss = PPOMaxLoss(entropy_coef=0.01, entropy_target=0.5)
+        stats = Model.near(batch).stats(batch.mask)
+        got = loss.policy(stats, loss.prepare(even)).loss
+        torch.testing.assert_close(got, PPOMaxLoss().policy(stats, batch).loss, rtol=1e-12, atol=0)
 
     def test_mean_entropy_is_that_of_all_processes(self, batch):
         """Above the target here, below it together with a process of 100 tokens at 0.1 nats."""

@@ -57,6 +57,19 @@ class TestMoments:
         moments.update(torch.tensor(scores))
         assert moments.std == 1.0
 
+    def test_small_spreads_count(self):
+        moments = RunningMoments()
+        moments.update(torch.tensor([0.1, 0.2], dtype=torch.float64))
+        assert moments.std == pytest.approx(0.1 * 0.5**0.5)
+
+    def test_of_one_number_there_is_no_spread(self):
+        assert RunningMoments(count=1, mean=3.0, m2=2.0).std == 1.0
+
+    def test_they_begin_with_nothing(self):
+        nothing = {"count": 0.0, "mean": 0.0, "m2": 0.0}
+        assert RunningMoments().state_dict() == nothing
+        assert RollingReturnMoments() == RollingReturnMoments(**nothing, gamma=0.99, rolling=0.0)
+
     def test_what_is_not_finite_is_passed_over(self):
         moments = RunningMoments()
         moments.update(torch.tensor([1.0, torch.nan, 3.0, torch.inf]))
@@ -261,6 +274,11 @@ def test_shapers_share_no_history():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         RewardShaper(**options)
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "clip", "missing_eos_penalty"])
+def test_small_numbers_are_accepted(name):
+    assert getattr(RewardShaper(**{name: 0.01}), name) == 0.01
 
 
 def test_missing_parts_are_named(rollout):

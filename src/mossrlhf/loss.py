@@ -314,8 +314,8 @@ class PPOMaxLoss:
         }
         if self.clip_range is not None:
             low, high = self.clip_range
-            bound = torch.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
-            stats["policy/clip_fraction"] = _weighted(bound.to(weights), weights)
+            up, down = (advantage > 0) & (ratio > 1 + high), (advantage < 0) & (ratio < 1 - low)
+            stats["policy/clip_fraction"] = _weighted((up | down).to(weights), weights)
         return stats
 
 

@@ -38,7 +38,8 @@ def ppo_max(**options: Any) -> dict[str, Any]:
 
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
-            ``critic_learning_rate`` takes the critic's along in P1's proportion: 3.3 times the policy's.
+            ``critic_learning_rate`` takes the critic's along in P1's proportion:
+            3.3 times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -92,7 +93,8 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
     Args:
         language: "en" or "zh".
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
-            ``critic_learning_rate`` takes the critic's along in C's proportion: three times the policy's.
+            ``critic_learning_rate`` takes the critic's along in C's proportion:
+            three times the policy's.
 
     Returns:
         keyword arguments of `Trainer`.

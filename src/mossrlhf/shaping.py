@@ -218,7 +218,7 @@ class RewardShaper:
         if rollout.scores is not None:
             shaped = self.shape(rollout.scores, reduce)
         elif rollout.token_scores is not None:
-            shaped = torch.zeros_like(rewards[:, 0])
+            shaped = rewards.new_zeros(len(rewards))
         else:
             raise ValueError("rollout.scores: got None; score the rollout first")
         if self.missing_eos_penalty is not None:
