@@ -315,14 +315,17 @@ class TestModels:
         expected = [score(classifier, theirs.encode(t)) for t in ("fine thanks", "hi fine")]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
-    def test_messages_go_through_its_own_template(self, tokenizer, rollout, classifier):
-        other = word_tokenizer(WORDS[::-1])
+    @pytest.mark.parametrize("adds_eos", [False, True])
+    def test_messages_go_through_its_own_template(self, tokenizer, rollout, classifier, adds_eos):
+        """The template says where a turn ends; the tokenizer adds nothing to it."""
+        other = word_tokenizer(WORDS[::-1], adds_eos=adds_eos)
         other.chat_template = "{% for m in messages %}{{ m['content'] }} </s> {% endfor %}"
         chats = [[{"role": "user", "content": text}] for text in ("hi there", "how are you")]
         rewards = RewardSet(ModelReward(model=classifier, tokenizer=other), tokenizer)
         scores, _, _ = rewards(finished(rollout, prompt=chats))
         texts = ["hi there </s> fine thanks </s>", "how are you </s> fine </s>"]
-        expected = [score(classifier, other.encode(text)) for text in texts]
+        rows = [other.encode(text, add_special_tokens=False) for text in texts]
+        expected = [score(classifier, row) for row in rows]
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("adds_eos", [False, True])
@@ -363,6 +366,7 @@ class TestModels:
     def test_weights_are_shared(self, classifier):
         model = as_reward_model(classifier)
         assert model.score.weight is classifier.score.weight
+        assert model.state_dict().keys() == classifier.state_dict().keys()
         assert model.backbone is classifier.model
         assert as_reward_model(model) is model
 
@@ -405,6 +409,9 @@ class TestModels:
     def test_more_than_a_classifier_reads_is_named(self, bert):
         with pytest.raises(ValueError, match=r"takes 13 tokens, BertForSeq.* at most 12; lower"):
             as_scorer(bert)(torch.zeros(1, 13, dtype=torch.long), torch.ones(1, 13))
+        assert as_scorer(bert)(torch.zeros(1, 12, dtype=torch.long), torch.ones(1, 12)).shape == (
+            1,
+        )
 
     def test_a_classifier_without_values_is_no_critic(self, bert):
         with pytest.raises(ValueError, match=r"critic: got a BertForSeq.*value at every token"):

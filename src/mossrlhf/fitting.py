@@ -1,5 +1,6 @@
 """Parts of a trainer that do not fit together, refused before any model is loaded."""
 
+import math
 from typing import Any
 
 from transformers import GenerationConfig
@@ -80,3 +81,24 @@ def require_fitting_parts(
             "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
         )
     args.require_shareable(trainer.accelerator.num_processes)
+
+
+def require_reachable_entropy(loss: PPOMaxLoss, vocabulary: int) -> None:
+    """Refuse an entropy target above what the vocabulary allows, which would never bind.
+
+    Args:
+        loss: with its ``entropy_target``.
+        vocabulary: V, tokens the policy chooses among.
+
+    Raises:
+        ValueError: with the bound, ln V.
+
+    Source: ours; C clips entropy at 35 nats, where ln V = 10.4.
+    """
+    target, most = loss.entropy_target, math.log(vocabulary)
+    if target is not None and target >= most:
+        raise ValueError(
+            f"PPOMaxLoss(entropy_target={target}): a distribution over {vocabulary} tokens has at "
+            f"most ln {vocabulary} = {most:.1f} nats, so the target would never bind; set one "
+            "below that, or leave it out for a plain bonus"
+        )

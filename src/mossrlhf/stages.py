@@ -24,7 +24,7 @@ from mossrlhf.data import (
 )
 from mossrlhf.data.feed import require_records
 from mossrlhf.engine import Engine
-from mossrlhf.fitting import require_fitting_parts, require_types
+from mossrlhf.fitting import require_fitting_parts, require_reachable_entropy, require_types
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, policy_stats
@@ -42,6 +42,7 @@ from mossrlhf.roles import (
     policy_context,
     prompt_budget,
     require_vocabulary,
+    vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
@@ -137,6 +138,7 @@ class Stages:
 
         policy = load_policy(model, peft_config, seed=self.args.seed)
         require_vocabulary(policy, self.processing_class)
+        require_reachable_entropy(self.loss, vocabulary_size(policy))
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
@@ -331,10 +333,8 @@ class Stages:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
 
     def _feed(self, dataset: Dataset) -> Shuffled:
-        accelerator = self.accelerator
-        return Shuffled(
-            dataset, self.args.seed, accelerator.process_index, accelerator.num_processes
-        )
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return Shuffled(dataset, self.args.seed, index, count)
 
     def _reward_set(self, rewards: Any) -> RewardSet:
         listed = rewards if isinstance(rewards, (list, tuple)) else [rewards]

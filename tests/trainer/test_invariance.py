@@ -4,10 +4,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from rollouts import recorded_rollout
 from torch import Tensor
 
 from mossrlhf import PPOMaxLoss
+from mossrlhf.metrics import rollout_metrics
 
 LOSS = PPOMaxLoss(value_clip=0.2, advantage_norm=True, entropy_coef=0.01, kl_loss_coef=0.05)
 
@@ -31,10 +33,11 @@ def learn(make, parameters):
     """Annotate, estimate and differentiate a rollout: statistics and gradients."""
     count = 0
 
-    def run(rollout, dtype=torch.float64, **args):
+    def run(rollout, dtype=torch.float64, accelerator=None, **args):
         nonlocal count
         count += 1
-        trainer = make(f"run{count}", loss=LOSS, args=dict(minibatch_size=8, **args))
+        settings = dict(minibatch_size=8, **args)
+        trainer = make(f"run{count}", loss=LOSS, args=settings, accelerator=accelerator)
         # Away from the reference and from the policy that drew, as in the midst of an epoch.
         trainer.model.to(dtype), trainer.ref_model.to(dtype)
         estimated = trainer.estimate(
@@ -66,6 +69,16 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_how_a_minibatch_is_cut_up(learn, rollout, cut, dtype):
     stats, gradients, _ = learn(rollout, dtype)
     ours, theirs, _ = learn(rollout, dtype, **cut)
+    assert same(ours, stats)
+    assert same(theirs, gradients)
+
+
+@BOTH
+def test_accumulation_set_for_other_loops(learn, rollout, dtype):
+    """`Accelerator.backward` divides by its accumulation steps, which is undone."""
+    stats, gradients, _ = learn(rollout, dtype)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    ours, theirs, _ = learn(rollout, dtype, accelerator=accelerator, micro_batch_size=3)
     assert same(ours, stats)
     assert same(theirs, gradients)
 
@@ -103,6 +116,8 @@ def test_amount_of_padding_and_what_stands_in_it(learn, rollout, more, dtype):
         width = rollout.mask.shape[1]
         ours, theirs = getattr(padded, name)[:, :width], getattr(plain, name)
         assert same(ours[rollout.mask], theirs[rollout.mask]), name
+    described, expected = rollout_metrics(padded), rollout_metrics(plain)
+    assert described == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @BOTH

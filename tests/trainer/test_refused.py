@@ -14,6 +14,11 @@ from mossrlhf import HFSampler, PPOMaxLoss, TrainerConfig
     ("parts", "message"),
     [
         (dict(loss=PPOMaxLoss(ptx_coef=0.1)), "there is no pre-training data; pass Trainer(ptx"),
+        (
+            dict(loss=PPOMaxLoss(entropy_coef=0.01, entropy_target=35.0)),
+            "PPOMaxLoss(entropy_target=35.0): a distribution over 185 tokens has at most ln 185 = "
+            "5.2 nats, so the target would never bind; set one below that",
+        ),
         (dict(train_dataset=[]), "train_dataset: it is empty"),
         (dict(train_dataset=[{"text": "hello"}]), "expected one called 'prompt'"),
         (dict(reward=[]), "expected at least one reward"),

@@ -133,8 +133,8 @@ class Classifier(nn.Module):
             ValueError: where a sequence is longer than the model reads.
         """
         config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and limit > 0 and input_ids.shape[1] > limit:
+        limit = getattr(config, "max_position_embeddings", None) or -1
+        if 0 < limit < input_ids.shape[1]:
             raise ValueError(
                 f"reward: a prompt with its response takes {input_ids.shape[1]} tokens, "
                 f"{type(self.model).__name__} reads at most {limit}; lower max_prompt_length or "
