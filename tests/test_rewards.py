@@ -93,6 +93,12 @@ class TestFunctions:
         seen = []
         RewardSet(lambda prompts, **_: seen.extend(prompts) or [0.0, 0.0], tokenizer)(bare)
         assert seen == ["hi there", "how are you"]
+        special = bare.input_ids.clone()
+        special[0, 0] = tokenizer.eos_token_id
+        RewardSet(lambda prompts, **_: seen.extend(prompts) or [0.0, 0.0], tokenizer)(
+            replace(bare, input_ids=special)
+        )
+        assert seen[2] == "</s> there"
 
     def test_messages_are_rendered_for_functions(self, tokenizer, rollout):
         chats = [[{"role": "user", "content": text}] for text in ("hi there", "how are you")]
@@ -109,6 +115,10 @@ class TestFunctions:
 
         scores, _, _ = RewardSet(short, tokenizer)(rollout)
         assert scores.tolist() == [11, 5]
+        fewer, _, _ = RewardSet(lambda completions: [len(t) for t in completions], tokenizer)(
+            rollout
+        )
+        assert fewer.tolist() == [11, 4]
 
     @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
     def test_may_return_any_row_of_numbers(self, tokenizer, rollout, kind):
@@ -209,13 +219,14 @@ class TestWeights:
 
     def test_what_does_not_apply_leaves_the_others(self, tokenizer, rollout):
         def first(**_):
-            return [1.0, None]
+            return [1.0, None, None]
 
         def second(**_):
-            return [None, None]
+            return [None, None, 2.0]
 
-        scores, _, _ = RewardSet([first, second], tokenizer)(rollout)
-        assert scores[0] == 1.0
+        three = rollout.select(torch.tensor([0, 1, 1]))
+        scores, _, _ = RewardSet([first, second], tokenizer)(three)
+        assert scores[[0, 2]].tolist() == [1.0, 2.0]
         assert scores[1].isnan()
 
     def test_weight_zero_is_measured_alone(self, tokenizer, rollout):

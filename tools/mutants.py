@@ -5,14 +5,13 @@
     python tools/mutants.py --list loss.py        # what would be tried
     python tools/mutants.py loss.py:123           # one line
 
-Signs, comparisons, clips, indices, masks, means and sums, detaches: one change at a time (`faults`
-has the rules), never on disk. A mutant that no test sees is printed; one that changes no number is
-argued for in ``tools/equivalent_mutants.json``. The figures go to benchmarks/results/mutants.json.
+Signs, comparisons, clips, indices, masks, means and sums, detaches: one change at a time
+(``faults.py`` has the rules), never on disk. A mutant that no test sees is printed; one that
+changes no number is argued for in ``equivalent_mutants.json``. The figures go to
+benchmarks/results/mutants.json.
 """
 
 import argparse
-import ast
-import copy
 import importlib
 import json
 import os
@@ -20,12 +19,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "mossrlhf"
+from faults import ROOT, SOURCE, Mutant, mutants, mutated
+
 ARGUED = ROOT / "tools" / "equivalent_mutants.json"
 FIGURES = ROOT / "benchmarks" / "results" / "mutants.json"
 
@@ -54,188 +51,8 @@ NEAREST: dict[str, tuple[str, ...]] = {
 """Files to mutate, below src/mossrlhf, and the tests that must see it, below tests, in turn."""
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One fault: the how-manieth of a file below src/mossrlhf, where, and what stands there."""
-
-    file: str
-    place: int
-    line: int
-    function: str
-    before: str
-    after: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.function}: {self.before}  ->  {self.after}"
-
-
-# ---- faults -------------------------------------------------------------------------------------
-
-BINARY: dict[type, tuple[type, ...]] = {
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div,),
-    ast.Div: (ast.Mult,),
-    ast.FloorDiv: (ast.Mult,),
-    ast.Pow: (ast.Mult,),
-}
-COMPARED: dict[type, tuple[type, ...]] = {
-    ast.Lt: (ast.LtE, ast.Gt),
-    ast.LtE: (ast.Lt, ast.GtE),
-    ast.Gt: (ast.GtE, ast.Lt),
-    ast.GtE: (ast.Gt, ast.LtE),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-}
-RENAMED = {
-    "sum": "mean",
-    "mean": "sum",
-    "min": "max",
-    "max": "min",
-    "minimum": "maximum",
-    "maximum": "minimum",
-    "zeros_like": "ones_like",
-    "new_zeros": "new_ones",
-    "zeros": "ones",
-    "masked_sum": "masked_mean",
-    "masked_mean": "masked_sum",
-    "any": "all",
-    "all": "any",
-}
-DROPPED = {"abs", "clamp", "detach", "exp", "flip", "log", "nan_to_num", "neg", "square", "sqrt"}
-"""Methods and functions of one tensor that a mutant leaves out."""
-
-
-def faults(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what may stand in the place of a node, each a fault of its own."""
-    match node:
-        case ast.BinOp(left=left, op=op, right=right):
-            if isinstance(op, ast.BitAnd | ast.BitOr):
-                yield from (left, right)
-            for other in BINARY.get(type(op), ()):
-                yield ast.BinOp(left, other(), right)
-        case ast.UnaryOp(op=ast.USub() | ast.Not() | ast.Invert(), operand=operand):
-            yield operand
-        case ast.Compare(left=left, ops=[op], comparators=comparators):
-            for other in COMPARED.get(type(op), ()):
-                yield ast.Compare(left, [other()], comparators)
-        case ast.BoolOp(op=op, values=values):
-            yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)
-        case ast.Constant(value=bool() as value):
-            yield ast.Constant(not value)
-        case ast.Constant(value=int() as value):
-            yield ast.Constant(value + 1)
-            if value > 1:
-                yield ast.Constant(value - 1)
-        case ast.Constant(value=float() as value):
-            yield ast.Constant(1.5 * value if value else 1.0)
-        case ast.IfExp(body=body, orelse=orelse):
-            yield from (body, orelse)
-        case ast.AugAssign(target=target, op=ast.Add(), value=value):
-            yield ast.AugAssign(target, ast.Sub(), value)
-        case ast.Assign(targets=[ast.Name(id=name)], value=value):
-            if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(value)):
-                yield ast.Pass()
-        case ast.FunctionDef(decorator_list=decorators):
-            kept = [d for d in decorators if "no_grad" not in ast.unparse(d)]
-            if len(kept) < len(decorators):
-                bare = copy.copy(node)
-                bare.decorator_list = kept
-                yield bare
-        case ast.Call():
-            yield from _calls(node)
-
-
-def _calls(node: ast.Call) -> Iterator[ast.AST]:
-    function, arguments = node.func, node.args
-    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    of_torch = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "torch"
-    if name in RENAMED:
-        other = copy.deepcopy(function)
-        setattr(other, "attr" if isinstance(other, ast.Attribute) else "id", RENAMED[name])
-        yield ast.Call(other, arguments, node.keywords)
-    if name in DROPPED and isinstance(function, ast.Attribute):
-        yield arguments[0] if of_torch else function.value
-    if name == "where" and of_torch and len(arguments) == 3:
-        yield from arguments[1:]
-        yield ast.Call(function, [arguments[0], arguments[2], arguments[1]], [])
-    if name == "reduce" and len(arguments) == 1:
-        yield arguments[0]  # this process alone
-    for i, keyword in enumerate(node.keywords):
-        if name == "clamp" and keyword.arg in ("min", "max"):
-            swapped = list(node.keywords)
-            swapped[i] = ast.keyword({"min": "max", "max": "min"}[keyword.arg], keyword.value)
-            if len(node.keywords) == 1:
-                yield ast.Call(function, arguments, swapped)
-
-
-def live(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Yield the nodes whose change may change a number, with the function around each."""
-    if isinstance(tree, ast.FunctionDef | ast.ClassDef):
-        function = f"{function}.{tree.name}".lstrip(".")
-    for name, value in ast.iter_fields(tree):
-        if name in ("annotation", "returns", "decorator_list", "bases"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            silent = ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom
-            if not isinstance(child, ast.AST) or isinstance(child, silent):
-                continue
-            if isinstance(child, ast.keyword) and child.arg == "strict":
-                continue  # of `zip`: an error where there would be another
-            if isinstance(child, ast.BinOp) and isinstance(child.op, ast.BitOr) and not function:
-                continue  # a union of types
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            yield function, child
-            yield from live(child, function)
-
-
-def mutants(file: str) -> list[Mutant]:
-    """Return all mutants of a file."""
-    tree = ast.parse((SOURCE / file).read_text())
-    found = []
-    for function, node in live(tree):
-        for after in faults(node):
-            line, texts = getattr(node, "lineno", 0), [_short(node), _short(after)]
-            found.append(Mutant(file, len(found), line, function, *texts))
-    return found
-
-
-def _short(node: ast.AST) -> str:
-    if isinstance(node, ast.FunctionDef):
-        return ", ".join(f"@{ast.unparse(d)}" for d in node.decorator_list) or "no decorator"
-    return " ".join(ast.unparse(ast.fix_missing_locations(copy.deepcopy(node))).split())
-
-
-def mutated(mutant: Mutant) -> bytes:
-    """Return the source of a file with a fault in it."""
-    tree = ast.parse((SOURCE / mutant.file).read_text())
-    place = 0
-    for _, node in live(tree):
-        for after in faults(node):
-            if place == mutant.place:
-                return ast.unparse(
-                    ast.fix_missing_locations(_Swap(node, after).visit(tree))
-                ).encode()
-            place += 1
-    raise LookupError(str(mutant))
-
-
-class _Swap(ast.NodeTransformer):
-    def __init__(self, node: ast.AST, after: ast.AST) -> None:
-        self.node, self.after = node, after
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.after if node is self.node else super().visit(node)
-
-
-# ---- running ------------------------------------------------------------------------------------
-
-
-def start(mutant: Mutant | None, tests: Sequence[str], seconds: float) -> int:
-    """Run tests in a child process, on a mutant or on the sources as they are; return its id."""
+def start(file: str, source: bytes | None, tests: Sequence[str], seconds: float) -> int:
+    """Run tests in a child process, on another source of a file or on its own; return its id."""
     child = os.fork()
     if child:
         return child
@@ -244,8 +61,8 @@ def start(mutant: Mutant | None, tests: Sequence[str], seconds: float) -> int:
     os.dup2(nowhere, 2)
     os.setpgid(0, 0)  # tests start processes of their own
     signal.alarm(int(seconds) + 1)
-    if mutant is not None:
-        _serve(str(SOURCE / mutant.file), mutated(mutant))
+    if source is not None:
+        _serve(str(SOURCE / file), source)
     import pytest
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -274,6 +91,12 @@ def _serve(path: str, source: bytes) -> None:
     SourceFileLoader.path_stats = path_stats  # type: ignore[method-assign, assignment]
 
 
+def import_foundations() -> None:
+    """Import once, for every child, what the sources stand on; never the sources."""
+    for module in ("accelerate", "peft", "torch", "transformers"):
+        importlib.import_module(module)
+
+
 def existing(file: str) -> list[str]:
     """Return the tests of a file that there are."""
     return [test for test in NEAREST[file] if (ROOT / "tests" / test).exists()]
@@ -282,7 +105,7 @@ def existing(file: str) -> list[str]:
 def baseline(file: str) -> float:
     """Return how long the tests of a file take on the sources as they are; they must pass."""
     begun = time.monotonic()
-    _, status = os.waitpid(start(None, existing(file), 3600), 0)
+    _, status = os.waitpid(start(file, None, existing(file), 3600), 0)
     if status:
         sys.exit(f"{file}: its tests fail as it stands: {' '.join(existing(file))}")
     return time.monotonic() - begun
@@ -295,7 +118,8 @@ def survivors(found: Sequence[Mutant], jobs: int) -> Iterator[Mutant]:
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            running[start(mutant, existing(mutant.file), limits[mutant.file])] = mutant
+            tests, limit = existing(mutant.file), limits[mutant.file]
+            running[start(mutant.file, mutated(mutant), tests, limit)] = mutant
         child, status = os.wait()
         mutant, done = running.pop(child), done + 1
         if sys.stderr.isatty():
@@ -329,9 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(map(str, found)), f"\n{len(found)} mutants")
         return 0
-    # Imported once, for every child: what the sources stand on, never the sources.
-    for module in ("accelerate", "peft", "torch", "transformers"):
-        importlib.import_module(module)
+    import_foundations()
     argued, alive, equal = load_argued(), [], []
     for mutant in survivors(found, args.jobs):
         key = (mutant.file, mutant.function, mutant.before, mutant.after)

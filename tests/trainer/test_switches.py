@@ -1,10 +1,14 @@
 """Details of SPEC §1 that live in the trainer: each on and off."""
 
 import copy
+import inspect
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mossrlhf import AdvantageEstimator, GroupRelative, PPOMaxLoss, RewardShaper
 
@@ -42,6 +46,36 @@ def test_micro_batches_change_nothing(make, policy, reward_model, parameters, sp
     assert torch.norm(ours - theirs) <= 1e-12 * torch.norm(ours)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+class Waits(TorchDispatchMode):
+    """Who takes numbers out of tensors: on a GPU, each time the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.files = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            frame = inspect.currentframe()
+            while frame is not None and f"{os.sep}mossrlhf{os.sep}" not in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.files.append(Path(frame.f_code.co_filename).name if frame else "")
+        return function(*args, **(kwargs or {}))
+
+
+def test_statistics_wait_for_nothing(make):
+    """However a step is cut up, all of them are looked at once: to see that they are finite."""
+    counts = []
+    for size in (None, 1):
+        trainer = make(f"size{size}", args=dict(micro_batch_size=size, minibatch_size=8))
+        rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
+        with Waits() as waits:
+            trainer.engine.step(rollout, trainer.loss)
+        # The models and the shapes of micro-batches aside; AdamW's counters are in both.
+        counts.append([waits.files.count(name) for name in ("loss.py", "reduce.py", "engine.py")])
+    assert counts[0] == counts[1]
+    assert counts[0][:2] == [0, 0]
 
 
 def test_critic_pretraining_moves_the_critic_alone(make, parameters):
