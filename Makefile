@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types mutants format docs clean
+.PHONY: help demo test lint types mutants traps format docs clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -35,6 +35,9 @@ types: $(VENV)/installed-dev  ## static types
 
 mutants: $(VENV)/installed-dev  ## faults in the numerical code that no test sees; takes long
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(FILES)
+
+traps: $(VENV)/installed-dev  ## mistakes of earlier libraries put back, each for its test to see
+	OMP_NUM_THREADS=1 $(BIN)/python tools/traps.py
 
 format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks for
 	$(BIN)/ruff check --fix --exit-zero --quiet .

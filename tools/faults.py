@@ -163,16 +163,14 @@ def _short(node: ast.AST) -> str:
     return " ".join(ast.unparse(ast.fix_missing_locations(copy.deepcopy(node))).split())
 
 
-def mutated(mutant: Mutant) -> bytes:
+def mutated(mutant: Mutant) -> str:
     """Return the source of a file with a fault in it."""
     tree = ast.parse((SOURCE / mutant.file).read_text())
     place = 0
     for _, node in live(tree):
         for after in faults(node):
             if place == mutant.place:
-                return ast.unparse(
-                    ast.fix_missing_locations(_Swap(node, after).visit(tree))
-                ).encode()
+                return ast.unparse(ast.fix_missing_locations(_Swap(node, after).visit(tree)))
             place += 1
     raise LookupError(str(mutant))
 

@@ -15,16 +15,20 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.machinery import SourceFileLoader
+from pathlib import Path
 
 from faults import ROOT, SOURCE, Mutant, mutants, mutated
 
 ARGUED = ROOT / "tools" / "equivalent_mutants.json"
 FIGURES = ROOT / "benchmarks" / "results" / "mutants.json"
+
+COPIES = tempfile.TemporaryDirectory(prefix="mutants-")
 
 TRAINER = (
     "trainer/test_trl_oracle.py",
@@ -39,56 +43,49 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
     "advantage.py": ("test_advantage.py",),
     "buffer.py": ("test_buffer.py", *TRAINER),
-    "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
+    "engine.py": (*TRAINER, "trainer/test_distributed.py"),
     "loss.py": ("test_loss.py",),
     "models/actor_critic.py": ("test_models.py", *TRAINER),
     "rewards/model.py": ("test_rewards.py",),
     "rewards/together.py": ("test_rewards.py",),
     "shaping.py": ("test_shaping.py",),
-    "stages.py": ("trainer/test_stages.py", *TRAINER),
+    "stages.py": TRAINER,
     "types.py": ("test_types.py", "test_buffer.py", *TRAINER),
 }
 """Files to mutate, below src/mossrlhf, and the tests that must see it, below tests, in turn."""
 
 
-def start(file: str, source: bytes | None, tests: Sequence[str], seconds: float) -> int:
-    """Run tests in a child process, on another source of a file or on its own; return its id."""
+def start(file: str, source: str, tests: Sequence[str], seconds: float) -> int:
+    """Run tests in a child process, on a copy of the sources with another text for one file.
+
+    Processes that a test starts see the copy too. Returns the child's id.
+    """
     child = os.fork()
     if child:
         return child
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    os.setpgid(0, 0)  # tests start processes of their own
+    os.setpgid(0, 0)  # the alarm ends what tests have started as well
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
     signal.alarm(int(seconds) + 1)
-    if source is not None:
-        _serve(str(SOURCE / file), source)
-    import pytest
-
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    # Imported before the fork, for all children at once.
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
     status = 2
     try:
-        status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
+        with tempfile.TemporaryDirectory(dir=COPIES.name) as copy:
+            package = Path(copy) / SOURCE.name
+            shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+            (package / file).write_text(source, encoding="utf-8")
+            import pytest
+
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            options += ["-o", f"pythonpath={copy} {ROOT / 'tests' / 'support'}"]
+            # Imported before the fork, for all children at once.
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
     finally:
         os._exit(status)
-
-
-def _serve(path: str, source: bytes) -> None:
-    """Let the import system find this source at that path, and no bytecode for it."""
-    read, stat = SourceFileLoader.get_data, SourceFileLoader.path_stats
-
-    def get_data(self: SourceFileLoader, asked: str) -> bytes:
-        return source if str(asked) == path else read(self, asked)
-
-    def path_stats(self: SourceFileLoader, asked: str) -> object:
-        if str(asked) == path:
-            raise OSError("neither read nor written to the cache")
-        return stat(self, asked)
-
-    SourceFileLoader.get_data = get_data  # type: ignore[method-assign, assignment]
-    SourceFileLoader.path_stats = path_stats  # type: ignore[method-assign, assignment]
 
 
 def import_foundations() -> None:
@@ -97,17 +94,13 @@ def import_foundations() -> None:
         importlib.import_module(module)
 
 
-def existing(file: str) -> list[str]:
-    """Return the tests of a file that there are."""
-    return [test for test in NEAREST[file] if (ROOT / "tests" / test).exists()]
-
-
 def baseline(file: str) -> float:
     """Return how long the tests of a file take on the sources as they are; they must pass."""
     begun = time.monotonic()
-    _, status = os.waitpid(start(file, None, existing(file), 3600), 0)
+    plain = (SOURCE / file).read_text(encoding="utf-8")
+    _, status = os.waitpid(start(file, plain, NEAREST[file], 3600), 0)
     if status:
-        sys.exit(f"{file}: its tests fail as it stands: {' '.join(existing(file))}")
+        sys.exit(f"{file}: its tests fail as it stands: {' '.join(NEAREST[file])}")
     return time.monotonic() - begun
 
 
@@ -118,7 +111,7 @@ def survivors(found: Sequence[Mutant], jobs: int) -> Iterator[Mutant]:
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            tests, limit = existing(mutant.file), limits[mutant.file]
+            tests, limit = NEAREST[mutant.file], limits[mutant.file]
             running[start(mutant.file, mutated(mutant), tests, limit)] = mutant
         child, status = os.wait()
         mutant, done = running.pop(child), done + 1

@@ -231,8 +231,21 @@ def test_half_precision_checkpoints_are_trained_in_float32(make, policy):
     assert trainer.train()[-1]["policy/moved_fraction"] > 0.5
 
 
-def test_dropout_is_off(make, policy):
-    trainer = make(model=policy(attention_dropout=0.5), args=dict(minibatch_size=8))
+def test_no_model_is_in_train_mode(make, policy):
+    """What is random by other means than dropout stays off as well."""
+    trainer, modes = make(), []
+    for model in (trainer.policy, trainer.critic.backbone):
+        model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    trainer.train()
+    assert modes
+    assert not any(modes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off(make, policy, checkpointing):
+    """Gradient checkpointing works in train mode alone, so each module's own is set to 0."""
+    args = dict(minibatch_size=8, gradient_checkpointing=checkpointing)
+    trainer = make(model=policy(attention_dropout=0.5), args=args)
     assert trainer.step(trainer.collect())["policy/ratio"] == pytest.approx(1, abs=1e-5)
 
 
