@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossrlhf.buffer import RolloutBuffer, micro_batches, split
+from mossrlhf.buffer import RolloutBuffer, micro_batches, note, split
 from mossrlhf.types import Rollout
 
 
@@ -107,6 +107,21 @@ def test_micro_batches_by_tokens(lengths, budget, size):
     for part in parts:
         assert part.input_ids.numel() <= budget or len(part) == 1
         assert size is None or len(part) <= size
+
+
+def test_a_group_is_filled_to_its_bound():
+    groups = split(rollout_of([(2, 3)] * 5), size=2, max_tokens=1000)
+    assert [len(rows) for rows in groups] == [2, 2, 1]
+
+
+def test_what_is_noted_is_zero_elsewhere():
+    """Rows 2 and 0 of three, of at most two tokens where another has three."""
+    noted = {}
+    mask = torch.tensor([[True, False], [True, True]])
+    note(noted, "values", torch.tensor([2, 0]), (3, 3), mask, torch.tensor([5.0, 6.0, 7.0]))
+    assert noted["values"].tolist() == [[6, 7, 0], [0, 0, 0], [5, 0, 0]]
+    note(noted, "values", torch.tensor([1]), (3, 3), torch.ones(1, 3).bool(), torch.ones(3))
+    assert noted["values"].tolist() == [[6, 7, 0], [1, 1, 1], [5, 0, 0]]
 
 
 def test_like_lengths_go_together():

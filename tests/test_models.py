@@ -422,6 +422,24 @@ class TestActorCritic:
         model("ptx", data, lambda loss, count: LossOutput(loss / count)).loss.backward()
         assert self.moved(model) == {"policy"}
 
+    def test_nothing_is_cached_for_tokens_to_come(self, model, batch):
+        asked = []
+        model.policy.register_forward_pre_hook(
+            lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True
+        )
+        policy_stats(model.policy, batch)
+        ids, mask = padded([[1, 2, 3]], "right")
+        language_model_loss(model.policy, {"input_ids": ids, "attention_mask": mask, "labels": ids})
+        assert asked == [False, False]
+
+    def test_what_is_left_out(self, model, batch):
+        """The policy's own temperature, and no entropy."""
+        plain = ActorCritic(model.policy, model.critic)
+        assert plain.temperature == 1.0
+        got = policy_stats(model.policy, batch)
+        assert got.entropy is None
+        torch.testing.assert_close(got.logprob, policy_stats(model.policy, batch, 1.0).logprob)
+
     def test_unknown_role(self, model, batch):
         with pytest.raises(ValueError, match="role: got 'actor', expected 'policy'"):
             model("actor", batch, lambda stats: LossOutput(stats.logprob.sum()))

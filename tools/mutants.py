@@ -43,7 +43,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
     "advantage.py": ("test_advantage.py",),
     "buffer.py": ("test_buffer.py", *TRAINER),
-    "engine.py": (*TRAINER, "trainer/test_distributed.py"),
+    "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
     "loss.py": ("test_loss.py",),
     "models/actor_critic.py": ("test_models.py", *TRAINER),
     "rewards/model.py": ("test_rewards.py",),

@@ -257,15 +257,6 @@ def test_gradient_checkpointing_changes_nothing(make, parameters):
     assert torch.allclose(parameters(plain.model), parameters(saving.model), atol=1e-7)
 
 
-def test_gradient_bound_per_role_or_joint(make):
-    apart = make("apart", args=dict(max_grad_norm=1e-3))
-    together = make("together", args=dict(max_grad_norm=1e-3, clip_grad_jointly=True))
-    metrics = apart.step(apart.collect())
-    joint = together.step(together.collect())
-    assert {"policy/grad_norm", "critic/grad_norm"} <= set(metrics)
-    assert "joint/grad_norm" in joint
-
-
 def test_a_step_that_is_not_finite_is_not_taken(make, parameters):
     trainer = make()
     rollout = trainer.collect()

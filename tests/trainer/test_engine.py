@@ -1,0 +1,91 @@
+"""Schedules, rates and bounds: what the optimizers are told to do."""
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+
+def rates(trainer, role, steps):
+    """The learning rate of a role at each of its next optimizer steps."""
+    found = []
+    for _ in range(steps):
+        found.append(trainer.engine.learning_rates()[role])
+        trainer.engine.optimizers[role].step()
+        trainer.engine.schedulers[role].step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("warmup", "policy", "critic"),
+    [
+        # Two iterations of two minibatches, and one more of the critic's warm-up: 4 and 6 steps.
+        (0, [1, 1, 1, 1], [1, 1, 1, 1, 1, 1]),
+        (0.5, [0, 1 / 2, 1, 1], [0, 1 / 3, 2 / 3, 1, 1, 1]),
+        (0.3, [0, 1 / 2, 1, 1], [0, 1 / 2, 1, 1, 1, 1]),  # 1.2 and 1.8 steps: rounded up
+        (1, [0, 1, 1, 1], [0, 1, 1, 1, 1, 1]),  # one step, not all of them
+        (2, [0, 1 / 2, 1, 1], [0, 1 / 2, 1, 1, 1, 1]),
+    ],
+)
+def test_warmup_is_a_share_of_each_roles_own_steps_or_a_number_of_them(
+    make, warmup, policy, critic
+):
+    args = dict(warmup_steps=warmup, critic_pretrain_steps=1, critic_learning_rate=1e-2)
+    trainer = make(args=args)
+    assert rates(trainer, "policy", 4) == pytest.approx([1e-3 * share for share in policy])
+    assert rates(trainer, "critic", 6) == pytest.approx([1e-2 * share for share in critic])
+
+
+def test_schedules_are_transformers(make):
+    trainer = make(args=dict(lr_scheduler_type="linear", warmup_steps=1))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_scheduler("linear", optimizer, 1, 4)
+    expected = []
+    for _ in range(4):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates(trainer, "policy", 4) == pytest.approx(expected)
+    assert len(set(expected)) == 4
+
+
+def test_a_rate_changed_under_way_goes_on_along_its_schedule(make):
+    trainer = make(args=dict(lr_scheduler_type="linear", warmup_steps=0))
+    usual = rates(trainer, "policy", 4)
+    other = make("other", args=dict(lr_scheduler_type="linear", warmup_steps=0))
+    assert rates(other, "policy", 2) == usual[:2]
+    other.engine.set_learning_rate("policy", 3e-3)
+    assert rates(other, "policy", 2) == pytest.approx([3 * rate for rate in usual[2:]])
+    assert rates(other, "critic", 4) == usual
+
+
+@pytest.mark.parametrize("jointly", [False, True])
+def test_gradients_are_bounded_by_role_or_together(make, jointly):
+    """Norms are reported as they were; what the optimizers see is scaled down to the bound."""
+    trainer = make(args=dict(max_grad_norm=1e-3, clip_grad_jointly=jointly, minibatch_size=8))
+    seen = {}
+    for role, optimizer in trainer.engine.optimizers.items():
+
+        def look(optimizer, *_, role=role):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            seen[role] = torch.cat([grad.flatten() for grad in grads]).norm().item()
+
+        optimizer.optimizer.register_step_pre_hook(look)
+    metrics = trainer.step(trainer.collect())
+    norms = {name: value for name, value in metrics.items() if name.endswith("grad_norm")}
+    assert all(norm > 2e-3 for norm in norms.values())
+    if jointly:
+        assert set(norms) == {"joint/grad_norm"}
+        assert sum(norm**2 for norm in seen.values()) ** 0.5 == pytest.approx(1e-3, rel=1e-2)
+        assert max(seen.values()) < 1e-3
+    else:
+        assert set(norms) == {"policy/grad_norm", "critic/grad_norm"}
+        assert list(seen.values()) == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+def test_optimizers_are_told_what_was_asked_for(make):
+    args = dict(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3, weight_decay=0.1)
+    trainer = make(args=args)
+    for role, rate in (("policy", 1e-3), ("critic", 1e-3)):
+        (group,) = trainer.engine.optimizers[role].param_groups
+        assert (group["lr"], group["betas"]) == (rate, (0.8, 0.9))
+        assert (group["eps"], group["weight_decay"]) == (1e-3, 0.1)
