@@ -118,9 +118,17 @@ def test_what_is_noted_is_zero_elsewhere():
     """Rows 2 and 0 of three, of at most two tokens where another has three."""
     noted = {}
     mask = torch.tensor([[True, False], [True, True]])
-    note(noted, "values", torch.tensor([2, 0]), (3, 3), mask, torch.tensor([5.0, 6.0, 7.0]))
+    note(
+        noted,
+        "values",
+        torch.tensor([2, 0]),
+        torch.Size([3, 3]),
+        mask,
+        torch.tensor([5.0, 6.0, 7.0]),
+    )
     assert noted["values"].tolist() == [[6, 7, 0], [0, 0, 0], [5, 0, 0]]
-    note(noted, "values", torch.tensor([1]), (3, 3), torch.ones(1, 3).bool(), torch.ones(3))
+    ones = torch.ones(3)
+    note(noted, "values", torch.tensor([1]), torch.Size([3, 3]), ones[None].bool(), ones)
     assert noted["values"].tolist() == [[6, 7, 0], [1, 1, 1], [5, 0, 0]]
 
 
