@@ -128,7 +128,7 @@ def test_what_is_noted_is_zero_elsewhere():
     )
     assert noted["values"].tolist() == [[6, 7, 0], [0, 0, 0], [5, 0, 0]]
     ones = torch.ones(3)
-    note(noted, "values", torch.tensor([1]), torch.Size([3, 3]), ones[None].bool(), ones)
+    note(noted, "values", torch.tensor([1]), shape, ones[None].bool(), ones)
     assert noted["values"].tolist() == [[6, 7, 0], [1, 1, 1], [5, 0, 0]]
 
 
