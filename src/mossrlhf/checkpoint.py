@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -25,19 +26,32 @@ def written_aside(path: Path) -> Iterator[Path]:
     Args:
         path: the final name; what stands there is replaced.
 
+    Raises:
+        OSError: where it could not be written whole; nothing of it is left, and what stood there
+            still does.
+
     Source: ours; a half-written folder is never mistaken for a finished one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    yield aside
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        finished = [found.name for found in checkpoints(path.parent)]
+        raise OSError(
+            f"output_dir: {path.name} could not be written to {str(path.parent)!r} ({error}); "
+            f"finished there: {finished}. Free space or choose another folder, and go on with "
+            "train(resume_from_checkpoint=)"
+        ) from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,9 +146,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Args:
         path: the file.
 
+    Raises:
+        ValueError: where it is not whole.
+
     Source: ours.
     """
-    return dict(load_file(str(path)))
+    try:
+        return dict(load_file(str(path)))
+    except SafetensorError as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {str(path)!r} is damaged ({error}); copy it again, or go on "
+            "from an earlier checkpoint"
+        ) from error
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -205,6 +228,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
     Source: ours.
     """
+    for old in folder.glob(".checkpoint-*.old"):
+        # Its replacement was about to take its name when the process ended.
+        path = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            old.rename(path)
     found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 

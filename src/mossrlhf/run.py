@@ -120,7 +120,10 @@ class Run:
             # Alone: the other processes wait elsewhere, and would never come to save with it.
             if self.accelerator.num_processes == 1:
                 tqdm.write(f"{type(error).__name__} in iteration {self.state.global_step + 1}.")
-                self._leave()
+                try:
+                    self._leave()
+                except OSError as unsaved:
+                    tqdm.write(f"Nothing could be saved: {unsaved}")
             raise
         self._fire("on_train_end")
         self._leave()
