@@ -118,14 +118,8 @@ def test_what_is_noted_is_zero_elsewhere():
     """Rows 2 and 0 of three, of at most two tokens where another has three."""
     noted = {}
     mask = torch.tensor([[True, False], [True, True]])
-    note(
-        noted,
-        "values",
-        torch.tensor([2, 0]),
-        torch.Size([3, 3]),
-        mask,
-        torch.tensor([5.0, 6.0, 7.0]),
-    )
+    shape, values = torch.Size([3, 3]), torch.tensor([5.0, 6.0, 7.0])
+    note(noted, "values", torch.tensor([2, 0]), shape, mask, values)
     assert noted["values"].tolist() == [[6, 7, 0], [0, 0, 0], [5, 0, 0]]
     ones = torch.ones(3)
     note(noted, "values", torch.tensor([1]), shape, ones[None].bool(), ones)

@@ -143,7 +143,10 @@ class TestFunctions:
         [
             ([1.0], r"'broken' returned \(1,\) values for 2 completions"),
             (torch.zeros(2, 2), r"'broken' returned \(2, 2\) values .* or \(2, 3\) for one reward"),
-            ([1.0, float("inf")], "'broken' returned inf for sample 1, expected finite numbers"),
+            (
+                [1.0, float("inf")],
+                "'broken' returned inf for sample 1, 'fine', expected finite",
+            ),
             ([float("nan"), 1.0], "'broken' returned nan for sample 0"),
             (torch.tensor([1.0, float("nan")]), "'broken' returned nan for sample 1"),
             (torch.full((2, 3), -torch.inf), r"'broken' returned \[-inf.* for sample 0"),

@@ -23,10 +23,7 @@ def test_known_options_pass():
 
 
 def test_a_slip_is_recognized():
-    expected = (
-        r"Options has no option 'gama'; did you mean 'gamma'\? \(its options: gamma, epochs\)"
-    )
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(TypeError, match=r"^Options has no option 'gama'; did you mean 'gamma'\?$"):
         Options(gama=0.5)
 
 
@@ -36,7 +33,7 @@ def test_an_option_of_another_library_is_recognized():
 
 
 def test_something_else_gets_the_list():
-    with pytest.raises(TypeError, match=r"no option 'zzz' \(its options: gamma, epochs\)"):
+    with pytest.raises(TypeError, match=r"no option 'zzz'; its options: gamma, epochs$"):
         Options(zzz=1)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
@@ -92,10 +93,8 @@ def _checked(init: Any, known: list[str], owner: str = "") -> Any:
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in known:
-                raise TypeError(
-                    f"{owner or type(self).__name__} has no option {name!r}"
-                    f"{suggest(name, known)} (its options: {', '.join(known)})"
-                )
+                hint = suggest(name, known) or f"; its options: {', '.join(known)}"
+                raise TypeError(f"{owner or type(self).__name__} has no option {name!r}{hint}")
         init(self, *args, **kwargs)
 
     return checked
@@ -104,7 +103,7 @@ def _checked(init: Any, known: list[str], owner: str = "") -> Any:
 def check_range(
     owner: str,
     name: str,
-    value: float | None,
+    value: Any,
     low: float,
     high: float = float("inf"),
     above: bool = False,
@@ -120,10 +119,13 @@ def check_range(
         above: whether `low` itself is refused.
 
     Raises:
+        TypeError: where it is no number.
         ValueError: with owner, option, value and range.
 
     Source: ours.
     """
+    if value is not None and not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}({name}=): got {value!r}, expected a number")
     if value is None or ((low < value if above else low <= value) and value <= high):
         return
     opening = "(" if above else "["

@@ -238,8 +238,8 @@ def test_bad_pairs_say_where_and_why(tmp_path, bad, reason):
         ({"prompt": []}, "expected a list of messages"),
         ({"prompt": "  "}, "prompt is empty"),
         ({"prompt": [user(" ")]}, "human turn is empty"),
-        ({"prompt": [system("Be kind")]}, "ends with a system turn"),
-        ({"prompt": [user("Hi"), assistant("Yes?")]}, "ends with a assistant turn"),
+        ({"prompt": [system("Be kind")]}, "ends with the system's turn, expected the user's"),
+        ({"prompt": [user("Hi"), assistant("Yes?")]}, "ends with the assistant's turn"),
         ({"prompt": [{"role": "tool", "content": "1"}]}, "by 'tool'"),
         ({"prompt": [{"role": "user", "content": [1]}]}, "expected a string"),
         ({"prompt": ["Hi"]}, "expected a message"),
@@ -250,6 +250,12 @@ def test_bad_prompts_say_where_and_why(tmp_path, bad, reason):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "Hi"}, bad]), encoding="utf-8")
     with pytest.raises(DataError, match=rf"prompts\.json: record 1: .*{reason}"):
+        load_prompts(path)
+
+
+def test_a_dialogue_without_a_human_turn_is_named(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"conversations": [{"from": "gpt", "value": "Hi"}]})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: there is no user turn, so nothing to answer"):
         load_prompts(path)
 
 

@@ -1,13 +1,15 @@
 """What does not fit together is refused before anything is computed, and says why."""
 
+import errno
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from mossrlhf import HFSampler, PPOMaxLoss, TrainerConfig
+from mossrlhf import HFSampler, PPOMaxLoss, RewardShaper, ToyWorld, TrainerConfig, presets
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,86 @@ def test_refused(make, parts, message):
         make(**parts).collect()
 
 
+def one_too_few(*, completions):
+    return [0.0] * (len(completions) - 1)
+
+
+def sometimes_nan(*, completions):
+    return [0.0, float("nan")] * (len(completions) // 2)
+
+
+def raises(*, completions, topic):
+    raise KeyError("gone")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            one_too_few,
+            "reward 'one_too_few' returned (7,) values for 8 completions, expected (8,), or ",
+        ),
+        (sometimes_nan, "reward 'sometimes_nan' returned nan for sample 1, '"),
+        (
+            raises,
+            "reward 'raises' raised KeyError: 'gone'. It was called for 8 completions with "
+            "['completions'] and the columns ['topic']; the first completion is '",
+        ),
+    ],
+)
+def test_a_reward_that_fails_is_named(make, reward, message):
+    trainer = make(reward=reward)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer.score(trainer.collect())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "system", "content": "Be kind"}], "the prompt of record 0 has no user turn"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "ends with the",
+        ),
+        ([], "the prompt of record 0 is [], expected a string, or a list of messages"),
+        (None, "the prompt of record 0 is None, expected a string, or a list of messages"),
+        ("", "train_dataset: the prompt '' has no tokens, expected at least one"),
+    ],
+)
+def test_prompts_that_leave_nothing_to_answer(make, prompt, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(train_dataset=[{"prompt": prompt}] * 8).collect()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: PPOMaxLoss(policy_clip=-0.2),
+            "PPOMaxLoss(policy_clip=): got -0.2, expected a num",
+        ),
+        (
+            lambda: PPOMaxLoss(value_clip=-1.0),
+            "PPOMaxLoss(value_clip=): got -1.0, expected a number",
+        ),
+        (lambda: PPOMaxLoss(policy_clip="0.2"), "PPOMaxLoss(policy_clip=): got '0.2', expected a"),
+        (
+            lambda: RewardShaper(clip=-1.0),
+            "RewardShaper(clip=): got -1.0, expected a number in (0,",
+        ),
+        (lambda: presets.moss_rlhf_2023("fr"), "language: got 'fr', expected 'en' or 'zh'"),
+        (lambda: ToyWorld(lang="fr"), "lang is 'fr', expected one of ['en', 'zh']"),
+        (
+            lambda: PPOMaxLoss(cliprange=0.2),
+            "'cliprange'; here that is PPOMaxLoss(policy_clip=)",
+        ),
+    ],
+)
+def test_options_of_components(build, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        build()
+
+
 def test_a_sampler_and_a_generation_config_are_one_too_many(make, world):
     sampler = HFSampler.for_tokenizer(world.tokenizer(), GenerationConfig(max_new_tokens=4))
     with pytest.raises(ValueError, match="give it to the sampler instead"):
@@ -68,11 +150,17 @@ def test_reward_model_of_another_vocabulary(make, policy):
         make(reward=other)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_output_directory_that_cannot_be_written(make, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="cannot be written to"):
-        make()
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_output_directory_that_cannot_be_written(make, monkeypatch, code):
+    """Before any model is loaded. (Tests may be run by root, who may write anywhere.)"""
+
+    def refused(path, text):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    message = rf"output_dir: '.*run' cannot be written to .*{os.strerror(code)}.*; choose another"
+    with pytest.raises(OSError, match=message):
+        make(model="no/such/model")
 
 
 def test_output_directory_that_is_a_file(make, tmp_path):

@@ -109,7 +109,7 @@ def prompt_batch(
 
     Raises:
         ValueError: where a record has no prompt, a column called as what rewards are given, or a
-            prompt that ends with an answer or whose last turn alone is too long.
+            prompt that has no tokens, ends with an answer, or whose last turn alone is too long.
 
     Source: C: too-long dialogues lose their oldest turns.
     """
@@ -119,6 +119,13 @@ def prompt_batch(
     repeated = [record for record in records for _ in range(copies)]
     names = [name for name in records[0] if all(name in record for record in records)]
     encoded = [encode_prompt(tokenizer, record["prompt"], max_length) for record in records]
+    for ids, record in zip(encoded, records, strict=True):
+        if not ids:
+            raise ValueError(
+                f"train_dataset: the prompt {record['prompt']!r} has no tokens, expected at least "
+                "one to draw a response after; leave such records out, or open prompts with a "
+                "begin-of-sequence token"
+            )
     return PromptBatch(
         ids=[ids for ids in encoded for _ in range(copies)],
         columns={name: [record[name] for record in repeated] for name in names},
@@ -140,7 +147,7 @@ def require_records(dataset: Any, name: str, *, prompts: bool = True) -> None:
     Raises:
         TypeError: where it is something else; the error says what to make of it.
         ValueError: where it is empty, a record has no prompt or a column called as one of
-            `GIVEN`, or a prompt ends with an answer.
+            `GIVEN`, or a prompt has no user turn or ends with an answer.
 
     Source: ours.
     """
@@ -199,7 +206,14 @@ def _require_open(prompt: Any, where: str) -> None:
     if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
         return  # said elsewhere, where it is of no use
     turn = prompt[-1]
-    if isinstance(turn, Mapping) and turn.get("role") == "assistant":
+    if not isinstance(turn, Mapping):
+        return
+    if all(one.get("role") == "system" for one in prompt if isinstance(one, Mapping)):
+        raise ValueError(
+            f"{where} has no user turn, so there is nothing to answer: {str(prompt)!r:.80}; "
+            "leave such records out"
+        )
+    if turn.get("role") == "assistant":
         raise ValueError(
             f"{where} ends with the assistant's {str(turn.get('content'))!r:.60}, expected a user "
             "turn last, so that there is something to answer; cut the answer off: prompt[:-1]"

@@ -168,10 +168,14 @@ def _as_prompt(record: Record) -> Record:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise DataError("the prompt is empty")
-    elif not prompt:
+    elif prompt is None:
         raise DataError(f"no prompt in a record of {', '.join(sorted(record))}")
+    elif not prompt:
+        raise DataError("there is no user turn, so nothing to answer")
     elif prompt[-1]["role"] != "user":
-        raise DataError(f"the prompt ends with a {prompt[-1]['role']} turn, expected the human's")
+        raise DataError(
+            f"the prompt ends with the {prompt[-1]['role']}'s turn, expected the user's"
+        )
     elif not prompt[-1]["content"].strip():
         raise DataError("the last human turn is empty")
     return {key: value for key, value in record.items() if key not in _ANSWERS}

@@ -128,7 +128,7 @@ class RewardSet:
         by_name: dict[str, Tensor] = {}
         for (reward, weight), name in zip(self.rewards, self.names, strict=True):
             if isinstance(reward, ModelReward):
-                given = _as_tensor(reward.score(rollout, prompts, completions), name, rollout)
+                output: Any = reward.score(rollout, prompts, completions)
             else:
                 texts = [p if isinstance(p, str) else self._render(p) for p in prompts]
                 columns = {k: v for k, v in rollout.columns.items() if k != "prompt"}
@@ -138,7 +138,7 @@ class RewardSet:
                     dict(prompts=texts, completions=completions, completion_ids=completion_ids),
                     {k: list(v) for k, v in columns.items()},
                 )
-                given = _as_tensor(output, name, rollout)
+            given = _as_tensor(output, name, rollout, completions)
             dense = torch.where(rollout.mask, given, 0.0) if given.ndim == 2 else None
             by_name[name] = given if dense is None else dense.sum(1)
             if not weight:
@@ -193,7 +193,7 @@ def _call(
             f"train_dataset: its column {taken[0]!r} is what the reward {name!r} gets from the "
             "trainer; rename the column"
         )
-    size = len(arguments["completions"])
+    size, first = len(arguments["completions"]), next(iter(arguments["completions"]), "")
     parameters = inspect.signature(reward).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         # Refusing `def reward(completions, **_)` without its `**_` would help nobody.
@@ -204,11 +204,12 @@ def _call(
     except Exception as error:
         raise ValueError(
             f"reward {name!r} raised {type(error).__name__}: {error}. It was called for "
-            f"{size} completions with {sorted(arguments)} and the columns {sorted(columns)}"
+            f"{size} completions with {sorted(arguments)} and the columns {sorted(columns)}; the "
+            f"first completion is {first!r:.60}"
         ) from error
 
 
-def _as_tensor(output: Any, name: str, rollout: Rollout) -> Tensor:
+def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[str]) -> Tensor:
     device, size = rollout.input_ids.device, len(rollout)
     absent = torch.zeros(size, dtype=torch.bool, device=device)
     if isinstance(output, Tensor):
@@ -235,8 +236,8 @@ def _as_tensor(output: Any, name: str, rollout: Rollout) -> Tensor:
     if len(wild):
         row = int(wild[0, 0])
         raise ValueError(
-            f"reward {name!r} returned {scores[row].tolist()} for sample {row}, expected finite "
-            "numbers (None where it does not apply)"
+            f"reward {name!r} returned {scores[row].tolist()} for sample {row}, "
+            f"{completions[row]!r:.60}, expected finite numbers (None where it does not apply)"
         )
     return scores.masked_fill(absent, torch.nan) if scores.ndim == 1 else scores
 
