@@ -124,7 +124,8 @@ def check_range(
 
     Source: ours.
     """
-    if value is not None and not isinstance(value, numbers.Real):
+    is_number = isinstance(value, numbers.Real)
+    if value is not None and not is_number:
         raise TypeError(f"{owner}({name}=): got {value!r}, expected a number")
     if value is None or ((low < value if above else low <= value) and value <= high):
         return

@@ -23,16 +23,17 @@ def main(folder: Path) -> None:
         micro_batch_size=int(os.environ.get("MICRO", "0")) or None,
         max_tokens=int(os.environ.get("TOKENS", "0")) or None,
     )
+    ptx = os.environ.get("PTX", "1") == "1"
     trainer = Trainer(
         policy,
         reward=world.reward,
         train_dataset=world.prompts(8),
         processing_class=world.tokenizer(),
         generation_config=GenerationConfig(max_new_tokens=12),
-        ptx_dataset=world.sft_examples(16),
+        ptx_dataset=world.sft_examples(16) if ptx else None,
         shaper=RewardShaper(normalize=True),
         advantage=AdvantageEstimator(whiten=True),
-        loss=PPOMaxLoss(entropy_coef=0.01, advantage_norm=True, ptx_coef=0.1),
+        loss=PPOMaxLoss(entropy_coef=0.01, advantage_norm=True, ptx_coef=0.1 if ptx else None),
         args=TrainerConfig(
             output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
             rollout_size=8,
@@ -51,8 +52,7 @@ def main(folder: Path) -> None:
     metrics = trainer.step(rollout.select(mine))
     if accelerator.is_main_process:
         flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-        name = f"result{accelerator.num_processes}.pt"
-        torch.save({"parameters": flat, "metrics": metrics}, folder / name)
+        torch.save({"parameters": flat, "metrics": metrics}, folder / "result.pt")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end

@@ -109,7 +109,6 @@ def test_prompts_that_leave_nothing_to_answer(make, prompt, message):
             lambda: PPOMaxLoss(value_clip=-1.0),
             "PPOMaxLoss(value_clip=): got -1.0, expected a number",
         ),
-        (lambda: PPOMaxLoss(policy_clip="0.2"), "PPOMaxLoss(policy_clip=): got '0.2', expected a"),
         (
             lambda: RewardShaper(clip=-1.0),
             "RewardShaper(clip=): got -1.0, expected a number in (0,",
