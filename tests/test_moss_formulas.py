@@ -94,3 +94,16 @@ def test_two_rollouts_in_turn(language):
         assert loss.policy(stats, filled).loss.item() == pytest.approx(policy / count, rel=1e-6)
         got = loss.critic(new_values[mask], filled).loss.item()
         assert got == pytest.approx(critic / count, rel=1e-6)
+
+
+def test_whitening():
+    """An option of the scripts: (A − mean)/√(var + 1e-8) over the tokens of the minibatch."""
+    rollout = replace(made_up(0), advantages=made_up(1).values)
+    loss = replace(presets.moss_rlhf_2023("en")["loss"], advantage_norm=True)
+    got = loss.prepare(rollout).advantages
+    given = rollout.advantages[rollout.mask].tolist()
+    mean = sum(given) / len(given)
+    variance = sum((a - mean) ** 2 for a in given) / len(given)
+    expected = [(a - mean) / math.sqrt(variance + 1e-8) for a in given]
+    assert got[rollout.mask].tolist() == pytest.approx(expected, rel=1e-6)
+    assert not got[~rollout.mask].any()
