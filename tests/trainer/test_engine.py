@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from mossrlhf import PPOMaxLoss
+from mossrlhf.models import IGNORED_LABEL
+
 
 def rates(trainer, role, steps):
     """The learning rate of a role at each of its next optimizer steps."""
@@ -89,3 +92,50 @@ def test_optimizers_are_told_what_was_asked_for(make):
         (group,) = trainer.engine.optimizers[role].param_groups
         assert (group["lr"], group["betas"]) == (rate, (0.8, 0.9))
         assert (group["eps"], group["weight_decay"]) == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows"),
+    [
+        ({}, [4]),
+        (dict(micro_batch_size=1), [1, 1, 1, 1]),
+        (dict(micro_batch_size=3), [3, 1]),
+        (dict(micro_batch_size=9), [4]),
+        (dict(max_tokens=1), [1, 1, 1, 1]),  # a longer one gets a part of its own
+        (dict(max_tokens=75), [3, 1]),  # 3 of 25 tokens each
+        (dict(max_tokens=74), [2, 2]),
+        (dict(max_tokens=74, micro_batch_size=1), [1, 1, 1, 1]),
+        (dict(max_tokens=1000), [4]),
+    ],
+    ids=str,
+)
+def test_pre_training_data_is_cut_up_like_everything_else(make, world, limit, rows):
+    def run(name, **args):
+        trainer = make(
+            name,
+            loss=PPOMaxLoss(ptx_coef=1.0),
+            ptx_dataset=world.sft_examples(16),
+            args=dict(total_steps=1, **args),
+        )
+        trainer.model.double()
+        sizes, original = [], trainer.engine._accumulate
+
+        def noted(sync, role, part, share, **extra):
+            sizes.append(len(part["labels"]))
+            return original(sync, role, part, share, **extra)
+
+        trainer.engine._accumulate = noted
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(6, 100, (4, 25), generator=generator)
+        labels = torch.where(torch.rand(4, 25, generator=generator) < 0.5, ids, IGNORED_LABEL)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        stats = {}
+        trainer.engine._backward_ptx(batch, trainer.loss, stats)
+        grads = [p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None]
+        return torch.cat(grads), float(stats["ptx/loss"]), sizes
+
+    whole, loss, _ = run("whole")
+    cut, same, sizes = run("cut", **limit)
+    assert sizes == rows
+    assert torch.linalg.vector_norm(cut - whole) <= 1e-12 * torch.linalg.vector_norm(whole)
+    assert same == pytest.approx(loss, rel=1e-12)

@@ -168,45 +168,6 @@ def test_only_some_reference_answers_are_kept(make, world):
     assert torch.equal(again.input_ids, first.input_ids)
 
 
-@pytest.mark.parametrize("limit", [dict(micro_batch_size=1), dict(max_tokens=60)], ids=str)
-def test_pre_training_data_is_split_like_everything_else(make, parameters, world, limit):
-    from mossrlhf import PPOMaxLoss
-
-    sizes = []
-
-    def run(name, **args):
-        trainer = make(
-            name,
-            loss=PPOMaxLoss(ptx_coef=1.0),
-            ptx_dataset=world.sft_examples(16),
-            model=None,
-            args=dict(total_steps=1, **args),
-        )
-        trainer.model.double()
-        original = trainer.engine._accumulate
-
-        def noted(sync, role, part, share, **extra):
-            if role == "ptx":
-                sizes.append(part["labels"].numel())
-            return original(sync, role, part, share, **extra)
-
-        trainer.engine._accumulate = noted
-        batch = trainer._ptx_batch(4)
-        stats = {}
-        trainer.engine._backward_ptx(batch, trainer.loss, stats)
-        grads = torch.cat(
-            [p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None]
-        )
-        return grads, stats["ptx/loss"]
-
-    whole, loss = run("whole")
-    count = len(sizes)
-    split, split_loss = run("split", **limit)
-    assert len(sizes) - count > count
-    assert torch.linalg.vector_norm(split - whole) <= 1e-12 * torch.linalg.vector_norm(whole)
-    assert split_loss == pytest.approx(float(loss), rel=1e-12)
-
-
 def test_writing_a_checkpoint_leaves_the_console_alone(make, capfd):
     make(args=dict(total_steps=1)).train()
     assert "Writing model shards" not in capfd.readouterr().err
