@@ -7,11 +7,12 @@
 
 Signs, comparisons, clips, indices, masks, means and sums, detaches: one change at a time
 (``faults.py`` has the rules), never on disk. A mutant that no test sees is printed; one that
-changes no number is argued for in ``equivalent_mutants.json``. The figures go to
+changes no number is argued for in ``equivalent_mutants.json``. The figures of each file go to
 benchmarks/results/mutants.json.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from faults import ROOT, SOURCE, Mutant, mutants, mutated
 
@@ -129,6 +131,29 @@ def load_argued() -> dict[tuple[str, str, str, str], str]:
     return {(e["file"], e["function"], e["before"], e["after"]): e["why"] for e in entries}
 
 
+def key(mutant: Mutant) -> tuple[str, str, str, str]:
+    """What an argument for equivalence goes by: lines move."""
+    return mutant.file, mutant.function, mutant.before, mutant.after
+
+
+def figures_of(
+    file: str,
+    found: list[Mutant],
+    alive: list[Mutant],
+    argued: dict[tuple[str, str, str, str], str],
+) -> dict[str, Any]:
+    """Return what is kept of one file, with the source it is true of."""
+    mine = [mutant for mutant in alive if mutant.file == file]
+    equal = [mutant for mutant in mine if key(mutant) in argued]
+    return {
+        "blake2": hashlib.blake2b((SOURCE / file).read_bytes(), digest_size=8).hexdigest(),
+        "mutants": len(found),
+        "equivalent": len(equal),
+        "killed": len(found) - len(mine),
+        "survived": [str(mutant) for mutant in mine if mutant not in equal],
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Try the mutants of some files or of all, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -147,22 +172,27 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(map(str, found)), f"\n{len(found)} mutants")
         return 0
     import_foundations()
-    argued, alive, equal = load_argued(), [], []
+    argued, alive = load_argued(), []
     for mutant in survivors(found, args.jobs):
-        key = (mutant.file, mutant.function, mutant.before, mutant.after)
-        (equal if key in argued else alive).append(mutant)
-        if key not in argued:
+        alive.append(mutant)
+        if key(mutant) not in argued:
             print(f"\rSURVIVED  {mutant}", flush=True)
-    counted = len(found) - len(equal)
+    figures = {
+        file: figures_of(file, [m for m in found if m.file == file], alive, argued)
+        for file in dict.fromkeys(mutant.file for mutant in found)
+    }
+    if not any(line for _, _, line in wanted):
+        kept = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+        merged = {**kept, **figures}
+        ordered = {file: merged[file] for file in NEAREST if file in merged}
+        FIGURES.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+    tried, equal = (sum(f[name] for f in figures.values()) for name in ("mutants", "equivalent"))
+    killed = sum(f["killed"] for f in figures.values())
     print(
-        f"{len(found)} mutants, {len(equal)} of them argued equivalent; "
-        f"{counted - len(alive)} of {counted} killed, {(counted - len(alive)) / counted:.1%}"
+        f"{tried} mutants, {equal} of them argued equivalent; "
+        f"{killed} of {tried - equal} killed, {killed / (tried - equal):.1%}"
     )
-    if not args.files:
-        survived = list(map(str, alive))
-        figures = {"mutants": len(found), "equivalent": len(equal), "survived": survived}
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
-    return int(bool(alive))
+    return int(killed < tried - equal)
 
 
 if __name__ == "__main__":
