@@ -51,7 +51,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "rewards/model.py": ("test_rewards.py",),
     "rewards/together.py": ("test_rewards.py",),
     "shaping.py": ("test_shaping.py",),
-    "stages.py": TRAINER,
+    "stages.py": ("trainer/test_stages.py", *TRAINER, "trainer/test_distributed.py"),
     "types.py": ("test_types.py", "test_buffer.py", *TRAINER),
 }
 """Files to mutate, below src/mossrlhf, and the tests that must see it, below tests, in turn."""

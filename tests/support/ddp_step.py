@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         args=TrainerConfig(
             output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
             rollout_size=8,
-            minibatch_size=8,
+            minibatch_size=int(os.environ.get("MINI", "8")),
             num_ppo_epochs=3,
             learning_rate=1e-3,
             critic_learning_rate=1e-3,
@@ -49,7 +49,16 @@ def main(folder: Path) -> None:
     accelerator = trainer.accelerator
     rollout = torch.load(folder / "rollout.pt", weights_only=False)
     mine = torch.arange(accelerator.process_index, 8, accelerator.num_processes)
+    steps, step = [], trainer.engine.step
+
+    def recorded(minibatch, *rest):
+        stats, norms = step(minibatch, *rest)
+        steps.append((minibatch.token_weights.sum().item(), stats["policy/loss"].item()))
+        return stats, norms
+
+    trainer.engine.step = recorded
     metrics = trainer.step(rollout.select(mine))
+    torch.save(steps, folder / f"steps{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         torch.save({"parameters": flat, "metrics": metrics}, folder / "result.pt")

@@ -55,3 +55,13 @@ def test_two_processes_equal_one(folder, ptx, splits):
         for name, value in one["metrics"].items():
             if not name.startswith(local):
                 assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+def test_statistics_weigh_minibatches_by_the_tokens_of_all_processes(folder):
+    metrics = launch(folder, 2, MINI="4")["metrics"]
+    ranks = [torch.load(folder / f"steps{rank}.pt") for rank in range(2)]
+    weights = [sum(tokens for tokens, _ in steps) for steps in zip(*ranks, strict=True)]
+    losses = [sum(share for _, share in steps) for steps in zip(*ranks, strict=True)]
+    assert len(set(weights)) > 1
+    expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert metrics["policy/loss"] == pytest.approx(expected, rel=1e-9)
