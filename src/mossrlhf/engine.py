@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,24 @@ from mossrlhf.types import Rollout
 
 ROLES = ("critic", "policy", "ptx")
 """The order in which roles run: forward and backward of one before the next."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What there is to say about an optimizer step.
+
+    Args:
+        stats: this process's shares by metric name (they add up over processes), scalars.
+        norms: gradient norms, alike on all processes, scalars.
+        weights: by role, what its statistics are means over: tokens, states or labels of all
+            processes, scalars.
+
+    Source: ours.
+    """
+
+    stats: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    weights: dict[str, Tensor]
 
 
 class Engine:
@@ -98,7 +116,7 @@ class Engine:
         loss: PPOMaxLoss,
         roles: Sequence[str] = ("critic", "policy"),
         ptx: Mapping[str, Tensor] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> StepOutput:
         """Take one optimizer step of the given roles.
 
         Every loss is a sum over tokens divided by the tokens of the whole step, over all
@@ -111,8 +129,7 @@ class Engine:
             ptx: a batch of pre-training data for the policy, or None.
 
         Returns:
-            statistics as this process's shares (they add up over processes), and gradient norms
-            (alike on all of them), scalars by name.
+            statistics, gradient norms, and what the statistics are means over.
 
         Raises:
             FloatingPointError: where a loss or gradient is not finite; nothing has moved.
@@ -120,12 +137,13 @@ class Engine:
         minibatch = loss.prepare(minibatch, self.reduce)
         parts = self._parts(minibatch)
         stats: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for role in ROLES:
             if role == "ptx":
                 if ptx is not None and "policy" in roles:
-                    self._backward_ptx(ptx, loss, stats)
+                    weights[role] = self._backward_ptx(ptx, loss, stats)
             elif role in roles and role in self.optimizers:
-                self._backward(role, parts, loss, stats)
+                weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
         self._require_finite({**stats, **norms}, minibatch)
         for role in roles:
@@ -133,7 +151,7 @@ class Engine:
                 self.optimizers[role].step()
                 self.schedulers[role].step()
                 self.optimizers[role].zero_grad()
-        return stats, norms
+        return StepOutput(stats, norms, weights)
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:
         parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
@@ -152,7 +170,7 @@ class Engine:
 
     def _backward(
         self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
-    ) -> None:
+    ) -> Tensor:
         weights = "token_weights" if role == "policy" else "state_weights"
         sums = torch.stack([getattr(part, weights).sum() for part in parts])
         denominator = self.reduce(sums.sum())
@@ -167,12 +185,13 @@ class Engine:
             )
             for name, value in output.items():
                 stats[name] = stats.get(name, 0.0) + value
+        return denominator
 
     def _backward_ptx(
         self, batch: Mapping[str, Tensor], loss: PPOMaxLoss, stats: dict[str, Tensor]
-    ) -> None:
-        counted = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
-        share = partial(loss.ptx, denominator=self.reduce(counted.float()))
+    ) -> Tensor:
+        denominator = self.reduce((batch["labels"][:, 1:] != IGNORED_LABEL).sum().float())
+        share = partial(loss.ptx, denominator=denominator)
         rows, width = batch["labels"].shape
         size = min(rows, self.args.micro_batch_size or rows)
         if self.args.max_tokens is not None:
@@ -186,6 +205,7 @@ class Engine:
                 index == len(parts) - 1, "ptx", part, share
             ).items():
                 stats[name] = stats.get(name, 0.0) + value
+        return denominator
 
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any

@@ -1,39 +1,63 @@
 """Parts of a trainer that do not fit together, refused before any model is loaded."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import GenerationConfig
+from accelerate import Accelerator
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.config import TrainerConfig
+from mossrlhf.data import require_records
 from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.rewards import reward_pairs
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "args": (TrainerConfig, "TrainerConfig(...)"),
+    "loss": (
+        PPOMaxLoss,
+        "a PPOMaxLoss; for another algorithm subclass it and override policy_loss",
+    ),
+    "generation_config": (GenerationConfig, "GenerationConfig(...)"),
+    "processing_class": (PreTrainedTokenizerBase, "a tokenizer: AutoTokenizer.from_pretrained(…)"),
+    "accelerator": (Accelerator, "an accelerate.Accelerator"),
+    "shaper": (Callable, "a RewardShaper, or a function rollout -> rewards [B, T]"),
+    "advantage": (Callable, "an estimator, or a function (rewards, values, mask) -> Advantages"),
+}
+"""Arguments of a trainer that must be of a kind, and what to pass."""
 
 
-def require_types(args: Any, loss: Any, generation_config: Any) -> None:
-    """Refuse what only looks like a part: a dict for a config, a function for the loss.
+def require_parts(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are of no use whatever the others are, before anything is loaded.
 
     Args:
-        args: a `TrainerConfig`, or None.
-        loss: a `PPOMaxLoss`, or None.
-        generation_config: of transformers, or None.
+        given: arguments of a trainer by name.
 
     Raises:
-        TypeError: which, and what to do.
+        TypeError: where one only looks like a part: a dict for a config, a class for an object.
+        ValueError: where a dataset or the reward is not in order.
 
     Source: ours.
     """
-    wanted = {
-        "args": (args, TrainerConfig, "TrainerConfig(...)"),
-        "loss": (
-            loss,
-            PPOMaxLoss,
-            "a PPOMaxLoss; for another algorithm subclass it and override policy_loss",
-        ),
-        "generation_config": (generation_config, GenerationConfig, "GenerationConfig(...)"),
-    }
-    for name, (value, kind, remedy) in wanted.items():
+    for name, (kind, remedy) in KINDS.items():
+        value = given.get(name)
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name}: got the class {value.__name__}, expected {value.__name__}(...)"
+            )
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name}: got a {type(value).__name__}, expected {remedy}")
+            raise TypeError(f"{name}: got {value!r:.60}, expected {remedy}")
+    for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
+        if given[name] is not None or name == "train_dataset":
+            require_records(given[name], name, prompts=name != "ptx_dataset")
+    _require_rewards(given["reward"])
+
+
+def _require_rewards(reward: Any) -> None:
+    if not any(weight for _, weight in reward_pairs(reward)):
+        raise ValueError(
+            "reward: every weight is 0, so there is nothing to learn from; give one a weight"
+        )
 
 
 def require_fitting_parts(

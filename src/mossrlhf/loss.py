@@ -1,5 +1,6 @@
 """The PPO-max loss: clipped surrogate, clipped value loss, entropy, KL and PTX terms."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from mossrlhf.functional.logprobs import kl_k2, kl_k3
 from mossrlhf.functional.losses import clipped_policy_loss, clipped_value_loss
 from mossrlhf.functional.reduce import Reduce, whiten
+from mossrlhf.signature import call_with
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
@@ -21,6 +23,14 @@ def _weighted(x: Tensor, weights: Tensor) -> Tensor:
 def _counted(x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """The entries of a mask, with zeros at weight zero: a NaN there would spoil the gradient."""
     return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
+
+
+def _require_per_token(name: str, returned: object, weights: Tensor) -> None:
+    shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+    if shape != tuple(weights.shape):
+        raise ValueError(
+            f"{name}: returned {shape}, expected one number per token, {tuple(weights.shape)}"
+        )
 
 
 @strict
@@ -141,6 +151,12 @@ class PPOMaxLoss:
         """
         return clipped_value_loss(value, old_value, returns, self.value_clip)
 
+    def without_value_clip(self) -> "PPOMaxLoss":
+        """Return a copy that does not clip the value loss, for the critic's pre-training."""
+        copied = copy.copy(self)  # not `replace`: a subclass may have an __init__ of its own
+        object.__setattr__(copied, "value_clip", None)
+        return copied
+
     def prepare(self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor) -> Rollout:
         """Do what needs the whole minibatch, before it is split into micro-batches.
 
@@ -195,7 +211,10 @@ class PPOMaxLoss:
         old_logprob = _counted(self._old_logprob(batch), batch.mask, weights)
         advantage = _counted(_filled(batch, "advantages"), batch.mask, weights)
         entropy = self._entropy(stats, batch)
-        per_token = self.policy_loss(stats.logprob, old_logprob, advantage, entropy)
+        per_token = call_with(
+            self.policy_loss, stats.logprob, old_logprob, advantage, entropy=entropy
+        )
+        _require_per_token("policy_loss", per_token, weights)
         if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
             drift = _filled(batch, "logprobs") - batch.sampler_logprobs
             drift = _counted(drift, batch.mask, weights)
@@ -234,7 +253,9 @@ class PPOMaxLoss:
             denominator = weights.sum()
         old_value = _counted(_filled(batch, "values"), batch.states, weights)
         returns = _counted(_filled(batch, "returns"), batch.states, weights)
-        loss = _weighted(self.value_loss(value, old_value, returns), weights) / denominator
+        per_state = self.value_loss(value, old_value, returns)
+        _require_per_token("value_loss", per_state, weights)
+        loss = _weighted(per_state, weights) / denominator
         stats = {"critic/loss": loss.detach()}
         if self.value_clip is not None:
             moved = (value.detach() - old_value).abs() > self.value_clip

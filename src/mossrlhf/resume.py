@@ -69,6 +69,58 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     return path
 
 
+def is_saved(trainer: "Trainer") -> bool:
+    """Whether there is a checkpoint of where a trainer is.
+
+    Args:
+        trainer: any.
+
+    Source: ours.
+    """
+    step = trainer.run.state.global_step
+    return any(path.name == f"checkpoint-{step}" for path in checkpoints(trainer.output_dir))
+
+
+def snapshot(trainer: "Trainer") -> dict[str, Any]:
+    """Note where the streams of data and random numbers are, and the shaper's moments.
+
+    Args:
+        trainer: between two iterations.
+
+    Returns:
+        for `restore`, as long as no model has moved.
+
+    Source: ours.
+    """
+    return {
+        "prompts": trainer.prompts.state_dict(),
+        "shaper": _shaper_state(trainer),
+        "random": random_state(),
+        "minibatches": trainer.generator.get_state(),
+    }
+
+
+def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
+    """Bring streams and moments back to where `snapshot` noted them.
+
+    Args:
+        trainer: the same.
+        noted: what `snapshot` returned.
+
+    Source: ours.
+    """
+    trainer.prompts.load_state_dict(noted["prompts"])
+    if noted["shaper"]:
+        trainer.shaper.load_state_dict(noted["shaper"])
+    set_random_state(*noted["random"])
+    trainer.generator.set_state(noted["minibatches"])
+
+
+def _shaper_state(trainer: "Trainer") -> dict[str, Any]:
+    state: dict[str, Any] = getattr(trainer.shaper, "state_dict", dict)()
+    return state
+
+
 def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[Any]) -> Any:
     state = trainer.run.state
     return {
@@ -79,7 +131,7 @@ def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[A
         "best_global_step": state.best_global_step,
         "best_model_checkpoint": state.best_model_checkpoint,
         "settings": trainer.run.settings,
-        "shaper": getattr(trainer.shaper, "state_dict", dict)(),
+        "shaper": _shaper_state(trainer),
         "prompts": trainer.prompts.state_dict(),
         "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
@@ -99,12 +151,13 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
-        ValueError: where it was made by another model.
+        ValueError: where it was made by another model or shaper, or a file is damaged.
 
     Source: ours.
     """
     path = _find(trainer.output_dir, source)
     saved = read_json(path / STATE)
+    _require_same_shaper(_shaper_state(trainer), saved["shaper"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
     for role, optimizer in trainer.engine.optimizers.items():
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
@@ -127,6 +180,16 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     index = trainer.accelerator.process_index
     if index < len(saved["random"]):
         set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved["random"][index])
+
+
+def _require_same_shaper(own: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse moments that the shaper has no place for, before anything is put in its place."""
+    names = [sorted([*state, *state.get("moments", {})]) for state in (own, saved)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"resume_from_checkpoint: the checkpoint's shaper remembers {names[1]}, this trainer's "
+            f"{names[0]}; build the trainer with the same kind of shaper and of moments"
+        )
 
 
 def _apply_new_settings(trainer: "Trainer", before: dict[str, Any]) -> None:

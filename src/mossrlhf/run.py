@@ -17,7 +17,7 @@ from mossrlhf.checkpoint import set_aside
 from mossrlhf.flow import Flow, is_best, require_measurable
 from mossrlhf.interrupts import interruptible
 from mossrlhf.monitor import CollapseWatch, StillWatch
-from mossrlhf.resume import load_checkpoint, save_checkpoint
+from mossrlhf.resume import is_saved, load_checkpoint, restore, save_checkpoint, snapshot
 from mossrlhf.tracking import Completions, ConsoleTable
 from mossrlhf.types import Rollout
 
@@ -62,6 +62,7 @@ class Run:
         self.interrupted = False
         self.stopping = False
         self.between_iterations = True
+        self.before: dict[str, Any] | None = None
         self.folder_cleared = False
         self.settings: dict[str, Any] = {
             "learning_rate": self.args.learning_rate,
@@ -106,6 +107,7 @@ class Run:
         if resume_from_checkpoint:
             load_checkpoint(self.trainer, resume_from_checkpoint)
         self.control.should_training_stop = self.stopping = self.interrupted = False
+        self.before = None
         self._clear_the_folder()
         if self.args.report_to and not self.accelerator.trackers:
             self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
@@ -147,6 +149,11 @@ class Run:
             self.trainer.save_model(folder)
             tqdm.write(f"The models as they are: {folder}.")
         elif self.state.global_step or self.pretrained:
+            if self.before is not None:
+                # Nothing has moved yet; resumed, the iteration begins anew.
+                restore(self.trainer, self.before)
+                if is_saved(self.trainer):
+                    return
             save_checkpoint(self.trainer)
 
     def _bar(self, name: str, total: int, initial: int = 0) -> tqdm:
@@ -211,8 +218,13 @@ class Run:
     def begin_step(self) -> None:
         """Open an iteration."""
         self.clock = {}
-        self.between_iterations = False
+        self.before = snapshot(self.trainer)
         self._fire("on_step_begin")
+
+    def begin_update(self) -> None:
+        """Say that from here on the models move."""
+        self.before = None
+        self.between_iterations = False
 
     def end_step(self, rollout: Rollout, metrics: Any) -> None:
         """Close an iteration: watch, log, evaluate, save, as it is due.

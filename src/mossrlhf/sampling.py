@@ -124,6 +124,11 @@ class HFSampler:
             if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
                 setattr(config, name, value)
         eos = self.eos_token_id
+        if not isinstance(eos, int) and len(eos) == 0:
+            raise ValueError(
+                "eos_token_id: got none, expected at least one token that ends a response; to let "
+                "all run to the limit, name one the policy never says"
+            )
         config.eos_token_id = eos if isinstance(eos, int) else list(eos)
         config.pad_token_id = self.pad_token_id
         config.return_dict_in_generate = False

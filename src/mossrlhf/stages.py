@@ -22,13 +22,12 @@ from mossrlhf.data import (
     prompt_batch,
     require_fitting_prompts,
 )
-from mossrlhf.data.feed import require_records
 from mossrlhf.engine import Engine
-from mossrlhf.fitting import require_fitting_parts, require_reachable_entropy, require_types
+from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, policy_stats
-from mossrlhf.rewards import RewardSet
+from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
     checkpoint_activations,
@@ -113,12 +112,7 @@ class Stages:
         accelerator: Accelerator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        require_types(args, loss, generation_config)
-        for name, records in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if records is not None:
-                require_records(records, name)
-        if ptx_dataset is not None:
-            require_records(ptx_dataset, "ptx_dataset", prompts=False)
+        require_parts(locals())  # nothing but the arguments, so far
         self.args = args or TrainerConfig()
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
@@ -137,7 +131,8 @@ class Stages:
         self.ptx = self._feed(ptx_dataset) if ptx_dataset is not None else None
 
         policy = load_policy(model, peft_config, seed=self.args.seed)
-        require_vocabulary(policy, self.processing_class)
+        special = getattr(self.sampler, "effective", None)
+        require_vocabulary(policy, self.processing_class, special)
         require_reachable_entropy(self.loss, vocabulary_size(policy))
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -290,10 +285,11 @@ class Stages:
         size = max(1, self.args.minibatch_size // self.accelerator.num_processes)
         for minibatch in buffer.minibatches(size, self.args.num_ppo_epochs, self.generator):
             ptx = self._ptx_batch(len(minibatch)) if "policy" in roles else None
-            stats, norm = self.engine.step(minibatch, loss, roles, ptx)
-            weight = self.engine.reduce(minibatch.token_weights.sum())
-            shares.add(stats, weight)
-            norms.add(norm, torch.ones_like(weight))
+            done = self.engine.step(minibatch, loss, roles, ptx)
+            for role, weight in done.weights.items():
+                of_role = {n: v for n, v in done.stats.items() if n.startswith(f"{role}/")}
+                shares.add(of_role, weight)
+            norms.add(done.norms, torch.ones_like(minibatch.token_weights.sum()))
         self.model.eval()
         rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
         return {
@@ -337,8 +333,7 @@ class Stages:
         return Shuffled(dataset, self.args.seed, index, count)
 
     def _reward_set(self, rewards: Any) -> RewardSet:
-        listed = rewards if isinstance(rewards, (list, tuple)) else [rewards]
-        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in listed]
+        pairs = reward_pairs(rewards)
         loaded = [(load_reward(r, self.processing_class), weight) for r, weight in pairs]
         return RewardSet(loaded, self.processing_class).to(self.accelerator.device)
 

@@ -70,6 +70,7 @@ class Trainer(Stages):
                 rollout = run.timed(self.score, rollout)
                 rollout = run.timed(self.annotate, rollout)
                 rollout = run.timed(self.estimate, rollout)
+                run.begin_update()
                 metrics = run.timed(self.update, rollout)
                 run.end_step(rollout, metrics)
         return self.history
@@ -94,7 +95,7 @@ class Trainer(Stages):
         for _ in self.run.pretraining(steps):
             rollout = self.estimate(self.annotate(self.score(self.collect())))
             # Not `self.update`: what a subclass adds to it belongs to PPO, and may take no roles.
-            metrics = super().update(rollout, ("critic",), replace(self.loss, value_clip=None))
+            metrics = super().update(rollout, ("critic",), self.loss.without_value_clip())
             history.append(metrics)
             self.run.end_pretraining_step(metrics)
         return history
@@ -112,7 +113,7 @@ class Trainer(Stages):
             the metrics of `update`.
 
         Raises:
-            ValueError: where there are not B scores.
+            ValueError: where there are not B scores, or not all are finite.
         """
         if scores is None:
             rollout = self.score(rollout)
@@ -123,6 +124,8 @@ class Trainer(Stages):
                     f"scores: got {tuple(given.shape)}, expected one for each of the "
                     f"{len(rollout)} responses"
                 )
+            if not bool(torch.isfinite(given).all()):
+                raise ValueError(f"scores: got {given.tolist()}, expected finite numbers")
             rollout = replace(rollout, scores=given)
         return self.update(self.estimate(self.annotate(rollout)))
 

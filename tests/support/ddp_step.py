@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
     steps, step = [], trainer.engine.step
 
     def recorded(minibatch, *rest):
-        stats, norms = step(minibatch, *rest)
-        steps.append((minibatch.token_weights.sum().item(), stats["policy/loss"].item()))
-        return stats, norms
+        done = step(minibatch, *rest)
+        steps.append((minibatch.token_weights.sum().item(), done.stats["policy/loss"].item()))
+        return done
 
     trainer.engine.step = recorded
     metrics = trainer.step(rollout.select(mine))

@@ -83,19 +83,34 @@ def test_a_reward_that_fails_is_named(make, reward, message):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([{"role": "system", "content": "Be kind"}], "the prompt of record 0 has no user turn"),
+        ([{"role": "system", "content": "Be kind"}], "train_dataset: record 0 has no user turn"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "ends with the",
         ),
-        ([], "the prompt of record 0 is [], expected a string, or a list of messages"),
-        (None, "the prompt of record 0 is None, expected a string, or a list of messages"),
-        ("", "train_dataset: the prompt '' has no tokens, expected at least one"),
+        ([], "record 0 has the prompt [], expected a text, or a list of messages"),
+        (None, "record 0 has the prompt None, expected a text, or a list of messages"),
+        ("", "train_dataset: record 0 has the prompt '', expected a text, or a list of messages"),
+        ([{"role": "human", "content": "a"}], "a message of 'human', which chat templates do not"),
+        ([{"from": "human", "value": "a"}], "expected {'role': 'user', 'content': text}"),
+        ([{"role": "user", "content": None}], "expected {'role': 'user', 'content': text}"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "several parts of text"),
+        ([5, 6], "record 0 has the message 5, expected {'role': 'user', 'content': text}"),
     ],
 )
 def test_prompts_that_leave_nothing_to_answer(make, prompt, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make(train_dataset=[{"prompt": prompt}] * 8).collect()
+    """Found before any model is loaded; and wherever it stands."""
+    good = [{"prompt": "help"}] * 3
+    for index, dataset in ((0, [{"prompt": prompt}]), (3, [*good, {"prompt": prompt}])):
+        with pytest.raises(
+            ValueError, match=re.escape(message.replace("record 0", f"record {index}"))
+        ):
+            make(model="no/such/model", train_dataset=dataset)
+
+
+def test_a_prompt_without_tokens_is_named(make):
+    with pytest.raises(ValueError, match="the prompt '  ' has no tokens, expected at least one"):
+        make(train_dataset=[{"prompt": "  "}]).collect()
 
 
 @pytest.mark.parametrize(

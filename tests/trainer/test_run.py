@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from mossrlhf import PPOMaxLoss, Trainer, presets
+from mossrlhf import PPOMaxLoss, RewardShaper, Trainer, presets
 from mossrlhf.checkpoint import STATE, checkpoints
-from mossrlhf.fitting import require_types
+from mossrlhf.fitting import require_parts
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.tracking import completion_table
 
@@ -208,17 +208,46 @@ def test_what_a_resumed_run_had_done_later_is_moved_aside(make):
 
 
 class Fails(Trainer):
-    def collect(self, prompts=None):
-        if self.run.state.global_step == 2:
+    failed = False
+
+    def estimate(self, rollout):
+        rollout = super().estimate(rollout)  # prompts, random numbers and moments have gone on
+        if self.run.state.global_step == 2 and not self.failed:
             raise RuntimeError("no more")
-        return super().collect(prompts)
+        return rollout
 
 
-def test_an_exception_within_an_iteration_leaves_the_models(make):
-    trainer = make(kind=Fails, args=dict(total_steps=5))
+@pytest.mark.parametrize("kept", [None, 2])
+def test_an_exception_before_the_models_move_leaves_a_checkpoint(make, parameters, kept):
+    """A reward that fails now and then costs the iteration it failed in, which begins anew."""
+    options = dict(total_steps=4, lr_scheduler_type="linear")
+    shaper = RewardShaper(normalize=True)
+    whole = make("whole", args=options, shaper=shaper)
+    whole.train()
+    trainer = make("fails", kind=Fails, args={**options, "save_steps": kept}, shaper=shaper)
     with pytest.raises(RuntimeError, match="no more"):
         trainer.train()
+    assert steps_in(trainer.output_dir) == ["checkpoint-2"]
+    assert not (trainer.output_dir / "unfinished").exists()
+    trainer.failed = True
+    trainer.train()  # it can go on itself
+    assert torch.equal(parameters(trainer.model), parameters(whole.model))
+    resumed = make("fails", args=options, shaper=shaper)
+    resumed.train(resume_from_checkpoint=trainer.output_dir / "checkpoint-2")
+    assert torch.equal(parameters(resumed.model), parameters(whole.model))
+
+
+def test_an_exception_within_an_update_leaves_the_models(make):
+    class Breaks(Trainer):
+        def update(self, rollout, roles=("critic", "policy"), loss=None):
+            super().update(rollout, roles, loss)
+            raise RuntimeError("half done")
+
+    trainer = make(kind=Breaks)
+    with pytest.raises(RuntimeError, match="half done"):
+        trainer.train()
     assert (trainer.output_dir / "unfinished" / "policy" / "model.safetensors").is_file()
+    assert steps_in(trainer.output_dir) == []
 
 
 def test_an_exception_in_an_evaluation_leaves_a_checkpoint(make, world):
@@ -239,9 +268,10 @@ def test_a_second_ctrl_c_does_not_overwrite_a_checkpoint(make, parameters):
 
     trainer = make(kind=Impatient, args=dict(total_steps=3, save_steps=1))
     trainer.train()
-    written = (trainer.output_dir / "checkpoint-1" / STATE).stat().st_mtime_ns
     assert trainer.run.interrupted
-    assert (trainer.output_dir / "unfinished" / "policy" / "model.safetensors").is_file()
+    assert steps_in(trainer.output_dir) == ["checkpoint-1"]
+    written = (trainer.output_dir / "checkpoint-1" / STATE).stat().st_mtime_ns
+    trainer.train()
     assert (trainer.output_dir / "checkpoint-1" / STATE).stat().st_mtime_ns == written
 
 
@@ -327,18 +357,28 @@ def test_parts_nobody_knows(make, part, message):
         make(**part)
 
 
+ENOUGH = dict(train_dataset=[{"prompt": "a"}], eval_dataset=None, ptx_dataset=None, reward=len)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (({}, None, None), "args: got a dict, expected TrainerConfig(...)"),
-        ((None, len, None), "loss: got a builtin_function_or_method, expected a PPOMaxLoss"),
-        ((None, None, {}), "generation_config: got a dict, expected GenerationConfig(...)"),
+        (dict(args={}), "args: got {}, expected TrainerConfig(...)"),
+        (dict(loss=len), "loss: got <built-in function len>, expected a PPOMaxLoss"),
+        (dict(generation_config={}), "generation_config: got {}, expected GenerationConfig(...)"),
+        (dict(processing_class="gpt2"), "processing_class: got 'gpt2', expected a tokenizer"),
+        (dict(accelerator=3), "accelerator: got 3, expected an accelerate.Accelerator"),
+        (dict(shaper=3), "shaper: got 3, expected a RewardShaper, or a function"),
+        (dict(shaper=RewardShaper), "got the class RewardShaper, expected RewardShaper(...)"),
+        (dict(advantage=3), "advantage: got 3, expected an estimator, or a function"),
+        (dict(train_dataset=None), "train_dataset: got NoneType, expected a sequence of records"),
+        (dict(reward=3), "reward: got 3, expected a reward model"),
     ],
 )
 def test_parts_of_the_wrong_kind(parts, message):
     # Of the trainer itself the type checker of these tests would see them first.
     with pytest.raises(TypeError, match=re.escape(message)):
-        require_types(*parts)
+        require_parts({**ENOUGH, **parts})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper
+from mossrlhf.engine import StepOutput
+from mossrlhf.models import IGNORED_LABEL
 
 
 def brevity(*, completion_ids, **columns):
@@ -109,30 +111,41 @@ def test_minibatches_are_shared_out(make, two_processes, monkeypatch, size, proc
     if processes == 2:
         two_processes(trainer)
     taken = []
-    monkeypatch.setattr(trainer.engine, "step", lambda *given: (taken.append(given), ({}, {}))[1])
+    nothing = StepOutput({}, {}, {})
+    monkeypatch.setattr(trainer.engine, "step", lambda *given: (taken.append(given), nothing)[1])
     trainer.update(rollout)
     assert len(taken) == steps
     names = Counter(tuple(ids) for given in taken for ids in given[0].completions())
     assert names == Counter(tuple(ids) for ids in rollout.completions())
 
 
-def test_statistics_of_minibatches_weigh_their_tokens(make, monkeypatch):
-    trainer = make(args=dict(minibatch_size=3))
+def test_statistics_of_minibatches_weigh_what_they_are_means_of(make, monkeypatch, world):
+    """Tokens, states (finished responses have one more of them) and labels."""
+    trainer = make(
+        args=dict(minibatch_size=3),
+        shaper=RewardShaper(score_after_end=True),
+        loss=PPOMaxLoss(ptx_coef=0.1),
+        ptx_dataset=world.sft_examples(16),
+    )
     rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
     seen, step = [], trainer.engine.step
 
-    def watched(minibatch, *rest):
-        stats, norms = step(minibatch, *rest)
-        seen.append((int(minibatch.mask.sum()), stats["policy/loss"].item(), norms))
-        return stats, norms
+    def watched(minibatch, loss, roles, ptx):
+        done = step(minibatch, loss, roles, ptx)
+        labels = int((ptx["labels"][:, 1:] != IGNORED_LABEL).sum())
+        counts = int(minibatch.mask.sum()), int(minibatch.states.sum()), labels
+        seen.append((dict(zip(("policy", "critic", "ptx"), counts, strict=True)), done))
+        return done
 
     monkeypatch.setattr(trainer.engine, "step", watched)
     metrics = trainer.update(rollout)
-    tokens = [count for count, _, _ in seen]
-    assert len(set(tokens)) > 1
-    expected = sum(count * loss for count, loss, _ in seen) / sum(tokens)
-    assert metrics["policy/loss"] == pytest.approx(expected, rel=1e-5)
-    plain = sum(norms["policy/grad_norm"].item() for _, _, norms in seen) / len(seen)
+    for role in ("policy", "critic", "ptx"):
+        weights = [counts[role] for counts, _ in seen]
+        losses = [done.stats[f"{role}/loss"].item() for _, done in seen]
+        assert len(set(weights)) > 1
+        expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+        assert metrics[f"{role}/loss"] == pytest.approx(expected, rel=1e-5), role
+    plain = sum(done.norms["policy/grad_norm"].item() for _, done in seen) / len(seen)
     assert metrics["policy/grad_norm"] == pytest.approx(plain, rel=1e-5)
 
 

@@ -259,10 +259,9 @@ def test_gradient_checkpointing_changes_nothing(make, parameters):
 
 def test_a_step_that_is_not_finite_is_not_taken(make, parameters):
     trainer = make()
-    rollout = trainer.collect()
+    rollout = trainer.score(trainer.collect())
     before = parameters(trainer.model)
-    scores = torch.zeros(8)
-    scores[3] = torch.inf
+    rollout.scores[3] = torch.inf
     with pytest.raises(FloatingPointError, match=r"the step was not taken.*rewards of sample"):
-        trainer.step(rollout, scores=scores)
+        trainer.update(trainer.estimate(trainer.annotate(rollout)))
     assert torch.equal(before, parameters(trainer.model))

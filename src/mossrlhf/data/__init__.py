@@ -6,6 +6,7 @@ from mossrlhf.data.feed import PromptBatch, Shuffled, prompt_batch
 from mossrlhf.data.fit import overlong_prompts, require_fitting_prompts, without_overlong
 from mossrlhf.data.formats import DataError
 from mossrlhf.data.readers import load_pairs, load_prompts, load_sft
+from mossrlhf.data.records import require_record, require_records
 from mossrlhf.data.templates import (
     dialogue_template,
     encode_prompt,
@@ -35,6 +36,8 @@ __all__ = [
     "prompt_batch",
     "prompt_encodings",
     "require_fitting_prompts",
+    "require_record",
+    "require_records",
     "set_dialogue_template",
     "without_overlong",
 ]

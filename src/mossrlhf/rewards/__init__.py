@@ -1,7 +1,14 @@
 """What is to be maximized: reward models, classifiers and functions behind one door."""
 
 from mossrlhf.rewards.model import Classifier, ModelReward, as_reward_model, as_scorer
-from mossrlhf.rewards.together import RESERVED, Reward, RewardFunction, RewardSet, reward_name
+from mossrlhf.rewards.together import (
+    RESERVED,
+    Reward,
+    RewardFunction,
+    RewardSet,
+    reward_name,
+    reward_pairs,
+)
 
 __all__ = [
     "RESERVED",
@@ -13,4 +20,5 @@ __all__ = [
     "as_reward_model",
     "as_scorer",
     "reward_name",
+    "reward_pairs",
 ]

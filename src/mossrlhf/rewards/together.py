@@ -1,8 +1,11 @@
 """Rewards of all kinds called together: their names, their weights, what they may return."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +63,8 @@ class RewardSet:
     """
 
     def __init__(self, rewards: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-        if not listed:
-            raise ValueError("reward: got an empty list, expected at least one reward")
-        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in listed]
         self.tokenizer = tokenizer
-        self.rewards = [(_as_reward(reward), float(weight)) for reward, weight in pairs]
+        self.rewards = [(_as_reward(reward), weight) for reward, weight in reward_pairs(rewards)]
         self.names = [reward_name(reward) for reward, _ in self.rewards]
         if len(set(self.names)) < len(self.names):
             raise ValueError(
@@ -161,6 +160,37 @@ class RewardSet:
         return str(text)
 
 
+def reward_pairs(rewards: Any) -> list[tuple[Any, float]]:
+    """Return rewards as pairs of a reward and its weight, 1 where none is given.
+
+    Args:
+        rewards: one reward, or a list of rewards and pairs; nothing is loaded yet.
+
+    Raises:
+        TypeError: where one of them can be no reward, or its weight no number.
+        ValueError: where there is none, or a weight is not finite.
+
+    Source: ours.
+    """
+    listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    if not listed:
+        raise ValueError("reward: got an empty list, expected at least one reward")
+    pairs = []
+    for item in listed:
+        reward, weight = item if isinstance(item, tuple) else (item, 1.0)
+        if not isinstance(reward, str | Path | ModelReward) and not callable(reward):
+            raise TypeError(
+                f"reward: got {reward!r}, expected a reward model, a sequence classifier, a path "
+                "to one, or a function reward(*, prompts, completions, completion_ids, **columns)"
+            )
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise ValueError(
+                f"reward: the weight of {reward!r:.40} is {weight!r}, expected a number"
+            )
+        pairs.append((reward, float(weight)))
+    return pairs
+
+
 def reward_name(reward: Any) -> str:
     """Return what metrics call a reward: its ``__name__``, or its class.
 
@@ -175,14 +205,7 @@ def reward_name(reward: Any) -> str:
 def _as_reward(reward: Any) -> Reward:
     if isinstance(reward, ModelReward):
         return reward
-    if isinstance(reward, nn.Module):
-        return ModelReward(model=reward)
-    if not callable(reward):
-        raise TypeError(
-            f"reward: got {reward!r}, expected a reward model, a sequence classifier, a path to "
-            "one, or a function reward(*, prompts, completions, completion_ids, **columns)"
-        )
-    return reward
+    return ModelReward(model=reward) if isinstance(reward, nn.Module) else reward
 
 
 def _call(
@@ -215,16 +238,11 @@ def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[s
     if isinstance(output, Tensor):
         scores = output.detach().to(device, torch.float32)
     else:
-        try:
-            numbers = [0.0 if value is None else float(value) for value in output]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"reward {name!r} returned a {type(output).__name__}, expected a list of {size} "
-                f"numbers (None where it does not apply), or a tensor: {error}"
-            ) from error
+        values = _listed(output, name, size)
+        numbers = [0.0 if value is None else float(value) for value in values]
         scores = torch.tensor(numbers, dtype=torch.float32, device=device)
-        if len(numbers) == size:
-            absent = torch.tensor([value is None for value in output], device=device)
+        if len(values) == size:
+            absent = torch.tensor([value is None for value in values], device=device)
     shapes = [(size,), tuple(rollout.mask.shape)]
     if tuple(scores.shape) not in shapes:
         raise ValueError(
@@ -240,6 +258,22 @@ def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[s
             f"{completions[row]!r:.60}, expected finite numbers (None where it does not apply)"
         )
     return scores.masked_fill(absent, torch.nan) if scores.ndim == 1 else scores
+
+
+def _listed(output: Any, name: str, size: int) -> list[Any]:
+    """Return what a reward function gave as a list of numbers and None."""
+    try:
+        if isinstance(output, str | bytes | Mapping | Set):
+            raise TypeError("its order says nothing of the completions'")
+        values = list(output)
+        if wrong := [v for v in values if v is not None and not isinstance(v, SupportsFloat)]:
+            raise TypeError(f"{wrong[0]!r:.40} is no number")
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} returned a {type(output).__name__}, expected a list of {size} "
+            f"numbers (None where it does not apply), or a tensor: {error}"
+        ) from error
+    return values
 
 
 def _add(total: Tensor, part: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel, load_classifier
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
@@ -92,8 +92,8 @@ def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "")
         return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
     if isinstance(reward, nn.Module):
         scorer = as_scorer(reward)
-        origin = "" if isinstance(scorer, RewardModel) else scorer.model.config._name_or_path
-        other = _other_tokenizer(origin, tokenizer) if origin else None
+        own = scorer if isinstance(scorer, RewardModel) else scorer.model
+        other = _remembered_tokenizer(own.config, tokenizer)
         reward = ModelReward(model=scorer, tokenizer=other, name=name or "reward_model")
     if isinstance(reward, ModelReward) and reward.tokenizer is None:
         size = vocabulary_size(reward.model)
@@ -104,6 +104,18 @@ def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "")
                 "through text"
             )
     return reward
+
+
+def _remembered_tokenizer(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """Look where a model was loaded from for a tokenizer other than the policy's."""
+    if not config._name_or_path:
+        return None
+    try:
+        return _other_tokenizer(config._name_or_path, tokenizer)
+    except (OSError, ValueError):
+        return None  # saved without one, or no longer there: it was made for the policy's tokens
 
 
 def _other_tokenizer(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +36,8 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
 
     Raises:
         TypeError: where `model` is neither.
-        ValueError: where nothing of it is trainable, or its adapter cannot be merged.
+        ValueError: where nothing of it is trainable, its adapter cannot be merged, or it is the
+            inside of an adapted model.
 
     Warns:
         UserWarning: where an adapter is merged: what is saved stands on the merged model.
@@ -49,13 +51,15 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
             f"model: got {type(model).__name__}, expected a causal language model, or the folder "
             "or hub name of one"
         )
+    _require_own_weights(model)
     if peft_config is not None:
         from peft import get_peft_model
 
         model = _merged(model)
         with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
             torch.default_generator.manual_seed(seed)
-            model = get_peft_model(model, peft_config)
+            # PEFT writes the modules it has found into the config, which may serve other models.
+            model = get_peft_model(model, copy.deepcopy(peft_config))
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -80,6 +84,20 @@ def _load(name: str) -> nn.Module:
     from peft import AutoPeftModelForCausalLM
 
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True)
+
+
+def _require_own_weights(model: nn.Module) -> None:
+    """Refuse the inside of an adapted model: it looks bare, and only its adapter would learn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if is_adapted(model) or _is_injected(model):
+        return
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model: an adapter is inside it, put there by PEFT or by an earlier Trainer with "
+            "peft_config=; pass that trainer's policy to train the adapter on, policy.unload() "
+            "for the bare model, or load the model anew"
+        )
 
 
 def _is_injected(model: nn.Module) -> bool:
@@ -135,6 +153,10 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
         the reference; None where it is the policy itself with its adapters off, which is where
         they change nothing yet.
 
+    Raises:
+        TypeError: where it is no model.
+        ValueError: where its vocabulary is not the policy's.
+
     Warns:
         UserWarning: where the policy's adapters were trained before, so that it is copied whole.
 
@@ -155,8 +177,19 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
         ref_model = copy.deepcopy(policy)
     elif isinstance(ref_model, (str, Path)):
         ref_model = AutoModelForCausalLM.from_pretrained(str(ref_model))
+    elif not isinstance(ref_model, nn.Module):
+        raise TypeError(
+            f"ref_model: got {ref_model!r}, expected a causal language model, the folder or hub "
+            "name of one, or None for the policy as it is now"
+        )
     elif {*map(id, ref_model.parameters())} & {*map(id, policy.parameters())}:
         ref_model = copy.deepcopy(ref_model)  # what is frozen must not be what is trained
+    if vocabulary_size(ref_model) != vocabulary_size(policy):
+        raise ValueError(
+            f"ref_model: its vocabulary has {vocabulary_size(ref_model)} tokens, the policy's "
+            f"{vocabulary_size(policy)}; it must read the policy's tokens. Resize its embeddings, "
+            "or leave ref_model=None for the policy as it is now"
+        )
     return ref_model.eval().requires_grad_(False)
 
 
@@ -176,9 +209,10 @@ def has_effect(policy: nn.Module) -> bool:
     policy.eval()
     try:
         ids = ids.to(policy.get_input_embeddings().weight.device)  # type: ignore[operator]
-        adapted = policy(input_ids=ids).logits
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        adapted = policy(**asked).logits
         with policy.disable_adapter():  # type: ignore[operator]
-            bare = policy(input_ids=ids).logits
+            bare = policy(**asked).logits
     finally:
         policy.train(training)
     return not torch.equal(adapted, bare)
@@ -226,12 +260,15 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(backbone.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
 
-def require_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens the policy does not embed.
+def require_vocabulary(
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, special: GenerationConfig | None = None
+) -> None:
+    """Refuse a tokenizer with tokens the policy does not embed, or ends and padding it never says.
 
     Args:
         policy: a transformers model, with or without adapters.
         tokenizer: what its prompts are encoded with.
+        special: names the tokens that end and pad responses; None where they are not known.
 
     Raises:
         ValueError: with both sizes, in tokens.
@@ -245,6 +282,14 @@ def require_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) ->
             "of them; call model.resize_token_embeddings(len(tokenizer)) where tokens were added "
             "(and train them), or pass the model's own tokenizer"
         )
+    for name in ("eos_token_id", "pad_token_id"):
+        value = getattr(special, name, None)
+        ids = value if isinstance(value, list) else [value]
+        if wrong := [token for token in ids if token is not None and not 0 <= token < size]:
+            raise ValueError(
+                f"generation_config: {name} = {wrong[0]}, but the model's {size} tokens end at "
+                f"{size - 1}; name one of them, or leave it to the tokenizer"
+            )
 
 
 def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
