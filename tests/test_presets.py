@@ -1,10 +1,11 @@
 """Presets: the published numbers, and learning rates that stay in proportion."""
 
+import inspect
 from functools import partial
 
 import pytest
 
-from mossrlhf import PPOMaxLoss, presets
+from mossrlhf import PPOMaxLoss, Trainer, presets
 
 MOSS = partial(presets.moss_rlhf_2023, "en")
 
@@ -52,8 +53,17 @@ def test_a_component_given_stands_in_place_of_the_presets(preset):
 
 
 def test_what_is_neither_an_option_nor_a_component_is_refused():
-    with pytest.raises(TypeError, match="rewards"):
+    with pytest.raises(TypeError, match="no option 'rewards'"):
         presets.ppo_max(rewards=None)
+    with pytest.raises(
+        TypeError, match=r"'critic' is an argument of Trainer itself; pass it there"
+    ):
+        presets.ppo_max(critic=False)
+
+
+def test_arguments_of_the_trainer_are_known():
+    ours = set(presets.COMPONENTS) | presets.OF_TRAINERS | {"args"}
+    assert ours == set(inspect.signature(Trainer).parameters)
 
 
 def test_an_unknown_language_is_refused():

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ SOURCE = ROOT / "src" / "mossrlhf"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: the how-manieth of a file below src/mossrlhf, where, and what stands there."""
+    """One fault: the how-manieth of a file below src/mossrlhf, where, and what stands there.
+
+    Lines move, so it is known by its function, what stands there before and after, and `nth`: the
+    how-manieth of that kind in the function.
+    """
 
     file: str
     place: int
@@ -20,6 +25,12 @@ class Mutant:
     function: str
     before: str
     after: str
+    nth: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What an argument for equivalence goes by."""
+        return self.file, self.function, self.before, self.after, self.nth
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.function}: {self.before}  ->  {self.after}"
@@ -87,8 +98,9 @@ def faults(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant(1.5 * value if value else 1.0)
         case ast.IfExp(body=body, orelse=orelse):
             yield from (body, orelse)
-        case ast.AugAssign(target=target, op=ast.Add(), value=value):
-            yield ast.AugAssign(target, ast.Sub(), value)
+        case ast.AugAssign(target=target, op=op, value=value):
+            for other in BINARY.get(type(op), ()):
+                yield ast.AugAssign(target, other(), value)
         case ast.Assign(targets=[ast.Name(id=name)], value=value):
             if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(value)):
                 yield ast.Pass()
@@ -149,11 +161,14 @@ def live(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
 def mutants(file: str) -> list[Mutant]:
     """Return all mutants of a file."""
     tree = ast.parse((SOURCE / file).read_text())
-    found = []
+    found: list[Mutant] = []
+    seen: Counter[tuple[str, str, str]] = Counter()
     for function, node in live(tree):
         for after in faults(node):
-            line, texts = getattr(node, "lineno", 0), [_short(node), _short(after)]
-            found.append(Mutant(file, len(found), line, function, *texts))
+            kind = function, _short(node), _short(after)
+            seen[kind] += 1
+            line = getattr(node, "lineno", 0)
+            found.append(Mutant(file, len(found), line, *kind, seen[kind]))
     return found
 
 

@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,10 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
     "loss.py": ("test_loss.py",),
     "models/actor_critic.py": ("test_models.py", *TRAINER),
+    "models/reward_model.py": ("test_models.py",),
     "rewards/model.py": ("test_rewards.py",),
     "rewards/together.py": ("test_rewards.py",),
+    "sampling.py": ("test_sampling.py",),
     "shaping.py": ("test_shaping.py",),
     "stages.py": ("trainer/test_stages.py", *TRAINER, "trainer/test_distributed.py"),
     "types.py": ("test_types.py", "test_buffer.py", *TRAINER),
@@ -123,28 +125,23 @@ def survivors(found: Sequence[Mutant], jobs: int) -> Iterator[Mutant]:
             yield mutant
 
 
-def load_argued() -> dict[tuple[str, str, str, str], str]:
+def load_argued() -> dict[tuple[str, str, str, str, int], str]:
     """Return why some mutants are equivalent."""
     if not ARGUED.exists():
         return {}
     entries = json.loads(ARGUED.read_text(encoding="utf-8"))
-    return {(e["file"], e["function"], e["before"], e["after"]): e["why"] for e in entries}
-
-
-def key(mutant: Mutant) -> tuple[str, str, str, str]:
-    """What an argument for equivalence goes by: lines move."""
-    return mutant.file, mutant.function, mutant.before, mutant.after
+    return {
+        (e["file"], e["function"], e["before"], e["after"], e.get("nth", 1)): e["why"]
+        for e in entries
+    }
 
 
 def figures_of(
-    file: str,
-    found: list[Mutant],
-    alive: list[Mutant],
-    argued: dict[tuple[str, str, str, str], str],
+    file: str, found: list[Mutant], alive: list[Mutant], argued: Container[Any]
 ) -> dict[str, Any]:
     """Return what is kept of one file, with the source it is true of."""
     mine = [mutant for mutant in alive if mutant.file == file]
-    equal = [mutant for mutant in mine if key(mutant) in argued]
+    equal = [mutant for mutant in mine if mutant.key in argued]
     return {
         "blake2": hashlib.blake2b((SOURCE / file).read_bytes(), digest_size=8).hexdigest(),
         "mutants": len(found),
@@ -175,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     argued, alive = load_argued(), []
     for mutant in survivors(found, args.jobs):
         alive.append(mutant)
-        if key(mutant) not in argued:
+        if mutant.key not in argued:
             print(f"\rSURVIVED  {mutant}", flush=True)
     figures = {
         file: figures_of(file, [m for m in found if m.file == file], alive, argued)

@@ -26,6 +26,12 @@ C_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.5e-6}
 COMPONENTS = ("shaper", "advantage", "loss", "generation_config")
 """Arguments of `Trainer` that a preset takes in place of what it would compose."""
 
+OF_TRAINERS = frozenset([
+    "accelerator", "callbacks", "critic", "eval_dataset", "model", "peft_config",
+    "processing_class", "ptx_dataset", "ref_model", "reward", "sampler", "train_dataset",
+])  # fmt: skip
+"""Arguments of `Trainer` that no preset has a say in."""
+
 
 def ppo_max(**options: Any) -> dict[str, Any]:
     """PPO-max, the paper's algorithm.
@@ -174,6 +180,11 @@ def _composed(
     """Put what was asked for in place of what the preset says."""
     given = {name: options[name] for name in COMPONENTS if name in options}
     others = {name: value for name, value in options.items() if name not in COMPONENTS}
+    if stray := others.keys() & OF_TRAINERS:
+        raise TypeError(
+            f"presets: {min(stray)!r} is an argument of Trainer itself; pass it there: "
+            f"Trainer(..., {min(stray)}=..., **preset)"
+        )
     return {"args": TrainerConfig(**{**settings, **others}), **components, **given}
 
 

@@ -18,6 +18,8 @@ ELSEWHERE = {
     "clip_range": "PPOMaxLoss(policy_clip=)",
     "epsilon": "PPOMaxLoss(policy_clip=)",
     "gradient_accumulation_steps": "TrainerConfig(micro_batch_size=), which changes speed alone",
+    "fp16": "TrainerConfig(bf16=True)",
+    "gae_lambda": "AdvantageEstimator(lam=)",
     "init_kl_coef": "RewardShaper(kl_coef=)",
     "config": "Trainer(args=TrainerConfig(...))",
     "kl_coef": "RewardShaper(kl_coef=), or PPOMaxLoss(kl_loss_coef=) for a term of the loss",

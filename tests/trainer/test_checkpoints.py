@@ -1,9 +1,11 @@
 """Nothing that was written is lost, and nothing half-written is taken for finished."""
 
 import errno
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from mossrlhf import checkpoint
 from mossrlhf.checkpoint import STATE
@@ -70,6 +72,17 @@ def test_a_half_written_folder_is_no_checkpoint(make, missing):
     else:
         with pytest.raises(FileNotFoundError, match=missing):
             again.train(resume_from_checkpoint=True)
+
+
+def test_random_numbers_go_on_where_they_were():
+    """Python's as well, which reward functions draw from."""
+    noted = checkpoint.random_state()
+    drawn = []
+    for _ in range(2):
+        checkpoint.set_random_state(*noted)
+        drawn.append((random.random(), torch.rand(()).item()))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != (random.random(), torch.rand(()).item())
 
 
 def test_a_file_that_is_cut_off_is_named(make):

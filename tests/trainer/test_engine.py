@@ -85,6 +85,25 @@ def test_gradients_are_bounded_by_role_or_together(make, jointly):
         assert list(seen.values()) == pytest.approx([1e-3, 1e-3], rel=1e-2)
 
 
+def test_without_a_bound_gradients_are_left_as_they_are(make, monkeypatch):
+    """As in the presets for vanilla PPO and TRL's."""
+    trainer = make(args=dict(max_grad_norm=None, minibatch_size=8))
+    before, norms, original = [], [], trainer.engine._clip
+
+    def watched(roles):
+        parameters = list(trainer.critic.parameters())
+        # As large as no gradient of these models is.
+        parameters[0].grad += 1e3
+        before.append([p.grad.clone() for p in parameters])
+        norms.append(original(roles))
+        assert all(torch.equal(a, p.grad) for a, p in zip(before[0], parameters, strict=True))
+        return norms[0]
+
+    monkeypatch.setattr(trainer.engine, "_clip", watched)
+    trainer.step(trainer.collect())
+    assert norms[0]["critic/grad_norm"] > 1e3
+
+
 def test_optimizers_are_told_what_was_asked_for(make):
     args = dict(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3, weight_decay=0.1)
     trainer = make(args=args)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mossrlhf import Advantages, Trainer
+from mossrlhf import Advantages, PPOMaxLoss, RewardShaper, Trainer
 from mossrlhf.checkpoint import checkpoints
 
 
@@ -127,12 +127,27 @@ def test_second_ctrl_c_stops_at_once(make):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resumed_equals_uninterrupted(make, parameters, world, stop):
-    options = dict(total_steps=4, save_steps=1, save_total_limit=None, critic_pretrain_steps=1)
-    whole = make("whole", args=options)
+    """With everything that has a place to go on from: schedules, moments, streams of data."""
+
+    def build(name):
+        return make(
+            name,
+            shaper=RewardShaper(normalize=True),
+            loss=PPOMaxLoss(ptx_coef=0.1),
+            ptx_dataset=world.sft_examples(64),
+            args=dict(
+                total_steps=4,
+                save_steps=1,
+                save_total_limit=None,
+                critic_pretrain_steps=1,
+                lr_scheduler_type="linear",
+            ),
+        )
+
+    whole, half = build("whole"), build("half")
     whole.train()
-    half = make("half", args=options)
     half.train()
-    resumed = make("resumed", args=options)
+    resumed = build("resumed")
     torch.manual_seed(123)  # what the process drew before resuming must not matter
     resumed.train(resume_from_checkpoint=half.output_dir / f"checkpoint-{stop}")
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
