@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from mossrlhf.strict import check_range, strict
+from mossrlhf.strict import check_range, strict, suggest
+
+SCHEDULES = (
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear",
+    "polynomial",
+)  # fmt: skip
+"""Schedules of transformers that need nothing but a warm-up and a number of steps."""
 
 
 @strict
@@ -17,7 +23,7 @@ class TrainerConfig:
         seed: of sampling and of the order of prompts and minibatches.
         learning_rate: of the policy (P1 and C: 5e-7).
         critic_learning_rate: of the critic (P1: 1.65e-6, C: 1.5e-6).
-        lr_scheduler_type: a schedule of transformers; "inverse_sqrt" is C's.
+        lr_scheduler_type: one of `SCHEDULES`; "inverse_sqrt" is C's.
         warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1 and C: 0.1).
         adam_beta1: Adam's β₁ (P1, C).
         adam_beta2: Adam's β₂ (P1, C).
@@ -110,6 +116,13 @@ class TrainerConfig:
             check(name, 0, above=True)
         for name in ("total_steps", "critic_pretrain_steps"):
             check(name, 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_range("TrainerConfig", name, getattr(self, name), 0, 1)
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(
+                f"TrainerConfig(lr_scheduler_type={self.lr_scheduler_type!r}): expected one of "
+                f"{', '.join(SCHEDULES)}{suggest(self.lr_scheduler_type, list(SCHEDULES))}"
+            )
         counts = "rollout_size minibatch_size num_ppo_epochs samples_per_prompt micro_batch_size "
         counts += "max_tokens max_prompt_length logging_steps eval_steps save_steps"
         for name in counts.split():

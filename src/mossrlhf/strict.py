@@ -3,10 +3,11 @@
 import difflib
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from inspect import signature
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -74,8 +75,10 @@ def strict(cls: type[T]) -> type[T]:
     Source: ours.
     """
     init: Callable[..., None] = cls.__init__
-    known = [spec.name for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
-    cls.__init__ = _checked(init, known, cls.__name__)  # type: ignore[method-assign]
+    options = [spec for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
+    needed = {spec.name for spec in options if not _may_be_none(spec.type)}
+    known = [spec.name for spec in options]
+    cls.__init__ = _checked(init, known, cls.__name__, needed)  # type: ignore[method-assign]
     return cls
 
 
@@ -90,10 +93,16 @@ def strict_init(init: F) -> F:
     return _checked(init, [name for name in signature(init).parameters if name != "self"])
 
 
-def _checked(init: Any, known: list[str], owner: str = "") -> Any:
+def _may_be_none(kind: Any) -> bool:
+    return kind is Any or NoneType in get_args(kind)
+
+
+def _checked(init: Any, known: list[str], owner: str = "", needed: Collection[str] = ()) -> Any:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
+        for name, value in kwargs.items():
+            if value is None and name in needed:
+                raise TypeError(f"{owner}({name}=None): it cannot be None; leave it out")
             if name not in known:
                 hint = suggest(name, known) or f"; its options: {', '.join(known)}"
                 raise TypeError(f"{owner or type(self).__name__} has no option {name!r}{hint}")
@@ -134,5 +143,5 @@ def check_range(
     opening = "(" if above else "["
     raise ValueError(
         f"{owner}({name}=): got {value}, expected a number in {opening}{low}, {high}]"
-        + ("" if low > 0 else " (None switches it off, where that is allowed)")
+        + (" (None switches it off, where that is allowed)" if above else "")
     )

@@ -192,6 +192,15 @@ def test_output_directory_that_is_a_file(make, tmp_path):
         (dict(rollout_size=4, minibatch_size=8), "lower minibatch_size"),
         (dict(rollout_size=9, samples_per_prompt=2), "make rollout_size a multiple"),
         (dict(minibatch_size=0), "TrainerConfig(minibatch_size=): got 0"),
+        (dict(learning_rate=None), "TrainerConfig(learning_rate=None): it cannot be None"),
+        (
+            dict(learning_rate="1e-5"),
+            "TrainerConfig(learning_rate=): got '1e-5', expected a number",
+        ),
+        (dict(adam_beta1=1.5), "TrainerConfig(adam_beta1=): got 1.5, expected a number in [0, 1]"),
+        (dict(lr_scheduler_type="cosin"), "did you mean 'cosine'?"),
+        (dict(lr_scheduler_type="reduce_lr_on_plateau"), "expected one of constant, constant_with"),
+        (dict(gae_lambda=0.9), "'gae_lambda'; here that is AdvantageEstimator(lam=)"),
     ],
 )
 def test_options(options, message):

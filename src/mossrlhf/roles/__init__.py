@@ -12,6 +12,8 @@ from mossrlhf.roles.policy import (
     is_adapted,
     load_policy,
     load_reference,
+)
+from mossrlhf.roles.reading import (
     load_tokenizer,
     policy_context,
     prompt_budget,

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from mossrlhf.models import RewardModel, load_classifier
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
-from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted, vocabulary_size
+from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
+from mossrlhf.roles.reading import vocabulary_size
 
 
 def load_critic(
