@@ -150,9 +150,9 @@ class TestFunctions:
             ([float("nan"), 1.0], "'broken' returned nan for sample 0"),
             (torch.tensor([1.0, float("nan")]), "'broken' returned nan for sample 1"),
             (torch.full((2, 3), -torch.inf), r"'broken' returned \[-inf.* for sample 0"),
-            (None, "'broken' returned a NoneType, expected a list of 2 numbers"),
-            (5.0, "'broken' returned a float, expected a list of 2 numbers"),
-            (["good", "bad"], "'broken' returned a list, expected a list of 2 numbers .*'good'"),
+            (None, "'broken' returned NoneType, expected a list of 2 numbers"),
+            (5.0, "'broken' returned float, expected a list of 2 numbers"),
+            (["good", "bad"], "'broken' returned list, expected a list of 2 numbers .*'good'"),
         ],
     )
     def test_answers_of_no_use_are_named(self, tokenizer, rollout, returned, message):
@@ -428,8 +428,8 @@ class TestModels:
         )
 
     def test_a_classifier_without_values_is_no_critic(self, bert):
-        with pytest.raises(ValueError, match=r"critic: got a BertForSeq.*value at every token"):
-            as_reward_model(bert)
+        with pytest.raises(ValueError, match=r"critic: got BertForSeq.*value at every token"):
+            as_reward_model(bert, "critic")
 
     def test_several_labels_of_any_classifier_are_refused(self):
         with pytest.raises(ValueError, match="has 2 labels, expected 1"):
@@ -441,7 +441,7 @@ class TestModels:
             ModelReward(model=classifier)
 
     def test_another_module_is_refused(self, tokenizer):
-        with pytest.raises(ValueError, match="got a Linear"):
+        with pytest.raises(ValueError, match="reward: got Linear, expected a RewardModel"):
             RewardSet(nn.Linear(2, 1), tokenizer)
 
 

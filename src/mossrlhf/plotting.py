@@ -176,7 +176,8 @@ def _picture(
     curves = [{k: m for k, m in panel.curves.items() if m in logged} for panel in panels]
     shown = [replace(p, curves=c) for p, c in zip(panels, curves, strict=True) if c]
     if not shown:
-        raise ValueError(f"history: {[*arms]} have logged nothing to draw yet; call train() first")
+        names = f" of {', '.join(arms)}" if any(arms) else ""
+        raise ValueError(f"history{names}: there is nothing to draw yet; call train() first")
     figure = _blank()
     columns = math.ceil(math.sqrt(len(shown)))
     rows, axes = math.ceil(len(shown) / columns), None

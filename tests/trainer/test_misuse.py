@@ -103,10 +103,10 @@ def test_ends_that_are_none_are_refused(make):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({0: 0.5, 1: 0.5}, "returned a dict, expected a list of 8 numbers"),
-        ({0.5}, "returned a set, expected a list"),
-        ("12345678", "returned a str, expected a list"),
-        (["1"] * 8, "returned a list, expected a list of 8 numbers.*'1' is no number"),
+        ({0: 0.5, 1: 0.5}, "returned dict, expected a list of 8 numbers"),
+        ({0.5}, "returned set, expected a list"),
+        ("12345678", "returned str, expected a list"),
+        (["1"] * 8, "returned list, expected a list of 8 numbers.*'1' is no number"),
     ],
 )
 def test_what_has_no_order_or_is_no_number_is_no_reward(make, returned, message):

@@ -167,12 +167,13 @@ def as_scorer(model: nn.Module) -> RewardModel | Classifier:
     return Classifier(model)
 
 
-def as_reward_model(model: nn.Module) -> RewardModel:
+def as_reward_model(model: nn.Module, name: str = "reward") -> RewardModel:
     """Return a `RewardModel` sharing the weights of a one-label sequence classifier.
 
     Args:
         model: a `RewardModel`, which is returned as it is, or a transformers classifier with a
             head called ``score`` on a causal backbone: one that gives a value at every token.
+        name: what the error calls it.
 
     Raises:
         ValueError: where it has no linear head called ``score`` with one output.
@@ -184,15 +185,18 @@ def as_reward_model(model: nn.Module) -> RewardModel:
     head = getattr(model, "score", None)
     if not isinstance(model, PreTrainedModel) or not isinstance(head, nn.Linear):
         classifies = type(model).__name__.endswith("ForSequenceClassification")
-        raise ValueError(
-            f"critic: got a {type(model).__name__}, which scores sequences as a whole; a critic "
-            "needs a value at every token: a RewardModel, or a causal backbone under a head called "
-            "'score'. Leave critic=None for one made of the policy"
-            if classifies
-            else f"reward: got a {type(model).__name__}, expected a RewardModel, a transformers "
-            "sequence classifier with one label, or a callable; wrap others in a function "
-            "reward(*, prompts, completions, completion_ids, **columns) -> list[float]"
+        remedy = (
+            "expected a RewardModel, a transformers sequence classifier with one label, or a "
+            "callable; wrap others in a function reward(*, prompts, completions, completion_ids, "
+            "**columns) -> list[float]"
         )
+        if name == "critic":
+            whole = "which scores sequences as a whole; " if classifies else ""
+            remedy = (
+                f"{whole}a critic needs a value at every token: a RewardModel, or a causal backbone "
+                "under a head called 'score'. Leave critic=None for one made of the policy"
+            )
+        raise ValueError(f"{name}: got {type(model).__name__}, {remedy}")
     _require_one_label(model, head.out_features)
     value_head = ValueHead(head.in_features, bias=head.bias is not None)
     value_head.weight = head.weight

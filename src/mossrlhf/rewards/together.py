@@ -270,7 +270,7 @@ def _listed(output: Any, name: str, size: int) -> list[Any]:
             raise TypeError(f"{wrong[0]!r:.40} is no number")
     except TypeError as error:
         raise ValueError(
-            f"reward {name!r} returned a {type(output).__name__}, expected a list of {size} "
+            f"reward {name!r} returned {type(output).__name__}, expected a list of {size} "
             f"numbers (None where it does not apply), or a tensor: {error}"
         ) from error
     return values

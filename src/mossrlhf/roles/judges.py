@@ -42,7 +42,7 @@ def load_critic(
     elif isinstance(critic, (str, Path)):
         made = RewardModel.from_pretrained(critic)
     else:
-        made = as_reward_model(critic)
+        made = as_reward_model(critic, "critic")
         if any(made.score.weight is model.score.weight for model in rewards):
             made = copy.deepcopy(made)  # or the reward would be trained along
     if vocabulary_size(made) != vocabulary:
