@@ -176,8 +176,7 @@ def _picture(
     curves = [{k: m for k, m in panel.curves.items() if m in logged} for panel in panels]
     shown = [replace(p, curves=c) for p, c in zip(panels, curves, strict=True) if c]
     if not shown:
-        names = f" of {', '.join(arms)}" if any(arms) else ""
-        raise ValueError(f"history{names}: there is nothing to draw yet; call train() first")
+        raise ValueError("history: there is nothing in it to draw yet; call train() first")
     figure = _blank()
     columns = math.ceil(math.sqrt(len(shown)))
     rows, axes = math.ceil(len(shown) / columns), None

@@ -193,8 +193,8 @@ def as_reward_model(model: nn.Module, name: str = "reward") -> RewardModel:
         if name == "critic":
             whole = "which scores sequences as a whole; " if classifies else ""
             remedy = (
-                f"{whole}a critic needs a value at every token: a RewardModel, or a causal backbone "
-                "under a head called 'score'. Leave critic=None for one made of the policy"
+                f"{whole}a critic needs a value at every token: a RewardModel, or a causal "
+                "backbone under a head called 'score'. Leave critic=None for one made of the policy"
             )
         raise ValueError(f"{name}: got {type(model).__name__}, {remedy}")
     _require_one_label(model, head.out_features)
