@@ -184,6 +184,19 @@ def test_a_clip_counts_where_it_stops_something(batch, direction, advantage, sha
     assert critic == pytest.approx(1 if beyond else 0)
 
 
+@pytest.mark.parametrize("wrong", [None, 0.0, torch.tensor(0.0), torch.zeros(1)])
+@pytest.mark.parametrize("method", ["policy_loss", "value_loss"])
+def test_losses_are_per_token(batch, method, wrong):
+    """What would be broadcast over the tokens, or is no tensor, is refused."""
+    loss = type("Wrong", (PPOMaxLoss,), {method: lambda self, *args: wrong})()
+    model = Model.near(batch)
+    with pytest.raises(ValueError, match=rf"{method}: returned .*, expected one number per token"):
+        if method == "policy_loss":
+            loss.policy(model.stats(batch.mask), batch)
+        else:
+            loss.critic(model.value[batch.mask], batch)
+
+
 def test_statistics_keep_no_graph(batch):
     model = Model.near(batch)
     loss = PPOMaxLoss(ptx_coef=1.0)
