@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -190,11 +191,10 @@ def test_losses_are_per_token(batch, method, wrong):
     """What would be broadcast over the tokens, or is no tensor, is refused."""
     loss = type("Wrong", (PPOMaxLoss,), {method: lambda self, *args: wrong})()
     model = Model.near(batch)
+    policy = partial(loss.policy, model.stats(batch.mask), batch)
+    critic = partial(loss.critic, model.value[batch.mask], batch)
     with pytest.raises(ValueError, match=rf"{method}: returned .*, expected one number per token"):
-        if method == "policy_loss":
-            loss.policy(model.stats(batch.mask), batch)
-        else:
-            loss.critic(model.value[batch.mask], batch)
+        (policy if method == "policy_loss" else critic)()
 
 
 def test_statistics_keep_no_graph(batch):
