@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from mossrlhf.rewards import (
     as_reward_model,
     as_scorer,
     reward_name,
+    reward_pairs,
 )
 from mossrlhf.types import Rollout
 
@@ -142,6 +144,11 @@ class TestFunctions:
         ("returned", "message"),
         [
             ([1.0], r"'broken' returned \(1,\) values for 2 completions"),
+            ({0: 0.5, 1: 0.5}, "'broken' returned dict, expected a list of 2 numbers"),
+            ({0.5, 0.6}, "'broken' returned set, expected a list of 2 numbers"),
+            ("12", "'broken' returned str, expected .*its order says nothing"),
+            (b"12", "'broken' returned bytes, expected .*its order says nothing"),
+            (["1", "2"], "'broken' returned list, expected .*'1' is no number"),
             (torch.zeros(2, 2), r"'broken' returned \(2, 2\) values .* or \(2, 3\) for one reward"),
             (
                 [1.0, float("inf")],
@@ -210,6 +217,19 @@ class TestTokenRewards:
 
 
 class TestWeights:
+    def test_what_may_be_a_reward(self, classifier):
+        """Names are loaded by the trainer."""
+        given = ["a/name", Path("a/folder"), ModelReward(model=classifier), classifier, fine]
+        assert reward_pairs([*given, (fine, 2)]) == [*((g, 1.0) for g in given), (fine, 2.0)]
+        assert reward_pairs(fine) == [(fine, 1.0)]
+        with pytest.raises(TypeError, match="reward: got 3, expected a reward model"):
+            reward_pairs([fine, 3])
+
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+    def test_weights_are_numbers(self, weight):
+        with pytest.raises(ValueError, match=r"reward: the weight of .* expected a number"):
+            reward_pairs([(fine, weight)])
+
     def test_sum(self, tokenizer, rollout):
         def length(completion_ids, **_):
             return [float(len(ids)) for ids in completion_ids]
@@ -430,6 +450,10 @@ class TestModels:
     def test_a_classifier_without_values_is_no_critic(self, bert):
         with pytest.raises(ValueError, match=r"critic: got BertForSeq.*value at every token"):
             as_reward_model(bert, "critic")
+
+    def test_what_scores_nothing_is_no_critic_either(self):
+        with pytest.raises(ValueError, match="critic: got Linear, a critic needs a value at every"):
+            as_reward_model(nn.Linear(2, 1), "critic")
 
     def test_several_labels_of_any_classifier_are_refused(self):
         with pytest.raises(ValueError, match="has 2 labels, expected 1"):
