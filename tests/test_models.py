@@ -332,6 +332,12 @@ class TestRewardModel:
         torch.testing.assert_close(dict(language_model.state_dict()), before)
         assert language_model.config.pad_token_id == PAD
 
+    def test_starts_in_float32_from_a_folder_of_any_precision(self, tmp_path):
+        LANGUAGE_MODELS["llama"]().bfloat16().save_pretrained(tmp_path)
+        assert RewardModel.from_language_model(tmp_path).backbone.dtype == torch.float32
+        kept = RewardModel.from_language_model(tmp_path, dtype=torch.bfloat16)
+        assert kept.backbone.dtype == torch.bfloat16
+
     def test_starts_from_a_folder(self, tmp_path):
         language_model = LANGUAGE_MODELS["llama"]()
         language_model.save_pretrained(tmp_path)
