@@ -85,6 +85,17 @@ def test_gradients_are_bounded_by_role_or_together(make, jointly):
         assert list(seen.values()) == pytest.approx([1e-3, 1e-3], rel=1e-2)
 
 
+def test_a_minibatch_is_prepared_as_a_whole(make, parameters):
+    """Whitened and clipped before it is cut up, as if it had come so."""
+    args = dict(minibatch_size=8, micro_batch_size=2)
+    loss = PPOMaxLoss(advantage_norm=True, advantage_clip=0.5)
+    asked, given = make("asked", loss=loss, args=args), make("given", args=args)
+    rollout = asked.estimate(asked.annotate(asked.score(asked.collect())))
+    asked.engine.step(rollout, loss)
+    given.engine.step(loss.prepare(rollout), PPOMaxLoss())
+    assert torch.equal(parameters(asked.model), parameters(given.model))
+
+
 def test_without_a_bound_gradients_are_left_as_they_are(make, monkeypatch):
     """As in the presets for vanilla PPO and TRL's."""
     trainer = make(args=dict(max_grad_norm=None, minibatch_size=8))
