@@ -448,7 +448,8 @@ class TestModels:
         )
 
     def test_a_classifier_without_values_is_no_critic(self, bert):
-        with pytest.raises(ValueError, match=r"got BertForSeq\w+, which scores sequences as a whole; a critic"):
+        message = r"got BertForSeq\w+, which scores sequences as a whole; a critic needs a value at"
+        with pytest.raises(ValueError, match=message):
             as_reward_model(bert, "critic")
 
     def test_what_scores_nothing_is_no_critic_either(self):
