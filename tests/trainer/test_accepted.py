@@ -246,9 +246,11 @@ def test_responses_of_one_token(make, world, parameters):
 
 def test_one_prompt(make, world, parameters):
     trainer = make(reward=brevity, train_dataset=world.prompts(1))
+    assert len({tuple(ids) for ids in trainer.collect().prompts()}) == 1
     learn(trainer, parameters)
     one = dict(total_steps=1, rollout_size=1, minibatch_size=1)
-    learn(make("one", reward=brevity, train_dataset=world.prompts(1), args=one), parameters)
+    single = make("one", reward=brevity, train_dataset=world.prompts(1), args=one)
+    assert len(learn(single, parameters)) == 1
 
 
 def test_minibatches_that_do_not_come_out_even(make, world, parameters):
