@@ -266,12 +266,18 @@ class TokenStats:
     Args:
         logprob: log-probability of each token, nats, at least float32.
         entropy: entropy of the distribution each was drawn from, nats; None where not asked for.
+        logsumexp: log Σ_v exp(z_v/τ), nats; None where it is not known.
+        ref_logprob: log-probability under the reference, nats; None without one.
+        kl: exact KL divergence from the reference, nats; None without one.
 
     Source: ours.
     """
 
     logprob: Float[Tensor, "..."]
     entropy: Float[Tensor, "..."] | None = None
+    logsumexp: Float[Tensor, "..."] | None = None
+    ref_logprob: Float[Tensor, "..."] | None = None
+    kl: Float[Tensor, "..."] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,23 +50,30 @@ def token_stats(
     ids: Int[Tensor, "*shape"],
     temperature: float = 1.0,
     entropy: bool = True,
+    ref_logits: Float[Tensor, "*shape V"] | None = None,
 ) -> TokenStats:
-    """Log-probability and, where asked for, entropy of every token.
+    """Log-probability, log-sum-exp and, where asked for, entropy and exact KL of every token.
+
+    The reference that `kernels.token_stats` is held to.
 
     Args:
         logits: ``[..., V]``.
         ids: ``[...]``.
         temperature: τ the tokens were drawn at.
         entropy: False leaves the entropy out.
+        ref_logits: ``[..., V]`` of the reference, for its log-probability and the KL divergence.
 
     Returns:
         `TokenStats` with ``[...]`` tensors, nats.
 
-    Source: `token_logprobs` and `entropy_from_logits`.
+    Source: `token_logprobs`, `entropy_from_logits` and `exact_kl`.
     """
     return TokenStats(
         logprob=token_logprobs(logits, ids, temperature),
         entropy=entropy_from_logits(logits, temperature) if entropy else None,
+        logsumexp=(upcast(logits) / temperature).logsumexp(-1),
+        ref_logprob=None if ref_logits is None else token_logprobs(ref_logits, ids, temperature),
+        kl=None if ref_logits is None else exact_kl(logits, ref_logits, temperature),
     )
 
 

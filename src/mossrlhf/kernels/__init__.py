@@ -1,0 +1,15 @@
+"""Log-probability, entropy and KL of tokens over the vocabulary, without copies of the logits."""
+
+from mossrlhf.kernels.dispatch import Backend, backend, use_backend
+from mossrlhf.kernels.linear import linear_token_loss, linear_token_stats
+from mossrlhf.kernels.rows import IGNORED_ID, token_stats
+
+__all__ = [
+    "IGNORED_ID",
+    "Backend",
+    "backend",
+    "linear_token_loss",
+    "linear_token_stats",
+    "token_stats",
+    "use_backend",
+]

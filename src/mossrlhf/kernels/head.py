@@ -1,0 +1,109 @@
+"""An output head, applied to one chunk of hidden states after the other."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mossrlhf.kernels.dispatch import backend_of
+
+CPU_CHUNK_BYTES = 2**25
+"""Of the float32 logits of one chunk: few enough to be lean, rows enough for the matrix product."""
+
+CUDA_CHUNK_BYTES = 2**30
+CUDA_CHUNK_ROWS = 4096
+
+
+class Head:
+    """z = c·tanh(s (x Wᵀ + b) / c) for one chunk of x after the other, and the gradients of it.
+
+    The product is computed in autocast's type where that is on, else in that of the operands, and
+    summed and kept in float32; on the CPU operands in half precision become float32 first.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = dtype or _product_dtype(hidden, weight)
+        self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
+        self.bias, self.scale, self.softcap = bias, scale, softcap
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut N rows into chunks of like size."""
+        total, width = len(self.hidden), max(1, len(self.weight))
+        if self.hidden.is_cuda:
+            most = min(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // (4 * width))
+        else:
+            most = CPU_CHUNK_BYTES // (4 * width)
+        count = -(-total // max(16, most))
+        size = -(-total // max(1, count))
+        for start in range(0, total, max(1, size)):
+            yield slice(start, min(start + size, total))
+
+    def logits(self, rows: slice) -> Tensor:
+        """Compute the logits ``[n, V]`` of a chunk."""
+        z = _product(self.hidden[rows], self.weight.t(), self.wide)
+        if self.bias is not None:
+            z += self.bias
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def want(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Make room for the gradients of what is given; None wants none."""
+        if hidden is not None:
+            self.d_hidden = torch.empty_like(hidden)
+        if weight is not None:
+            self.d_weight = torch.zeros_like(weight, dtype=self.wide)
+        if bias is not None:
+            self.d_bias = torch.zeros_like(bias, dtype=self.wide)
+
+    def add_gradient(
+        self, rows: slice, z: Tensor, ids: Tensor, tau: Tensor, norms: Tensor, coefs: Tensor
+    ) -> None:
+        """Add what a chunk has to say; its logits are overwritten where their type allows it."""
+        dz = z if self.dtype == z.dtype else torch.empty_like(z, dtype=self.dtype)
+        scaled = coefs * self.scale
+        backend_of(z).gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
+        if self.d_hidden is not None:
+            self.d_hidden[rows] = _product(dz, self.weight, self.d_hidden.dtype)
+        if self.d_weight is not None:
+            _add_product(self.d_weight, dz.t(), self.hidden[rows])
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0, dtype=self.wide)
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and not hidden.is_cuda else dtype
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A·B, summed in float32 and rounded once, to `dtype`."""
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add A·B to `total` in the type of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
