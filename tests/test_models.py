@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import peft
@@ -27,6 +28,8 @@ from mossrlhf.models import (
     ValueHead,
     language_model_loss,
     policy_stats,
+    token_path,
+    whole_logits,
 )
 from mossrlhf.signature import accepts
 from mossrlhf.types import LossOutput, Rollout
@@ -161,7 +164,7 @@ class TestPolicyStats:
         torch.testing.assert_close(got.entropy, torch.stack(entropies), **exact)
 
     def test_the_head_is_spared_the_prompts(self, batch):
-        """With and without `logits_to_keep` the numbers are the same."""
+        """By whole logits, by those that `logits_to_keep` leaves, and by hidden states."""
         model = LANGUAGE_MODELS["llama"]().eval()
         asked = []
 
@@ -171,11 +174,17 @@ class TestPolicyStats:
             def forward(self, input_ids, attention_mask, use_cache):
                 return model(input_ids, attention_mask, use_cache=use_cache)
 
-        model.lm_head.register_forward_hook(lambda *call: asked.append(call[1][0].shape[1]))
-        long = Rollout.concat([batch.select(torch.tensor([0]))])
-        kept, full = policy_stats(model, long), policy_stats(Forgetful(), long)
-        torch.testing.assert_close(kept.logprob, full.logprob, rtol=0, atol=1e-6)
-        assert asked == [3, 5]  # two response tokens and the one before; all five positions
+        assert token_path(model).by_hidden
+        # A hook is there to be called, so the head is taken as a module.
+        model.lm_head.register_forward_hook(lambda *call: asked.append(call[1][0].shape[-2]))
+        short = batch.select(torch.tensor([0]))
+        hidden, full = policy_stats(model, short), policy_stats(Forgetful(), short)
+        with whole_logits():
+            kept = policy_stats(model, short)
+        # Two response tokens; all five positions; the tokens and the place before them.
+        assert asked == [2, 5, 3]
+        for got in (hidden, kept):
+            torch.testing.assert_close(got.logprob, full.logprob, rtol=0, atol=1e-6)
         assert accepts(model, "logits_to_keep")
         assert not accepts(Forgetful(), "logits_to_keep")
 
@@ -185,16 +194,20 @@ class TestPolicyStats:
         adapted = peft.get_peft_model(LANGUAGE_MODELS["llama"](), peft.LoraConfig(r=2))
         assert accepts(adapted, "logits_to_keep")
 
-    def test_bf16_logits_are_scored_in_float32(self, batch):
+    def test_bf16_models_are_scored_in_float32(self, batch):
+        """From their hidden states on: as if the head alone were in float32."""
         model = LANGUAGE_MODELS["llama"]().bfloat16().eval()
         got = policy_stats(model, batch, entropy=True)
-        logits = model(batch.input_ids, batch.attention_mask.long()).logits
-        expected = token_stats(
-            logits[batch.mask.nonzero()[:, 0], batch.state_index[batch.mask]].float(),
-            batch.response_ids[batch.mask],
-        )
+        hidden = model.model(batch.input_ids, batch.attention_mask.long()).last_hidden_state
+        rows, at = batch.mask.nonzero()[:, 0], batch.state_index[batch.mask]
+        logits = hidden[rows, at].float() @ model.lm_head.weight.float().T
+        expected = token_stats(logits, batch.response_ids[batch.mask])
         assert got.logprob.dtype == got.entropy.dtype == torch.float32
         torch.testing.assert_close(vars(got), vars(expected))
+        with whole_logits():
+            rounded = policy_stats(model, batch, entropy=True)
+        assert rounded.logprob.dtype == torch.float32
+        assert (rounded.logprob - expected.logprob).abs().max() > 1e-4
 
     def test_language_model_loss(self):
         model = LANGUAGE_MODELS["llama"]().eval()
@@ -409,11 +422,11 @@ class TestActorCritic:
     def test_critic(self, model, batch):
         expected = model.values(batch)[0][batch.mask]
 
-        def loss(value, scale):
+        def loss(value):
             torch.testing.assert_close(value, expected)
-            return LossOutput(scale * value.sum())
+            return LossOutput(value.sum())
 
-        model("critic", batch, loss, scale=2.0).loss.backward()
+        model("critic", batch, loss).loss.backward()
         assert self.moved(model) == {"critic"}
 
     def test_critic_values_are_those_of_the_reward_model(self, model, batch):
@@ -430,13 +443,17 @@ class TestActorCritic:
 
     def test_nothing_is_cached_for_tokens_to_come(self, model, batch):
         asked = []
-        model.policy.register_forward_pre_hook(
+        model.policy.model.register_forward_pre_hook(
             lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True
         )
-        policy_stats(model.policy, batch)
+        token_path(model.policy)  # asks by whole logits and by hidden states
         ids, mask = padded([[1, 2, 3]], "right")
-        language_model_loss(model.policy, {"input_ids": ids, "attention_mask": mask, "labels": ids})
-        assert asked == [False, False]
+        data = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        for way in (nullcontext(), whole_logits()):
+            with way:
+                policy_stats(model.policy, batch)
+                language_model_loss(model.policy, data)
+        assert asked == [False] * 6
 
     def test_what_is_left_out(self, model, batch):
         """The policy's own temperature, and no entropy."""

@@ -25,7 +25,7 @@ _HOMES = {
     "toyworld": ("ToyWorld",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("data", "functional", "presets", "toyworld")
+_MODULES = ("data", "functional", "kernels", "presets", "toyworld")
 
 __all__ = [
     "ActorCritic",
@@ -62,6 +62,7 @@ __all__ = [
     "__version__",
     "data",
     "functional",
+    "kernels",
     "micro_batches",
     "policy_stats",
     "presets",
@@ -69,7 +70,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mossrlhf import data, functional, presets, toyworld
+    from mossrlhf import data, functional, kernels, presets, toyworld
     from mossrlhf.advantage import (
         AdvantageEstimator,
         GroupRelative,

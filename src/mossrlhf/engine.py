@@ -1,7 +1,7 @@
 """Optimizer steps: roles in turn, one denominator, one place where accelerate's divisions end."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +14,9 @@ from transformers import get_scheduler
 
 from mossrlhf.buffer import micro_batches
 from mossrlhf.config import TrainerConfig
-from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
-from mossrlhf.types import Rollout
+from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy", "ptx")
 """The order in which roles run: forward and backward of one before the next."""
@@ -55,6 +55,7 @@ class Engine:
         self.args = args
         self.accelerator = accelerator
         self.bare = model
+        self._asked: tuple[PPOMaxLoss, str | None] | None = None
         parts: dict[str, nn.Module] = {"policy": model.policy}
         if model.critic is not None:
             parts["critic"] = model.critic
@@ -176,13 +177,14 @@ class Engine:
         denominator = self.reduce(sums.sum())
         extra: dict[str, Any] = {}
         if role == "policy":
-            extra["entropy"] = loss.entropy_coef is not None
-        share = loss.policy if role == "policy" else loss.critic
+            extra = dict(entropy=loss.entropy_coef is not None, fused=self._fuses(loss))
         for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            output = self._accumulate(
-                last, role, part, partial(share, batch=part, denominator=denominator), **extra
-            )
+            if extra.get("fused"):
+                share = _share_of_tokens(loss, part, denominator)
+            else:
+                whole = loss.policy if role == "policy" else loss.critic
+                share = partial(whole, batch=part, denominator=denominator)
+            output = self._accumulate(index == len(parts) - 1, role, part, share, **extra)
             for name, value in output.items():
                 stats[name] = stats.get(name, 0.0) + value
         return denominator
@@ -202,10 +204,21 @@ class Engine:
         parts += [blank] * self._spare(len(parts))
         for index, part in enumerate(parts):
             for name, value in self._accumulate(
-                index == len(parts) - 1, "ptx", part, share
+                index == len(parts) - 1, "ptx", part, share, fused=self._may_fuse
             ).items():
                 stats[name] = stats.get(name, 0.0) + value
         return denominator
+
+    @property
+    def _may_fuse(self) -> bool:
+        # A scale that comes after the gradient has been rounded to float16 saves nothing.
+        return bool(self.accelerator.mixed_precision != "fp16")
+
+    def _fuses(self, loss: PPOMaxLoss) -> bool:
+        """Whether a loss is a sum over tokens, whose gradient can be made along with it."""
+        if self._asked is None or self._asked[0] is not loss:
+            self._asked = loss, coupling(loss)
+        return self._may_fuse and self._asked[1] is None
 
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any
@@ -251,6 +264,14 @@ class Engine:
             f"not finite: {', '.join(names)}; the step was not taken. {_suspect(minibatch)} "
             "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
         )
+
+
+def _share_of_tokens(
+    loss: PPOMaxLoss, part: Rollout, denominator: Tensor
+) -> Callable[[TokenStats, slice], LossOutput]:
+    """The policy's loss of some tokens of a micro-batch, flattened once for all of them."""
+    rows = loss.rows(part)
+    return lambda stats, at: loss.tokens(stats, rows[at], denominator)
 
 
 def _weightless(part: Rollout) -> Rollout:

@@ -26,7 +26,7 @@ from mossrlhf.engine import Engine
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
-from mossrlhf.models import ActorCritic, RewardModel, policy_stats
+from mossrlhf.models import ActorCritic, RewardModel, announce, policy_stats
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
@@ -149,8 +149,9 @@ class Stages:
             if made is not None:
                 checkpoint_activations(made.backbone)
         self.engine = Engine(actor_critic, self.args, self.accelerator)
+        announce(policy, "model")
         if self.ref_model is not None:
-            self.ref_model.to(self.accelerator.device)
+            announce(self.ref_model.to(self.accelerator.device), "ref_model")
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
         if ptx_dataset is not None:
             self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up

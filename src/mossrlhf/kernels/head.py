@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mossrlhf.functional.reduce import upcast
 from mossrlhf.kernels.dispatch import backend_of
 
 CPU_CHUNK_BYTES = 2**25
@@ -12,6 +13,45 @@ CPU_CHUNK_BYTES = 2**25
 
 CUDA_CHUNK_BYTES = 2**30
 CUDA_CHUNK_ROWS = 4096
+
+
+def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
+    """Cut rows of logits into chunks of like size that fit into the budgets above; at least one.
+
+    Args:
+        count: N.
+        width: V.
+        cuda: which budget.
+
+    Source: ours.
+    """
+    most = CPU_CHUNK_BYTES // (4 * max(1, width))
+    if cuda:
+        most = min(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // (4 * max(1, width)))
+    pieces = max(1, -(-count // max(16, most)))
+    size = -(-count // pieces)
+    for start in range(0, max(1, count), max(1, size)):
+        yield slice(start, min(start + size, count))
+
+
+def capped(logits: Tensor, scale: float, softcap: float | None, in_place: bool = False) -> Tensor:
+    """c·tanh(s·z / c), in float32 at least.
+
+    Args:
+        logits: z, any shape.
+        scale: s.
+        softcap: c, or None for s·z.
+        in_place: whether z may be overwritten.
+
+    Source: Gemma 2 (arXiv 2408.00118 §2).
+    """
+    if scale == 1.0 and softcap is None:
+        return logits
+    if not in_place:
+        z = upcast(logits) * scale
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+    logits.mul_(scale)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 class Head:
@@ -40,26 +80,14 @@ class Head:
 
     def chunks(self) -> Iterator[slice]:
         """Cut N rows into chunks of like size."""
-        total, width = len(self.hidden), max(1, len(self.weight))
-        if self.hidden.is_cuda:
-            most = min(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // (4 * width))
-        else:
-            most = CPU_CHUNK_BYTES // (4 * width)
-        count = -(-total // max(16, most))
-        size = -(-total // max(1, count))
-        for start in range(0, total, max(1, size)):
-            yield slice(start, min(start + size, total))
+        return chunks(len(self.hidden), len(self.weight), self.hidden.is_cuda)
 
     def logits(self, rows: slice) -> Tensor:
         """Compute the logits ``[n, V]`` of a chunk."""
         z = _product(self.hidden[rows], self.weight.t(), self.wide)
         if self.bias is not None:
             z += self.bias
-        if self.scale != 1.0:
-            z *= self.scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+        return capped(z, self.scale, self.softcap, in_place=True)
 
     def want(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
         """Make room for the gradients of what is given; None wants none."""

@@ -41,13 +41,9 @@ class _LinearStats(torch.autograd.Function):
             for rows in head.chunks():
                 z = head.logits(rows)
                 found.append(backend_of(z).stats(z, ids[rows], tau[rows], None, entropy))
-        if found:
-            logprob, logsumexp, entropies, _, _, norms = (
-                torch.cat(parts, -1) for parts in zip(*found, strict=True)
-            )
-        else:
-            logprob, logsumexp, entropies = tau.new_empty(3, 0)
-            norms = tau.new_empty(4, 0)
+        logprob, logsumexp, entropies, _, _, norms = (
+            torch.cat(parts, -1) for parts in zip(*found, strict=True)
+        )
         ctx.save_for_backward(hidden, weight, bias, ids, tau, norms, entropies)
         ctx.settings, ctx.entropy, ctx.dtype = settings, entropy, head.dtype
         return logprob, logsumexp, entropies

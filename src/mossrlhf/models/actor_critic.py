@@ -1,19 +1,14 @@
 """Policy and critic as one module, and what is asked of them: log-probabilities, values, losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mossrlhf.functional.logprobs import token_stats
-from mossrlhf.functional.losses import lm_loss
 from mossrlhf.models.reward_model import RewardModel
-from mossrlhf.signature import accepts
-from mossrlhf.types import LossOutput, Rollout, TokenStats
-
-IGNORED_LABEL = -100
-"""The label of tokens that a language-model loss skips."""
+from mossrlhf.models.scoring import language_model_loss, policy_loss, policy_stats
+from mossrlhf.types import LossOutput, Rollout
 
 
 class ActorCritic(nn.Module):
@@ -40,7 +35,13 @@ class ActorCritic(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, role: str, batch: Any, loss_fn: Callable[..., LossOutput], **kwargs: Any
+        self,
+        role: str,
+        batch: Any,
+        loss_fn: Callable[..., LossOutput],
+        *,
+        entropy: bool = False,
+        fused: bool = False,
     ) -> LossOutput:
         """Run one role on a micro-batch and hand what it says to that role's loss.
 
@@ -49,7 +50,10 @@ class ActorCritic(nn.Module):
             batch: a `Rollout`; for "ptx" a mapping of input_ids, attention_mask, labels.
             loss_fn: takes the role's output: `TokenStats` ``[N]``, values ``[N]``, or the summed
                 language-model loss and its token count.
-            kwargs: for the role (``entropy=True``).
+            entropy: whether the policy's loss wants entropies.
+            fused: whether the gradient at the output head is made along with the loss, which must
+                be a sum over tokens then: the policy's `loss_fn` gets a few tokens at a time, and
+                the slice of the N they are.
 
         Returns:
             what `loss_fn` returns: a dataclass, in which DDP finds the tensors.
@@ -58,12 +62,14 @@ class ActorCritic(nn.Module):
             ValueError: where the role is unknown.
         """
         match role:
+            case "policy" if fused:
+                return policy_loss(self.policy, batch, loss_fn, self.temperature, entropy)
             case "policy":
-                return loss_fn(policy_stats(self.policy, batch, self.temperature, **kwargs))
+                return loss_fn(policy_stats(self.policy, batch, self.temperature, entropy))
             case "critic":
-                return loss_fn(self.values(batch)[0][batch.states], **kwargs)
+                return loss_fn(self.values(batch)[0][batch.states])
             case "ptx":
-                return loss_fn(*language_model_loss(self.policy, batch), **kwargs)
+                return loss_fn(*language_model_loss(self.policy, batch, fused))
         raise ValueError(f"role: got {role!r}, expected 'policy', 'critic' or 'ptx'")
 
     def values(self, batch: Rollout) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
@@ -85,52 +91,3 @@ class ActorCritic(nn.Module):
         values = self.critic.token_values(batch.input_ids, batch.attention_mask)
         last = batch.prompt_lengths + batch.response_lengths - 1
         return values.gather(1, batch.state_index), values.gather(1, last[:, None]).squeeze(1)
-
-
-def policy_stats(
-    policy: nn.Module, batch: Rollout, temperature: float = 1.0, entropy: bool = False
-) -> TokenStats:
-    """Log-probability (and entropy) of every response token that counts.
-
-    Args:
-        policy: a causal language model: trained policy or reference.
-        batch: B sequences with N tokens in their mask.
-        temperature: τ the tokens were drawn at.
-        entropy: whether to compute the entropy too.
-
-    Returns:
-        `TokenStats` of ``[N]``, in the order of ``batch.mask``.
-
-    Source: ours; logits of one position earlier, prompts left out of the head where the model
-        knows ``logits_to_keep``.
-    """
-    extra: dict[str, Any] = {}
-    if accepts(policy, "logits_to_keep"):
-        extra["logits_to_keep"] = batch.input_ids.shape[1] - int(batch.prompt_lengths.min()) + 1
-    logits = policy(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask.long(),
-        use_cache=False,
-        **extra,
-    ).logits
-    skipped = batch.input_ids.shape[1] - logits.shape[1]
-    rows, columns = batch.mask.nonzero(as_tuple=True)
-    picked = logits[rows, batch.state_index[rows, columns] - skipped]
-    return token_stats(picked, batch.response_ids[rows, columns], temperature, entropy)
-
-
-def language_model_loss(
-    policy: nn.Module, batch: Mapping[str, Tensor]
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Return the summed next-token loss of labeled tokens, nats, and their number.
-
-    Args:
-        policy: a causal language model.
-        batch: input_ids, attention_mask and labels, ``[B, L]`` each.
-
-    Source: P1 eq. 17.
-    """
-    output = policy(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    return lm_loss(output.logits, batch["labels"], IGNORED_LABEL)

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mossrlhf.functional.logprobs import token_logprobs
+from mossrlhf import kernels
 from mossrlhf.functional.losses import ranking_loss
 from mossrlhf.models import IGNORED_LABEL, RewardModel
 from mossrlhf.strict import check_range, strict
@@ -175,14 +175,14 @@ class PairModel(nn.Module):
         counted = targets != IGNORED_LABEL
         hidden = rearrange(given[0], "(pair side) length d -> pair side length d", side=2)
         hidden = hidden[:, 0, :-1]  # of the chosen
-        nll = -token_logprobs(self.logits(hidden[counted]), targets[counted])
+        nll = -self._logprobs(hidden[counted], targets[counted])
         return scores, nll.new_zeros(targets.shape).masked_scatter(counted, nll).sum(1)
 
-    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Map hidden states ``[N, D]`` to logits ``[N, V]``."""
+    def _logprobs(self, hidden: Float[Tensor, "N D"], ids: Int[Tensor, " N"]) -> Tensor:
         if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return nn.functional.linear(hidden, self.get_input_embeddings().weight)
+            return kernels.head_token_stats(self.lm_head, hidden, ids, entropy=False).logprob
+        weight = self.get_input_embeddings().weight
+        return kernels.linear_token_stats(hidden, weight, ids, entropy=False).logprob
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the backbone's token embeddings."""

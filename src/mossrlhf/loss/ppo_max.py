@@ -7,30 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mossrlhf.functional.logprobs import kl_k2, kl_k3
+from mossrlhf.functional.logprobs import kl_k2
 from mossrlhf.functional.losses import clipped_policy_loss, clipped_value_loss
 from mossrlhf.functional.reduce import Reduce, whiten
+from mossrlhf.loss.rows import TokenRows, counted, filled, require_per_token, weighted
+from mossrlhf.loss.statistics import surrogate_statistics
 from mossrlhf.signature import call_with
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import LossOutput, Rollout, TokenStats
-
-
-def _weighted(x: Tensor, weights: Tensor) -> Tensor:
-    """Σ w·x that a NaN of weight zero does not spoil."""
-    return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
-
-
-def _counted(x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """The entries of a mask, with zeros at weight zero: a NaN there would spoil the gradient."""
-    return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
-
-
-def _require_per_token(name: str, returned: object, weights: Tensor) -> None:
-    shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-    if shape != tuple(weights.shape):
-        raise ValueError(
-            f"{name}: returned {shape}, expected one number per token, {tuple(weights.shape)}"
-        )
 
 
 @strict
@@ -184,8 +168,8 @@ class PPOMaxLoss:
         minibatch = replace(minibatch, advantages=advantages)
         if self.entropy_target is None:
             return minibatch
-        entropies, weights = _filled(minibatch, "entropies"), minibatch.token_weights
-        mean = reduce(_weighted(entropies, weights)) / reduce(weights.sum())
+        entropies, weights = filled(minibatch, "entropies"), minibatch.token_weights
+        mean = reduce(weighted(entropies, weights)) / reduce(weights.sum())
         side = torch.sign(self.entropy_target - mean).expand(len(minibatch))
         return replace(minibatch, extra={**minibatch.extra, "entropy_side": side})
 
@@ -205,27 +189,67 @@ class PPOMaxLoss:
 
         Source: P1 eq. 15; statistics: P1 §5.2.
         """
-        weights = batch.token_weights[batch.mask].to(stats.logprob)
-        if denominator is None:
-            denominator = weights.sum()
-        old_logprob = _counted(self._old_logprob(batch), batch.mask, weights)
-        advantage = _counted(_filled(batch, "advantages"), batch.mask, weights)
-        entropy = self._entropy(stats, batch)
-        per_token = call_with(
-            self.policy_loss, stats.logprob, old_logprob, advantage, entropy=entropy
-        )
-        _require_per_token("policy_loss", per_token, weights)
-        if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
-            drift = _filled(batch, "logprobs") - batch.sampler_logprobs
-            drift = _counted(drift, batch.mask, weights)
-            per_token = per_token * drift.exp().clamp(max=self.sampler_ratio_cap)
-        loss = _weighted(per_token, weights)
+        rows = self.rows(batch)
+        return self.tokens(stats, rows, rows.weights.sum() if denominator is None else denominator)
+
+    def rows(self, batch: Rollout) -> TokenRows:
+        """Pick what the loss needs to know of the tokens of ``batch.mask``: `TokenRows` ``[N]``.
+
+        Args:
+            batch: an annotated micro-batch.
+
+        Raises:
+            ValueError: where the batch has not been annotated as the switches need it.
+        """
+        weights = batch.token_weights[batch.mask]
+
+        def picked(x: Tensor) -> Tensor:
+            return counted(x, batch.mask, weights)
+
+        ratio_to = "ref_logprobs" if self.reference_ratio else "logprobs"
+        ref_logprob = drift = None
         if self.kl_loss_coef is not None:
-            reference = _counted(_filled(batch, "ref_logprobs"), batch.mask, weights)
-            penalty = kl_k2(stats.logprob, reference)
-            loss = loss + self.kl_loss_coef * _weighted(penalty, weights)
+            ref_logprob = picked(filled(batch, "ref_logprobs"))
+        if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
+            drift = picked(filled(batch, "logprobs") - batch.sampler_logprobs)
+        return TokenRows(
+            weights=weights,
+            old_logprob=picked(filled(batch, ratio_to)),
+            advantage=picked(filled(batch, "advantages")),
+            ref_logprob=ref_logprob,
+            drift=drift,
+            entropy_side=self._entropy_side(batch),
+        )
+
+    def tokens(
+        self, stats: TokenStats, rows: TokenRows, denominator: Float[Tensor, ""]
+    ) -> LossOutput:
+        """Return the share of some tokens in the policy's loss, and its statistics.
+
+        Args:
+            stats: `TokenStats` of N tokens, under the policy being trained.
+            rows: of the same tokens.
+            denominator: sum of the token weights of the whole optimizer step.
+
+        Raises:
+            ValueError: where the entropy is wanted and not there, or `policy_loss` returns
+                something else than one number per token.
+
+        Source: P1 eq. 15; statistics: P1 §5.2.
+        """
+        rows, logprob = rows.to(stats.logprob), stats.logprob
+        weights, old_logprob, advantage = rows.weights, rows.old_logprob, rows.advantage
+        entropy = self._entropy(stats, rows)
+        per_token = call_with(self.policy_loss, logprob, old_logprob, advantage, entropy=entropy)
+        require_per_token("policy_loss", per_token, weights)
+        if rows.drift is not None:
+            per_token = per_token * rows.drift.exp().clamp(max=self.sampler_ratio_cap)
+        loss = weighted(per_token, weights)
+        if rows.ref_logprob is not None and self.kl_loss_coef is not None:
+            penalty = kl_k2(logprob, rows.ref_logprob)
+            loss = loss + self.kl_loss_coef * weighted(penalty, weights)
         loss = loss / denominator
-        logged = self._policy_stats(stats.logprob.detach(), old_logprob, advantage, weights)
+        logged = surrogate_statistics(logprob.detach(), rows, self.clip_range)
         shares = {name: value / denominator for name, value in logged.items()}
         return LossOutput(loss, {"policy/loss": loss.detach(), **shares})
 
@@ -251,15 +275,15 @@ class PPOMaxLoss:
         weights = batch.state_weights[batch.states].to(value)
         if denominator is None:
             denominator = weights.sum()
-        old_value = _counted(_filled(batch, "values"), batch.states, weights)
-        returns = _counted(_filled(batch, "returns"), batch.states, weights)
+        old_value = counted(filled(batch, "values"), batch.states, weights)
+        returns = counted(filled(batch, "returns"), batch.states, weights)
         per_state = self.value_loss(value, old_value, returns)
-        _require_per_token("value_loss", per_state, weights)
-        loss = _weighted(per_state, weights) / denominator
+        require_per_token("value_loss", per_state, weights)
+        loss = weighted(per_state, weights) / denominator
         stats = {"critic/loss": loss.detach()}
         if self.value_clip is not None:
             moved = (value.detach() - old_value).abs() > self.value_clip
-            stats["critic/clip_fraction"] = _weighted(moved.to(weights), weights) / denominator
+            stats["critic/clip_fraction"] = weighted(moved.to(weights), weights) / denominator
         return LossOutput(self.value_coef * loss, stats)
 
     def ptx(
@@ -304,10 +328,7 @@ class PPOMaxLoss:
         critic = self.critic(value, batch)
         return LossOutput(policy.loss + critic.loss, {**policy.stats, **critic.stats})
 
-    def _old_logprob(self, batch: Rollout) -> Tensor:
-        return _filled(batch, "ref_logprobs" if self.reference_ratio else "logprobs")
-
-    def _entropy(self, stats: TokenStats, batch: Rollout) -> Tensor | None:
+    def _entropy(self, stats: TokenStats, rows: TokenRows) -> Tensor | None:
         if stats.entropy is None:
             if self.entropy_coef is None:
                 return None
@@ -315,36 +336,14 @@ class PPOMaxLoss:
                 f"stats.entropy: got None, but PPOMaxLoss(entropy_coef={self.entropy_coef}) needs "
                 "it; compute it with policy_stats(..., entropy=True)"
             )
+        return stats.entropy if rows.entropy_side is None else stats.entropy * rows.entropy_side
+
+    def _entropy_side(self, batch: Rollout) -> Tensor | None:
         if self.entropy_target is None:
-            return stats.entropy
+            return None
         if "entropy_side" not in batch.extra:
             raise ValueError(
                 f"batch: PPOMaxLoss(entropy_target={self.entropy_target}) needs to know the mean "
                 "entropy of the whole minibatch; call prepare(minibatch) before splitting it"
             )
-        side = batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
-        return stats.entropy * side
-
-    def _policy_stats(
-        self, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weights: Tensor
-    ) -> dict[str, Tensor]:
-        ratio = torch.exp(logprob - old_logprob)
-        stats = {
-            "policy/ratio": _weighted(ratio, weights),
-            "policy/approx_kl_per_token": _weighted(kl_k3(old_logprob, logprob), weights),
-        }
-        if self.clip_range is not None:
-            low, high = self.clip_range
-            up, down = (advantage > 0) & (ratio > 1 + high), (advantage < 0) & (ratio < 1 - low)
-            stats["policy/clip_fraction"] = _weighted((up | down).to(weights), weights)
-        return stats
-
-
-def _filled(batch: Rollout, name: str) -> Tensor:
-    value: Tensor | None = getattr(batch, name)
-    if value is None:
-        raise ValueError(
-            f"batch.{name}: got None, expected [B, T]; fill it in before the loss "
-            "(Trainer.annotate and Trainer.estimate do, given the models it needs)"
-        )
-    return value
+        return batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
