@@ -14,7 +14,10 @@ from transformers import TrainerCallback
 
 from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.evaluation import compare, own_randomness
+from mossrlhf.kernels import backend
+from mossrlhf.loss import coupling
 from mossrlhf.metrics import distinct_2, rollout_metrics
+from mossrlhf.models import token_path
 from mossrlhf.roles import as_reference, count_parameters
 from mossrlhf.run import Run
 from mossrlhf.stages import Stages
@@ -273,6 +276,7 @@ def describe(trainer: Trainer) -> str:
         f"policy:     {count_parameters(trainer.policy)}",
         f"critic:     {count_parameters(trainer.critic)}",
         f"reference:  {count_parameters(trainer.ref_model)}",
+        f"scoring:    {_scoring(trainer)}",
         f"rewards:    {', '.join(f'{n} x {w:g}' for n, w in trainer.rewards.weights.items())}",
         f"prompts:    {len(trainer.prompts.dataset)}, at most {trainer.max_prompt_length} tokens",
     ]
@@ -288,3 +292,13 @@ def describe(trainer: Trainer) -> str:
                 shown |= effective.to_diff_dict()
             lines += [f"    {key} = {value!r}" for key, value in shown.items()]
     return "\n".join(lines)
+
+
+def _scoring(trainer: Trainer) -> str:
+    """How tokens are scored, by whom, and how the gradient of their loss is made."""
+    path, chosen = token_path(trainer.policy), backend(trainer.accelerator.device)
+    if not path.by_hidden:
+        return f"by whole logits, since {path.reason}"
+    coupled = coupling(trainer.loss)
+    units = "three matrix units" if coupled is None else f"four matrix units, since {coupled}"
+    return f"{path.reason}; {units}; by {chosen.name}, since {chosen.reason}"

@@ -120,9 +120,8 @@ def _probed(model: nn.Module) -> TokenPath:
         with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
             own, ours = _both(model, scale, softcap)
     except Exception as error:  # whatever it is that such a model cannot do
-        return TokenPath(
-            False, f"without its head it raises {type(error).__name__}: {error!s:.100}"
-        )
+        raised = f"{type(error).__name__}: {error!s:.100}"
+        return TokenPath(False, f"its backbone alone raises {raised}")
     finally:
         model.train(training)
     tolerance = TOLERANCE.get(own.dtype, 0.02) * own.abs().max()

@@ -1,0 +1,133 @@
+"""A trainer scores by hidden states, says so, and learns what it would learn by whole logits."""
+
+import pytest
+import torch
+from families import tiny
+from rollouts import recorded_rollout
+
+from mossrlhf import PPOMaxLoss
+from mossrlhf.kernels import head as head_module
+from mossrlhf.loss import coupling
+from mossrlhf.models import whole_logits
+
+
+@pytest.fixture
+def batch(world):
+    return recorded_rollout(world)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
+    monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
+
+
+def test_a_trainer_says_once_that_it_goes_by_whole_logits(make, world):
+    model = tiny("llama", world.tokenizer())
+    original = type(model).forward
+
+    class Loud(type(model)):
+        def forward(self, *args, **kwargs):
+            output = original(self, *args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model.__class__ = Loud
+    with pytest.warns(UserWarning, match="scored by whole logits.*the two differ") as warned:
+        trainer = make(model=model)
+    said = [str(w.message).split(":")[0] for w in warned if "whole logits" in str(w.message)]
+    assert said == ["model", "ref_model"]
+    assert "whole logits" in str(trainer)
+    trainer.train()
+
+
+def test_a_trainer_says_how_it_scores(make):
+    shown = str(make())
+    assert "scoring:    its logits are its head's, which is applied by its weight" in shown
+
+
+class Centered(PPOMaxLoss):
+    """Couples the tokens it is given."""
+
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        return -(advantage - advantage.mean()) * logprob
+
+
+class Alone(PPOMaxLoss):
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        return -advantage * logprob
+
+
+class Picky(PPOMaxLoss):
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        if len(logprob) == 1:
+            raise RuntimeError("too few")
+        return -advantage * logprob
+
+
+class Whole(PPOMaxLoss):
+    def policy(self, stats, batch, denominator=None):
+        return super().policy(stats, batch, denominator)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (PPOMaxLoss(), None),
+        (PPOMaxLoss(dual_clip=3.0, entropy_coef=0.1, entropy_target=1.0), None),
+        (Alone(), None),
+        (Centered(), "gives a token another loss in other company"),
+        (Picky(), "raises RuntimeError on a few tokens alone"),
+        (Whole(), "Whole overrides policy"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_losses_that_couple_tokens_are_found(make, loss, reason):
+    found = coupling(loss)
+    assert found == reason if reason is None else reason in found
+    assert make(loss=loss).engine._fuses(loss) == (reason is None)
+
+
+@pytest.mark.parametrize("kind", [PPOMaxLoss, Alone, Centered, Picky, Whole])
+def test_all_losses_are_those_of_whole_logits(make, parameters, kind, batch):
+    """A loss that couples tokens sees all of them at once, however small the chunks."""
+
+    def run(name):
+        trainer = make(name, loss=kind(), args=dict(minibatch_size=8))
+        trainer.model.double(), trainer.ref_model.double()
+        trainer.step(batch, scores=[0.5, -1, 2, 0, 1, -2, 3, 1])
+        return parameters(trainer.model)
+
+    ours = run("ours")
+    with whole_logits():
+        theirs = run("theirs")
+    assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+def test_the_first_ratio_is_one_to_the_last_bit(make, batch, monkeypatch):
+    trainer = make(args=dict(minibatch_size=8))
+    annotated = trainer.annotate(batch)
+    drift, tokens = [], PPOMaxLoss.tokens
+
+    def watched(self, stats, rows, denominator):
+        drift.append(stats.logprob.detach() - rows.old_logprob)
+        return tokens(self, stats, rows, denominator)
+
+    monkeypatch.setattr(PPOMaxLoss, "tokens", watched)
+    monkeypatch.setattr("mossrlhf.engine.coupling", lambda loss: None)
+    scored = trainer.estimate(trainer.score(annotated))
+    trainer.engine.step(scored, trainer.loss)
+    assert len(drift) > 1  # chunk by chunk
+    assert torch.cat(drift).tolist() == [0.0] * int(batch.mask.sum())
+
+
+def test_half_precision_scales_come_too_late_to_fuse(make):
+    trainer = make()
+    trainer.accelerator._own = "fp16"
+    assert trainer.engine._may_fuse
+    trainer.accelerator.state._mixed_precision = "fp16"
+    try:
+        assert not trainer.engine._may_fuse
+        assert not trainer.engine._fuses(trainer.loss)
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
