@@ -2,9 +2,15 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+
+
+def on(name: str) -> bool:
+    """Whether a switch is set in the environment."""
+    return os.environ.get(name, "0") == "1"
 
 
 def main(folder: Path) -> None:
@@ -15,15 +21,23 @@ def main(folder: Path) -> None:
 
     from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
     from mossrlhf.config import TrainerConfig
+    from mossrlhf.kernels import head
+    from mossrlhf.models import whole_logits
 
+    head.CPU_CHUNK_BYTES = 1  # sixteen tokens
     world = ToyWorld()
     torch.manual_seed(0)
-    policy = LlamaForCausalLM(world.model_config(hidden_size=16, num_layers=1)).double()
+    config = world.model_config(hidden_size=16, num_layers=1)
+    config.tie_word_embeddings = on("TIED")
+    dtype = getattr(torch, os.environ.get("DTYPE", "float64"))
+    policy = LlamaForCausalLM(config).to(dtype)  # the same numbers, whatever their type
+    torch.set_default_dtype(dtype)
     options = dict(
         micro_batch_size=int(os.environ.get("MICRO", "0")) or None,
         max_tokens=int(os.environ.get("TOKENS", "0")) or None,
     )
     ptx = os.environ.get("PTX", "1") == "1"
+    options["gradient_checkpointing"] = on("CHECKPOINTS")
     trainer = Trainer(
         policy,
         reward=world.reward,
@@ -49,19 +63,26 @@ def main(folder: Path) -> None:
     accelerator = trainer.accelerator
     rollout = torch.load(folder / "rollout.pt", weights_only=False)
     mine = torch.arange(accelerator.process_index, 8, accelerator.num_processes)
-    steps, step = [], trainer.engine.step
+    steps, step, clip, gradients = [], trainer.engine.step, trainer.engine._clip, []
 
     def recorded(minibatch, *rest):
         done = step(minibatch, *rest)
         steps.append((minibatch.token_weights.sum().item(), done.stats["policy/loss"].item()))
         return done
 
-    trainer.engine.step = recorded
-    metrics = trainer.step(rollout.select(mine))
+    def clipped(roles):
+        found = (p.grad for p in trainer.model.parameters())
+        gradients.append(torch.cat([g.detach().flatten() for g in found if g is not None]).clone())
+        return clip(roles)
+
+    trainer.engine.step, trainer.engine._clip = recorded, clipped
+    with whole_logits() if on("WHOLE") else nullcontext():
+        metrics = trainer.step(rollout.select(mine))
     torch.save(steps, folder / f"steps{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-        torch.save({"parameters": flat, "metrics": metrics}, folder / "result.pt")
+        result = {"parameters": flat, "metrics": metrics, "gradient": gradients[0]}
+        torch.save(result, folder / "result.pt")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end

@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from rollouts import recorded_rollout
+from transformers import LlamaForCausalLM
 
-SCRIPT = Path(__file__).parent.parent / "support" / "ddp_step.py"
+from mossrlhf import ToyWorld
+from mossrlhf.models import policy_stats, whole_logits
+
+SUPPORT = Path(__file__).parent.parent / "support"
 
 
-def launch(folder: Path, processes: int, **settings: str) -> dict:
+def launch(
+    folder: Path, processes: int, script: str = "ddp_step.py", *args: str, **settings: str
+) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,7 +30,7 @@ def launch(folder: Path, processes: int, **settings: str) -> dict:
         if processes > 1:
             env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        command = [sys.executable, str(SCRIPT), str(folder)]
+        command = [sys.executable, str(SUPPORT / script), str(folder), *args]
         running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=900)[1] for process in running]
     assert not any(process.returncode for process in running), "\n".join(errors)
@@ -33,10 +39,11 @@ def launch(folder: Path, processes: int, **settings: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    from mossrlhf import ToyWorld
-
     folder = tmp_path_factory.mktemp("distributed")
-    torch.save(recorded_rollout(ToyWorld()), folder / "rollout.pt")
+    world = ToyWorld()
+    torch.save(recorded_rollout(world), folder / "rollout.pt")
+    policy = LlamaForCausalLM(world.model_config(hidden_size=16, num_layers=2))
+    policy.save_pretrained(folder / "policy")
     return folder
 
 
@@ -55,6 +62,32 @@ def test_two_processes_equal_one(folder, ptx, splits):
         for name, value in one["metrics"].items():
             if not name.startswith(local):
                 assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+def test_kernels_on_two_processes_equal_whole_logits_on_one(folder):
+    """With accumulation, PTX, value loss, a tied head and recomputed activations all on."""
+    everything = dict(TIED="1", CHECKPOINTS="1")
+    whole = launch(folder, 1, WHOLE="1", **everything)
+    fused = launch(folder, 2, MICRO="2", **everything)
+    single = launch(folder, 2, MICRO="2", DTYPE="float32", **everything)
+    for got, bound in ((fused, 1e-12), (single, 1e-6)):
+        distance = torch.norm(got["gradient"].double() - whole["gradient"])
+        assert distance <= bound * torch.norm(whole["gradient"])
+    distance = torch.norm(fused["parameters"] - whole["parameters"])
+    assert distance <= 1e-12 * torch.norm(whole["parameters"])
+
+
+@pytest.mark.parametrize("units", ["fused", "recomputed"])
+def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_whole_logits(folder, units):
+    rollout = torch.load(folder / "rollout.pt", weights_only=False)
+    got = launch(folder, 2, "fsdp_step.py", units)
+    policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
+    with whole_logits():
+        stats = policy_stats(policy, rollout, 0.7, entropy=True)
+    (stats.logprob + 0.1 * stats.entropy**2).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert got["sharded"]
+    assert torch.norm(got["gradient"] - expected) <= 1e-12 * torch.norm(expected)
 
 
 def test_statistics_weigh_minibatches_by_the_tokens_of_all_processes(folder):
