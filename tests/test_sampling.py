@@ -230,6 +230,32 @@ def test_departures(config, expected):
     assert sampler(**config).departures == expected
 
 
+def leaves_alone(model, config):
+    """Whether the processors of `generate` change no score; those that refuse to act change one."""
+    scores = torch.randn(1, V, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    context = torch.tensor([[5]])
+    config._eos_token_tensor = torch.tensor([2])
+    try:
+        processors = model._get_logits_processor(config, context.shape[1], device="cpu")
+        return torch.equal(processors(context, scores.clone()), scores)
+    except (ValueError, UserWarning):
+        return False
+
+
+NUMBERS = [name for name, value in NEUTRAL.items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "temperature"])
+def test_what_generate_does_nothing_at_is_no_departure(model, name):
+    """The first number at which it does nothing counts as off; any at which it does, as on."""
+    kind = type(NEUTRAL[name])
+    values = [kind(0), kind(1), kind(0.5), kind(2)]
+    off = [v for v in values if leaves_alone(model, sampler(**{name: v}).effective)]
+    assert sampler(**{name: off[0]}).departures == []
+    for value in set(values) - set(off):
+        assert sampler(**{name: value}).departures == [f"{name}={value}"]
+
+
 def test_every_field_that_departs_exists():
     fields = vars(GenerationConfig())
     assert [name for name in NEUTRAL if name not in fields] == []
