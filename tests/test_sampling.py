@@ -74,6 +74,9 @@ class TestGreedy:
         assert rollout.response_lengths.tolist() == [len(r) for r in expected]
         lengths = rollout.response_lengths[:, None]
         assert rollout.mask.tolist() == (torch.arange(rollout.mask.shape[1]) < lengths).tolist()
+        totals = (rollout.prompt_lengths + rollout.response_lengths)[:, None]
+        rest = torch.arange(rollout.input_ids.shape[1]) >= totals
+        assert (rollout.input_ids[rest] == subject.pad_token_id).all()
         return rollout
 
     def test_nothing_ends(self, model):
@@ -101,6 +104,7 @@ class TestGreedy:
         ends = [free[0][2], free[1][0]]
         rollout = self.check(model, sampler(eos=ends, do_sample=False), ends)
         assert rollout.completions()[1] == [free[1][0]]
+        assert sampler(eos=(3, 4)).effective.eos_token_id == [3, 4]  # as configs hold them
 
 
 class Scripted(nn.Module):
@@ -113,6 +117,7 @@ class Scripted(nn.Module):
 
     def generate(self, ids, attention_mask, generation_config):
         self.asked = ids.tolist(), attention_mask.tolist()
+        self.with_gradients = torch.is_grad_enabled()
         return torch.cat([ids, self.responses], dim=1)
 
 
@@ -122,6 +127,7 @@ def test_assembly_by_hand():
     rollout = sampler(eos=9, pad=9)(model, [[5], [9, 6], [7], [8, 8]])
     assert model.asked[0] == [[9, 5], [9, 6], [9, 7], [8, 8]]
     assert model.asked[1] == [[0, 1], [1, 1], [0, 1], [1, 1]]
+    assert not model.with_gradients
     assert rollout.input_ids.tolist() == [
         [5, 4, 9, 9, 9],
         [9, 6, 3, 9, 9],
@@ -205,8 +211,9 @@ class TestDistribution:
         assert rollout.completions() == [greedy(model, prompt, [end]) for prompt in PROMPTS]
 
 
-def test_what_is_left_open_is_the_policys_own():
-    effective = sampler().effective
+@pytest.mark.parametrize("config", [{}, {"do_sample": True}])
+def test_what_is_left_open_is_the_policys_own(config):
+    effective = sampler(**config).effective
     assert {name: getattr(effective, name) for name in FREE} == FREE
     assert (effective.eos_token_id, effective.pad_token_id) == (2, 0)
 
@@ -256,6 +263,16 @@ def test_what_generate_does_nothing_at_is_no_departure(model, name):
         assert sampler(**{name: value}).departures == [f"{name}={value}"]
 
 
+def test_what_was_drawn_from_is_noted_up_to_the_end(model):
+    torch.manual_seed(0)
+    rollout = sampler(eos=range(0, V, 2), top_k=2)(model, PROMPTS)
+    noted, mask = rollout.sampler_logprobs, rollout.mask
+    assert (noted[mask] > policy_stats(model, rollout).logprob).all()  # two tokens share all
+    assert noted[mask].any()
+    assert not mask.all()
+    assert not noted[~mask].any()
+
+
 def test_every_field_that_departs_exists():
     fields = vars(GenerationConfig())
     assert [name for name in NEUTRAL if name not in fields] == []
@@ -264,6 +281,19 @@ def test_every_field_that_departs_exists():
 def test_greedy_is_scored_at_temperature_one():
     assert sampler(do_sample=False).temperature == 1.0
     assert sampler(do_sample=False, max_new_tokens=7).max_new_tokens == 7
+
+
+def test_greedy_leaves_open_what_concerns_sampling():
+    """`generate` would warn of it; a penalty concerns greedy responses as well."""
+    effective = sampler(do_sample=False).effective
+    set_here = {name for name in FREE if getattr(effective, name) is not None}
+    assert set_here == {"do_sample", "repetition_penalty"}
+    assert effective.repetition_penalty == 1.0
+
+
+def test_shows_as_what_it_was_given():
+    """Not as what it made of it, which is as long again."""
+    assert "effective" not in repr(sampler())
 
 
 def test_the_given_config_stays_as_it_is():
@@ -333,6 +363,7 @@ class TestForTokenizer:
             (2, 2, {}, (2, 2)),
             (2, 0, {"eos_token_id": [3, 4]}, ([3, 4], 0)),
             (2, None, {"eos_token_id": [3, 4]}, ([3, 4], 3)),
+            (2, 0, {"eos_token_id": [3]}, ([3], 0)),
             (None, None, {"eos_token_id": 3}, (3, 3)),
             (2, 0, {"pad_token_id": 7}, (2, 7)),
         ],
