@@ -1,10 +1,12 @@
 """Schedules, rates and bounds: what the optimizers are told to do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import get_scheduler
 
-from mossrlhf import PPOMaxLoss
+from mossrlhf import PPOMaxLoss, RewardShaper
 from mossrlhf.models import IGNORED_LABEL
 
 
@@ -96,6 +98,44 @@ def test_a_minibatch_is_prepared_as_a_whole(make, parameters):
     assert torch.equal(parameters(asked.model), parameters(given.model))
 
 
+@pytest.mark.parametrize("after_end", [False, True])
+def test_a_spare_micro_batch_adds_nothing(make, parameters, monkeypatch, after_end):
+    """What a process does while another has more of its own; states after the end count as well."""
+    shaper = RewardShaper(score_after_end=after_end)
+    alone, waiting = (make(name, shaper=shaper) for name in ("alone", "waiting"))
+    rollout = alone.estimate(alone.annotate(alone.score(alone.collect())))
+    monkeypatch.setattr(waiting.engine, "_spare", lambda count: 2)
+    one, other = (trainer.engine.step(rollout, PPOMaxLoss()) for trainer in (alone, waiting))
+    assert other.stats == one.stats
+    assert torch.equal(parameters(waiting.model), parameters(alone.model))
+
+
+@pytest.mark.parametrize(("size", "waiting"), [(8, 0), (4, 1), (2, 3)])
+def test_processes_exchange_gradients_once_a_role(make, monkeypatch, world, size, waiting):
+    """Micro-batches before the last one wait for it."""
+    loss, args = PPOMaxLoss(ptx_coef=0.1), dict(micro_batch_size=size)
+    trainer = make(loss=loss, ptx_dataset=world.sft_examples(16), args=args)
+    rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
+    waited, no_sync = [], trainer.accelerator.no_sync
+    monkeypatch.setattr(
+        trainer.accelerator, "no_sync", lambda model: waited.append(model) or no_sync(model)
+    )
+    trainer.engine.step(rollout, loss, ptx=trainer._ptx_batch(8))
+    assert waited == [trainer.engine.model] * 3 * waiting
+
+
+def test_what_the_mask_leaves_out_is_not_suspected(make):
+    trainer = make()
+    rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
+    mask, logprobs, advantages = (
+        x.clone() for x in (rollout.mask, rollout.logprobs, rollout.advantages)
+    )
+    mask[0, 0], logprobs[0, 0], advantages[2, 0] = False, torch.nan, torch.inf
+    broken = replace(rollout, mask=mask, logprobs=logprobs, advantages=advantages)
+    with pytest.raises(FloatingPointError, match="advantages of sample 2 is not finite"):
+        trainer.engine.step(broken, PPOMaxLoss())
+
+
 def test_without_a_bound_gradients_are_left_as_they_are(make, monkeypatch):
     """As in the presets for vanilla PPO and TRL's."""
     trainer = make(args=dict(max_grad_norm=None, minibatch_size=8))
@@ -147,7 +187,7 @@ def test_pre_training_data_is_cut_up_like_everything_else(make, world, limit, ro
             ptx_dataset=world.sft_examples(16),
             args=dict(total_steps=1, **args),
         )
-        trainer.model.double()
+        policy = trainer.model.double().policy
         sizes, original = [], trainer.engine._accumulate
 
         def noted(sync, role, part, share, **extra):
@@ -161,7 +201,8 @@ def test_pre_training_data_is_cut_up_like_everything_else(make, world, limit, ro
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         stats = {}
         trainer.engine._backward_ptx(batch, trainer.loss, stats)
-        grads = [p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None]
+        assert float(stats["ptx/loss"]) == pytest.approx(policy(**batch).loss.item())  # in float32
+        grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
         return torch.cat(grads), float(stats["ptx/loss"]), sizes
 
     whole, loss, _ = run("whole")
