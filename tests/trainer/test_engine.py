@@ -136,6 +136,17 @@ def test_what_the_mask_leaves_out_is_not_suspected(make):
         trainer.engine.step(broken, PPOMaxLoss())
 
 
+def test_what_is_not_finite_elsewhere_stops_this_process_as_well(make, monkeypatch, parameters):
+    """Or the others would wait for it in vain. Another process adds 1 to whatever is summed."""
+    trainer = make()
+    rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
+    before = parameters(trainer.model)
+    monkeypatch.setattr(trainer.engine, "reduce", lambda tensor: tensor + 1)
+    with pytest.raises(FloatingPointError, match="The minibatch itself is finite"):
+        trainer.engine.step(rollout, PPOMaxLoss())
+    assert torch.equal(parameters(trainer.model), before)
+
+
 def test_without_a_bound_gradients_are_left_as_they_are(make, monkeypatch):
     """As in the presets for vanilla PPO and TRL's."""
     trainer = make(args=dict(max_grad_norm=None, minibatch_size=8))
