@@ -1,10 +1,11 @@
 """Rows of logits in triton: one program a row forward, one a piece of a row backward.
 
 Importing it needs triton. With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly.
+``no_type_check`` keeps jaxtyping's import hook off them: triton compiles no decorated function.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -18,6 +19,7 @@ WARPS = 8
 
 
 @triton.jit
+@no_type_check
 def _raised(m, z, t):
     """Raise a running maximum by a block: (its new value, what to subtract, by how much, factor).
 
@@ -31,6 +33,7 @@ def _raised(m, z, t):
 
 
 @triton.jit
+@no_type_check
 def _stats_kernel(
     logits, ids, tau, ref, logprob, logsumexp, entropy, ref_logprob, kl, norms,
     N, V, row_stride, col_stride, ref_row_stride, ref_col_stride, tau_stride,
@@ -98,6 +101,7 @@ def _stats_kernel(
 
 
 @triton.jit
+@no_type_check
 def _gradient_kernel(
     out, logits, ids, tau, ref, norms, coefs, softcap,
     N, V, out_row_stride, out_col_stride, row_stride, col_stride, ref_row_stride, ref_col_stride,
