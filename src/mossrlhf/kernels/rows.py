@@ -223,7 +223,7 @@ def token_stats(
             "of logits"
         )
     rows = ids.numel()
-    flat, flat_ref = logits.reshape(rows, -1), None
+    flat, flat_ref = logits.reshape(rows, logits.shape[-1]), None
     if ref_logits is not None:
         if ref_logits.shape != logits.shape:
             raise ValueError(
@@ -234,7 +234,7 @@ def token_stats(
                 "ref_logits: they require a gradient, which the reference does not get; detach "
                 "them, or use functional.exact_kl"
             )
-        flat_ref = ref_logits.reshape(rows, -1)
+        flat_ref = ref_logits.reshape(flat.shape)
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(ids.shape).reshape(rows)
     taus = temperatures(temperature, logits, rows)
