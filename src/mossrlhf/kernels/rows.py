@@ -121,13 +121,18 @@ def coefficients(
     beta = gamma = torch.zeros_like(alpha)
     if entropy is not None:
         value, g = entropy
-        alpha = alpha - g * (value - log_d)
+        alpha = alpha - _times(g, value - log_d)
         beta = -g
     if kl is not None:
         value, g = kl
-        alpha = alpha + g * (norms[3].log() - log_d - value)
+        alpha = alpha + _times(g, norms[3].log() - log_d - value)
         beta, gamma = beta + g, -g
     return torch.stack([g_logprob, alpha, beta, gamma])
+
+
+def _times(g: Tensor, x: Tensor) -> Tensor:
+    """g·x, and zero where g is, even of a row without a distribution or of an infinite KL."""
+    return torch.where(g == 0, 0.0, g * x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

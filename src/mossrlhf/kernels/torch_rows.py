@@ -94,7 +94,7 @@ def gradient(
         torch.addcmul(alpha[rows], beta[rows], x, out=x)
         if ref_logits is not None:
             _shifted(r, ref_logits[rows], temperature[rows], norms[2, rows])
-            x.addcmul_(gamma[rows], r.masked_fill_(e == 0, 0.0))
+            x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
         e.mul_(x).scatter_add_(1, label[rows], g[rows])
         if softcap is not None:
             torch.mul(logits[rows], logits[rows], out=x)

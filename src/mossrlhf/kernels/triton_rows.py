@@ -133,7 +133,7 @@ def _gradient_kernel(
     if REF:
         r = tl.load(ref + row * ref_row_stride + at * ref_col_stride, mask=inside, other=0.0)
         r = (r.to(tl.float32) - tl.load(norms + 2 * N + row)) / t
-        slope += tl.where(e == 0.0, 0.0, gamma * r)
+        slope += tl.where(e == 0.0, 0.0, tl.where(gamma == 0.0, 0.0, gamma * r))
     dz = (e / d * slope + tl.where(at == label, g, 0.0)) / t
     if SOFTCAP:
         share = z / softcap
