@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -15,7 +14,8 @@ from torch import Tensor
 BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
 """Names of the backends, and the modules they live in: two functions each, of one signature."""
 
-_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+_forced: list[str] = []
+"""What `use_backend` says, on all threads: gradients on CUDA are computed on another."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> B
 
     Source: ours.
     """
-    forced = _forced.get()
-    if forced is not None:
-        return Backend(forced, "use_backend() says so")
+    if _forced:
+        return Backend(_forced[-1], "use_backend() says so")
     return _chosen(torch.device(device).type, dtype == torch.float64)
 
 
@@ -90,8 +89,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    before = _forced.set(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(before)
+        _forced.pop()
