@@ -128,18 +128,18 @@ def _differentiated(
     loss_fn: LossFn, given: TokenStats, rows: slice, wanted: bool
 ) -> tuple[LossOutput, list[Tensor] | None]:
     """Return a chunk's loss, and its gradients for log-probability, log-sum-exp and entropy."""
-    if not wanted:
-        return loss_fn(given, rows), None
     leaves = [x for x in (given.logprob, given.logsumexp, given.entropy) if x is not None]
-    with torch.enable_grad():
+    with torch.set_grad_enabled(wanted):
         for leaf in leaves:
-            leaf.requires_grad_()
+            leaf.requires_grad_(wanted)
         share = loss_fn(given, rows)
         if share.loss.shape != ():
             raise ValueError(
                 f"loss_fn: returned {tuple(share.loss.shape)}, expected the sum over the tokens it "
                 "was given, a scalar"
             )
+        if not wanted:
+            return share, None
         found: Any = [None] * len(leaves)
         if share.loss.requires_grad:
             found = torch.autograd.grad(share.loss, leaves, allow_unused=True)
@@ -243,6 +243,9 @@ def linear_token_loss(
     Source: ours.
     """
     _require_shapes(hidden, weight, ids)
+    if not torch.is_grad_enabled():  # an autograd function is not told
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     stats: dict[str, Tensor] = {}
     loss = _LinearLoss.apply(
         hidden,
