@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mossrlhf.kernels.dispatch import backend_of
 from mossrlhf.types import TokenStats
@@ -142,6 +143,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(logits, ids, temperature, ref_logits, norms, entropies, kl)
 
 
+@once_differentiable
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     logits, ids, temperature, ref_logits, norms, entropies, kl = ctx.saved_tensors
     g_logprob, g_logsumexp, g_entropy, _, g_kl, _ = grads
