@@ -1,0 +1,388 @@
+"""Statistics of rows of logits, by torch and by triton, against float64 and its autograd."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from scored import GRADED, check, gradient, off, oracle, upstream
+
+from mossrlhf.kernels import IGNORED_ID, rows, token_stats
+from mossrlhf.types import TokenStats
+
+BLOCK = 64
+V = 3 * BLOCK + 5
+
+ROUNDED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative error of the gradient, which has the type of the logits; the interpreter truncates."""
+
+
+def drawn(device, *shape, width=V, dtype=torch.float32, scale=3.0):
+    """Logits, ids (the first of them 0, the last V − 1) and a reference's logits."""
+    logits, ref = (scale * torch.randn(2, *shape, width, device=device)).to(dtype)
+    ids = torch.randint(width, shape, device=device)
+    if ids.numel() > 1:
+        ids.view(-1)[0], ids.view(-1)[-1] = 0, width - 1
+    return logits, ids, ref
+
+
+def score(ids, temperature=1.0, ref=None, **options):
+    return lambda z: token_stats(z, ids, temperature, ref_logits=ref, **options)
+
+
+@pytest.fixture
+def given(backend, device):
+    """Five rows: three blocks of torch's, four of triton's each."""
+    return drawn(device, 5)
+
+
+class TestAgainstFloat64:
+    @pytest.mark.parametrize("width", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, V])
+    def test_widths(self, backend, device, width):
+        logits, ids, ref = drawn(device, 5, width=width)
+        check(logits, ids, ref=ref)
+        check(logits, ids)
+
+    @pytest.mark.parametrize("temperature", [0.05, 0.7, 5.0, [0.05, 1.0, 5.0, 0.7, 1.0]])
+    def test_temperatures(self, given, device, temperature):
+        logits, ids, ref = given
+        cold = temperature == 0.05  # logits of ±200: six digits are left of a difference
+        if isinstance(temperature, list):
+            temperature = torch.tensor(temperature, device=device)
+        check(logits, ids, temperature, ref, slope_within=4e-6 if cold else 1e-6)
+
+    @pytest.mark.parametrize("dtype", ROUNDED)
+    def test_dtypes(self, backend, device, dtype):
+        logits, ids, ref = drawn(device, 5, dtype=dtype)
+        check(logits, ids, 0.7, ref, slope_within=ROUNDED[dtype])
+        assert token_stats(logits, ids).logprob.dtype == torch.float32
+
+    def test_float64_is_scored_in_float64(self, device):
+        logits, ids, ref = drawn(device, 5, dtype=torch.float64)
+        check(logits, ids, 0.7, ref, within=1e-14, slope_within=1e-14)
+
+    @pytest.mark.parametrize(("width", "count"), [(32000, 2), (32001, 2), (151936, 1)])
+    def test_real_blocks_and_vocabularies(self, real_blocks, device, width, count):
+        logits, ids, ref = drawn(device, count, width=width)
+        check(logits, ids, ref=ref)
+        error = token_stats(logits, ids).logprob - oracle(logits, ids).logprob
+        assert error.abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("shift", [-1e4, -200.0, 1e4])
+    def test_shifts(self, given, shift):
+        logits, ids, ref = given
+        check(logits + shift, ids, ref=ref - shift)
+
+    def test_hand_computed(self, backend, device):
+        # softmax([0, ln 3]) = [1/4, 3/4]; at τ = 1/2 the logits are [0, ln 9]: [1/10, 9/10].
+        logits, ids = torch.tensor([0.0, math.log(3)], device=device), torch.tensor(1).to(device)
+        assert token_stats(logits, ids).logprob.item() == pytest.approx(math.log(3 / 4))
+        cold = token_stats(logits, ids, 0.5)
+        assert cold.logprob.item() == pytest.approx(math.log(9 / 10))
+        assert cold.logsumexp.item() == pytest.approx(math.log(10))
+        # H = ln 4 − ¾ ln 3; from the uniform distribution KL = ln 2 − H.
+        found = token_stats(logits, ids, ref_logits=torch.zeros_like(logits))
+        entropy = math.log(4) - 0.75 * math.log(3)
+        assert found.entropy.item() == pytest.approx(entropy)
+        assert found.kl.item() == pytest.approx(math.log(2) - entropy)
+        assert found.ref_logprob.item() == pytest.approx(-math.log(2))
+
+
+class TestGradient:
+    @pytest.mark.parametrize("names", [*combinations(GRADED, 1), *combinations(GRADED, 2)])
+    def test_every_mix(self, given, names):
+        check(*given[:2], 0.7, given[2], names=names)
+
+    @pytest.mark.parametrize("name", GRADED)
+    def test_gradcheck(self, device, name):
+        logits, ids, ref = drawn(device, 3, width=7, dtype=torch.float64, scale=1.0)
+        ids[1] = IGNORED_ID
+
+        def one(z):
+            return getattr(token_stats(z, ids, 0.7, ref_logits=ref), name)
+
+        assert torch.autograd.gradcheck(one, logits.requires_grad_())
+
+    def test_of_the_references_logprob_is_zero(self, given):
+        logits, ids, ref = given
+        leaf = logits.requires_grad_()
+        token_stats(leaf, ids, ref_logits=ref).ref_logprob.sum().backward()
+        assert leaf.grad.count_nonzero() == 0
+
+    def test_comes_again(self, given):
+        logits, ids, ref = given
+        leaf = logits.requires_grad_()
+        total = upstream(token_stats(leaf, ids, ref_logits=ref))
+        once, twice = (torch.autograd.grad(total, leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(once, twice)
+
+    def test_of_the_gradient_is_refused(self, given):
+        leaf = given[0].requires_grad_()
+        total = (token_stats(leaf, given[1]).entropy ** 2).sum() + (leaf**3).sum()
+        (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
+
+    def test_in_place_is_the_memory_of_the_logits(self, given):
+        logits, ids, ref = given
+        _, expected = gradient(logits, score(ids, 0.7, ref))
+        leaf = logits.clone().requires_grad_()
+        total = upstream(token_stats(leaf, ids, 0.7, ref_logits=ref, in_place=True))
+        (slope,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        assert slope.data_ptr() == leaf.data_ptr()
+        assert torch.equal(slope, expected)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(total, leaf)
+
+    def test_elsewhere_leaves_the_logits_alone(self, given):
+        logits, ids, _ = given
+        before = logits.clone()
+        _, slope = gradient(logits, score(ids))
+        assert torch.equal(logits, before)
+        assert slope.data_ptr() != logits.data_ptr()
+
+    def test_logits_without_one(self, given):
+        assert not token_stats(*given[:2]).logprob.requires_grad
+        with torch.no_grad():
+            assert not token_stats(given[0].requires_grad_(), given[1]).logprob.requires_grad
+
+
+HOLES = {
+    "the first block": slice(0, BLOCK),
+    "the first blocks": slice(0, 2 * BLOCK),
+    "the last block": slice(3 * BLOCK, None),
+    "a block between": slice(BLOCK, 2 * BLOCK),
+    "every other word": slice(0, None, 2),
+    "all but one word": slice(1, None),
+    "all but the last word": slice(0, -1),
+}
+
+
+class TestImpossibleWords:
+    @pytest.mark.parametrize("hole", HOLES)
+    @pytest.mark.parametrize("also", ["the reference too", "the policy alone"])
+    def test_holes(self, given, hole, also):
+        logits, ids, ref = given
+        logits[:, HOLES[hole]] = -torch.inf
+        if also == "the reference too":
+            ref[:, HOLES[hole]] = -torch.inf
+        ids[:] = logits.argmax(-1)
+        check(logits, ids, 0.7, ref, slope_within=2e-6)
+
+    def test_the_label_itself(self, given):
+        """Its log-probability is −∞; the other numbers, and the gradient of all, are not hurt."""
+        logits, ids, _ = given
+        logits[:, :BLOCK] = -torch.inf
+        ids[:] = torch.arange(5)
+        stats, slope = gradient(logits, score(ids))
+        expected, true_slope = gradient(logits, lambda z: oracle(z, ids))
+        assert (stats.logprob == -torch.inf).all()
+        assert off(stats.entropy, expected.entropy) <= 1e-6
+        assert off(slope, true_slope) <= 1e-6
+
+    @pytest.mark.parametrize("hole", HOLES)
+    def test_kl_from_a_reference_of_smaller_support_is_infinite(self, given, hole):
+        logits, ids, ref = given
+        ref[:, HOLES[hole]] = -torch.inf
+        assert (token_stats(logits, ids, ref_logits=ref).kl == torch.inf).all()
+
+    def test_infinite_kl_leaves_other_gradients_alone(self, given):
+        logits, ids, ref = given
+        expected = gradient(logits, score(ids), GRADED[:3])[1]
+        ref[:, ::2] = -torch.inf
+        assert torch.equal(gradient(logits, score(ids, 1.0, ref), GRADED[:3])[1], expected)
+
+    def test_kl_from_itself_is_zero(self, given):
+        logits, ids, _ = given
+        logits[:, ::3] = -torch.inf
+        stats, slope = gradient(logits, score(ids, 1.0, logits.clone()), ("kl",))
+        assert stats.kl.abs().max() <= 1e-6
+        assert slope.abs().max() <= 1e-6
+
+    @pytest.mark.parametrize("place", [0, BLOCK, V - 1])
+    def test_broken_logits_are_not_hidden(self, given, place):
+        logits, ids, ref = given
+        logits[2, place] = torch.nan
+        stats = token_stats(logits, ids, ref_logits=ref)
+        for name in GRADED:
+            assert getattr(stats, name).isnan().tolist() == [False, False, True, False, False]
+
+
+class TestLabels:
+    @pytest.mark.parametrize("label", [V, V + 3, 2**40])
+    def test_beyond_the_vocabulary(self, given, backend, label):
+        logits, ids, ref = given
+        ids[3] = label
+        if backend == "torch":
+            if logits.is_cuda:
+                pytest.skip("torch ends the process of CUDA")
+            with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+                token_stats(logits, ids)
+            return
+        stats = token_stats(logits, ids, ref_logits=ref)
+        for found in (stats.logprob, stats.ref_logprob):
+            assert found.isnan().tolist() == [False, False, False, True, False]
+
+    @pytest.mark.parametrize("ignored", [IGNORED_ID, -1])
+    def test_ignored(self, given, ignored):
+        """Whatever is in the row: its numbers are zero, its gradient too, and no other changes."""
+        logits, ids, ref = given
+        whole, slope = gradient(logits, score(ids, 0.7, ref))
+        logits[1], ref[1], ids[1] = torch.nan, torch.nan, ignored
+        stats, cut = gradient(logits, score(ids, 0.7, ref))
+        others = torch.tensor([0, 2, 3, 4], device=logits.device)
+        for name in (*GRADED, "ref_logprob"):
+            assert getattr(stats, name)[1] == 0
+            assert torch.equal(getattr(stats, name)[others], getattr(whole, name)[others])
+        assert (cut[1] == 0).all()
+        assert torch.equal(cut[others], slope[others])
+
+    def test_int32(self, given):
+        logits, ids, _ = given
+        one, other = gradient(logits, score(ids)), gradient(logits, score(ids.int()))
+        assert torch.equal(one[0].logprob, other[0].logprob)
+        assert torch.equal(one[1], other[1])
+
+    @pytest.mark.parametrize("content", [torch.nan, -torch.inf, torch.inf])
+    def test_rows_without_upstream_gradient_get_zeros(self, given, content):
+        logits, ids, ref = given
+        logits[1] = content
+        leaf = logits.requires_grad_()
+        stats = token_stats(leaf, ids, ref_logits=ref)
+        sum(getattr(stats, name)[2:].sum() for name in GRADED).backward()
+        assert (leaf.grad[:2] == 0).all()
+        assert leaf.grad[2:].isfinite().all()
+        assert leaf.grad[2:].abs().sum(-1).min() > 0
+
+
+LAYOUTS = {
+    "rows apart": lambda z: torch.cat([z, z], -1)[..., : z.shape[-1]],
+    "columns apart": lambda z: z.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda z: z.transpose(0, -1).contiguous().transpose(0, -1),
+    "backward": lambda z: z.flip(0).contiguous().flip(0),
+    "from the middle": lambda z: torch.cat([z[:1], z, z[:1]])[1:-1],
+}
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("of_ref", LAYOUTS)
+    @pytest.mark.parametrize("of_logits", LAYOUTS)
+    def test_strides(self, given, of_logits, of_ref):
+        logits, ids, ref = given
+        stats, slope = gradient(logits, score(ids, 0.7, ref))
+        placed = LAYOUTS[of_logits](logits)
+        found, placed_slope = gradient(placed, score(ids, 0.7, LAYOUTS[of_ref](ref)))
+        for name in GRADED:
+            torch.testing.assert_close(
+                getattr(found, name), getattr(stats, name), rtol=1e-6, atol=1e-6
+            )
+        assert off(placed_slope, slope) <= 1e-6
+
+    def test_shifted_by_one_token(self, backend, device):
+        """What language models are scored by: logits[:, :-1] and ids[:, 1:]."""
+        logits, ids, ref = drawn(device, 2, 4)
+        check(logits[:, :-1], ids[:, 1:], ref=ref[:, :-1])
+        whole = logits.requires_grad_()
+        token_stats(whole[:, :-1], ids[:, 1:]).logprob.sum().backward()
+        assert (whole.grad[:, -1] == 0).all()
+        assert (whole.grad[:, :-1].abs().sum(-1) > 0).all()
+
+    def test_temperature_of_each_token_of_each_sequence(self, backend, device):
+        logits, ids, ref = drawn(device, 2, 3)
+        check(logits, ids, torch.rand(2, 3, device=device) + 0.5, ref)
+
+    def test_a_single_token_and_temperature(self, given, device):
+        logits, ids, _ = given
+        one = token_stats(logits[0], ids[0], torch.tensor(0.7, device=device))
+        assert one.logprob.shape == ()
+        assert one.logprob == token_stats(logits, ids, 0.7).logprob[0]
+
+    @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+    def test_no_tokens(self, backend, device, shape):
+        logits, ids, ref = drawn(device, *shape)
+        stats, slope = gradient(logits, score(ids, 1.0, ref))
+        assert all(getattr(stats, name).shape == shape for name in (*GRADED, "ref_logprob"))
+        assert slope.shape == logits.shape
+
+
+class TestRepeatability:
+    def test_bitwise_from_run_to_run(self, given):
+        logits, ids, ref = given
+        (one, slope), (two, again) = (gradient(logits, score(ids, 0.7, ref)) for _ in range(2))
+        assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in GRADED)
+        assert torch.equal(slope, again)
+
+    @pytest.mark.parametrize("width", [V, 32001])
+    def test_a_row_is_bitwise_what_it_is_alone(self, backend, device, width, monkeypatch):
+        if width > V and backend == "triton":
+            monkeypatch.setattr("mossrlhf.kernels.triton_rows.BLOCK", 4096)
+        logits, ids, ref = drawn(device, 4, width=width)
+        logits[1, ::2] = -torch.inf  # a neighbor that torch takes another way for
+        together = token_stats(logits, ids, 0.7, ref_logits=ref)
+        leaf = logits.clone().requires_grad_()
+        token_stats(leaf, ids, 0.7, ref_logits=ref).entropy.sum().backward()
+        for row in (0, 2):
+            one = slice(row, row + 1)
+            alone = token_stats(logits[one], ids[one], 0.7, ref_logits=ref[one])
+            for name in (*GRADED, "ref_logprob"):
+                assert torch.equal(getattr(alone, name), getattr(together, name)[one])
+            single = logits[one].clone().requires_grad_()
+            token_stats(single, ids[one], 0.7, ref_logits=ref[one]).entropy.sum().backward()
+            assert torch.equal(single.grad, leaf.grad[one])
+
+
+class TestWhatIsLeftOut:
+    def test_entropy(self, given):
+        logits, ids, ref = given
+        _, slope = gradient(logits, score(ids, 1.0, ref), ("logprob", "kl"))
+        stats, cut = gradient(logits, score(ids, 1.0, ref, entropy=False), ("logprob", "kl"))
+        assert stats.entropy is None
+        assert torch.equal(cut, slope)
+
+    def test_reference(self, given):
+        stats = token_stats(*given[:2])
+        assert stats.ref_logprob is None
+        assert stats.kl is None
+
+    def test_both(self, given):
+        logits, ids, _ = given
+        stats, slope = gradient(logits, score(ids, entropy=False), ("logprob",))
+        expected, true_slope = gradient(logits, lambda z: oracle(z, ids), ("logprob",))
+        assert isinstance(stats, TokenStats)
+        assert off(stats.logprob, expected.logprob) <= 1e-6
+        assert off(slope, true_slope) <= 1e-6
+
+
+class TestAsOperators:
+    @pytest.mark.parametrize("entropy", [True, False])
+    @pytest.mark.parametrize("with_ref", [True, False])
+    def test_stats(self, given, entropy, with_ref):
+        logits, ids, ref = given
+        taus = rows.temperatures(0.7, logits, 5)
+        arguments = (logits.requires_grad_(), ids, taus, ref if with_ref else None, entropy, False)
+        torch.library.opcheck(rows.row_stats, arguments)
+
+    def test_gradient(self, given):
+        logits, ids, ref = given
+        taus = rows.temperatures(0.7, logits, 5)
+        norms = rows.row_stats(logits, ids, taus, ref, True, False)[-1]
+        coefs, out = torch.randn(4, 5, device=logits.device), torch.empty_like(logits)
+        torch.library.opcheck(rows.row_gradient, (out, logits, ids, taus, ref, norms, coefs, None))
+
+
+class TestRefused:
+    """Under the shape checker a wrong shape is a TypeCheckError, so these come with unlike lengths
+    of the same number of axes, or stand for themselves."""
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+    def test_temperature(self, temperature):
+        with pytest.raises(ValueError, match=r"temperature: got .*, expected a number above 0"):
+            token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), temperature)
+
+    def test_reference_that_wants_a_gradient(self):
+        logits, ids = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+        ref = torch.zeros(2, 3, requires_grad=True)
+        with pytest.raises(ValueError, match="ref_logits: they require a gradient"):
+            token_stats(logits, ids, ref_logits=ref)
+        with torch.no_grad():
+            assert token_stats(logits, ids, ref_logits=ref).kl.eq(0).all()
