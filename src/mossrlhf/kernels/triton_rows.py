@@ -203,8 +203,9 @@ def gradient(
     if rows:
         with _on(logits):
             _gradient_kernel[(rows, triton.cdiv(width, block))](
-                out, logits, ids, temperature, ref, norms, coefs.contiguous(), softcap or 1.0,
-                rows, width, *out.stride(), *logits.stride(), *ref.stride(), temperature.stride(0),
+                out, logits, ids, temperature, ref, norms.contiguous(), coefs.contiguous(),
+                softcap or 1.0, rows, width, *out.stride(), *logits.stride(), *ref.stride(),
+                temperature.stride(0),
                 SOFTCAP=softcap is not None, REF=ref_logits is not None, BLOCK=block,
                 num_warps=WARPS,
             )  # fmt: skip
