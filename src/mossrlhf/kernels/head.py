@@ -124,7 +124,8 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """A·B, summed in float32 and rounded once, to `dtype`."""
-    if a.dtype != dtype and a.is_cuda:
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    if half and dtype == torch.float32 and a.is_cuda:  # the one pair of types CUDA has
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
