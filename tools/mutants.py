@@ -38,11 +38,18 @@ TRAINER = (
     "trainer/test_switches.py",
     "trainer/test_training.py",
 )
+FAILURES = ("kernels/test_known_failures.py",)
 NEAREST: dict[str, tuple[str, ...]] = {
     "functional/advantages.py": ("functional/test_advantages.py", "test_advantage.py"),
     "functional/logprobs.py": ("functional/test_logprobs.py", "test_models.py"),
     "functional/losses.py": ("functional/test_losses.py", "test_loss.py"),
     "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
+    "kernels/dispatch.py": ("kernels/test_dispatch.py",),
+    "kernels/head.py": ("kernels/test_linear.py",),
+    "kernels/linear.py": ("kernels/test_linear.py",),
+    "kernels/rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
+    "kernels/torch_rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
+    "kernels/triton_rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
     "advantage.py": ("test_advantage.py",),
     "buffer.py": ("test_buffer.py", *TRAINER),
     "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
@@ -99,7 +106,8 @@ def start(file: str, source: str, tests: Sequence[str], seconds: float) -> int:
 
 def import_foundations() -> None:
     """Import once, for every child, what the sources stand on; never the sources."""
-    for module in ("accelerate", "peft", "torch", "transformers"):
+    os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py has it, and before triton as well
+    for module in ("accelerate", "peft", "torch", "torch._dynamo", "transformers"):
         importlib.import_module(module)
 
 
