@@ -53,5 +53,5 @@ def backend(real_blocks, monkeypatch) -> str:
     """Each backend in turn, by name, in blocks so small that there are several."""
     if real_blocks == "triton":
         monkeypatch.setattr(triton_rows(), "BLOCK", BLOCK)
-    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 2 * 4 * (3 * BLOCK + 5))  # two rows
+    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 2 * 4 * (2 * BLOCK + 5))  # two rows
     return real_blocks

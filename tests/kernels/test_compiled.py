@@ -38,13 +38,14 @@ def test_one_graph_for_all_lengths(tried):
     assert found["equal"] == [True] * (6 * len(backends))
 
 
-class TestKernelsForCuda:
-    @pytest.fixture(scope="class")
-    def kernels(self, tried):
-        if find_spec("triton") is None:
-            pytest.skip("triton is not installed")
-        return tried("cuda", TRITON_INTERPRET="0")
+@pytest.fixture(scope="module")
+def kernels(tried):
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return tried("cuda", TRITON_INTERPRET="0")
 
+
+class TestKernelsForCuda:
     def test_compile_to_machine_code(self, kernels):
         assert len(kernels) == 2
         assert all(kernel["stages"][-2:] == ["ptx", "cubin"] for kernel in kernels.values())

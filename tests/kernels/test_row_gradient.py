@@ -67,18 +67,15 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("canary", [CANARY, torch.nan])
-def test_writes_what_it_owes_and_nothing_else(given, device, place, canary):
-    """All of the slice, poisoned before, and not a number beside it: past V, above or below."""
-    height, width = 12, V if place == "rows" else 2 * V + 7
-    field = torch.full((height, width), canary, device=device)
+def test_writes_what_it_owes_and_nothing_else(given, device, place):
+    """All of a slice poisoned with NaN, and not a number beside it: past V, above or below."""
+    field = torch.full((12, V if place == "rows" else 2 * V + 7), CANARY, device=device)
     out = field[PLACES[place]]
-    expected = slope(*given)
-    assert expected.isfinite().all()
+    out.fill_(torch.nan)
     slope(*given, out=out)
-    assert torch.equal(out, expected)
-    out.fill_(canary)
-    assert torch.equal(field.nan_to_num(CANARY), torch.full_like(field, CANARY))
+    assert torch.equal(out, slope(*given))
+    out.fill_(CANARY)
+    assert (field == CANARY).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -11,13 +11,13 @@ from mossrlhf.kernels import IGNORED_ID, rows, token_stats
 from mossrlhf.types import TokenStats
 
 BLOCK = 64
-V = 3 * BLOCK + 5
+V = 2 * BLOCK + 5
 
 ROUNDED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative error of the gradient, which has the type of the logits; the interpreter truncates."""
 
 
-def drawn(device, *shape, width=V, dtype=torch.float32, scale=3.0):
+def drawn(device, *shape, width=V, dtype=torch.float32, scale=2.0):
     """Logits, ids (the first of them 0, the last V − 1) and a reference's logits."""
     logits, ref = (scale * torch.randn(2, *shape, width, device=device)).to(dtype)
     ids = torch.randint(width, shape, device=device)
@@ -32,12 +32,12 @@ def score(ids, temperature=1.0, ref=None, **options):
 
 @pytest.fixture
 def given(backend, device):
-    """Five rows: three blocks of torch's, four of triton's each."""
+    """Five rows: three blocks of torch's, of three of triton's each."""
     return drawn(device, 5)
 
 
 class TestAgainstFloat64:
-    @pytest.mark.parametrize("width", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, V])
+    @pytest.mark.parametrize("width", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, V])
     def test_widths(self, backend, device, width):
         logits, ids, ref = drawn(device, 5, width=width)
         check(logits, ids, ref=ref)
@@ -46,10 +46,11 @@ class TestAgainstFloat64:
     @pytest.mark.parametrize("temperature", [0.05, 0.7, 5.0, [0.05, 1.0, 5.0, 0.7, 1.0]])
     def test_temperatures(self, given, device, temperature):
         logits, ids, ref = given
-        cold = temperature == 0.05  # logits of ±200: six digits are left of a difference
+        cold = 0.05 in (temperature if isinstance(temperature, list) else [temperature])
         if isinstance(temperature, list):
             temperature = torch.tensor(temperature, device=device)
-        check(logits, ids, temperature, ref, slope_within=4e-6 if cold else 1e-6)
+        # Logits of ±100 and more leave five digits of a difference.
+        check(logits, ids, temperature, ref, slope_within=1e-5 if cold else 1e-6)
 
     @pytest.mark.parametrize("dtype", ROUNDED)
     def test_dtypes(self, backend, device, dtype):
@@ -150,7 +151,7 @@ class TestGradient:
 HOLES = {
     "the first block": slice(0, BLOCK),
     "the first blocks": slice(0, 2 * BLOCK),
-    "the last block": slice(3 * BLOCK, None),
+    "the last block": slice(2 * BLOCK, None),
     "a block between": slice(BLOCK, 2 * BLOCK),
     "every other word": slice(0, None, 2),
     "all but one word": slice(1, None),
@@ -160,12 +161,16 @@ HOLES = {
 
 class TestImpossibleWords:
     @pytest.mark.parametrize("hole", HOLES)
-    @pytest.mark.parametrize("also", ["the reference too", "the policy alone"])
-    def test_holes(self, given, hole, also):
+    def test_holes(self, given, hole):
+        logits, ids, ref = given
+        logits[:, HOLES[hole]], ref[:, HOLES[hole]] = -torch.inf, -torch.inf
+        ids[:] = logits.argmax(-1)
+        check(logits, ids, 0.7, ref)
+
+    @pytest.mark.parametrize("hole", ["the first block", "the last block", "all but one word"])
+    def test_a_reference_of_larger_support(self, given, hole):
         logits, ids, ref = given
         logits[:, HOLES[hole]] = -torch.inf
-        if also == "the reference too":
-            ref[:, HOLES[hole]] = -torch.inf
         ids[:] = logits.argmax(-1)
         check(logits, ids, 0.7, ref, slope_within=2e-6)
 
@@ -180,7 +185,7 @@ class TestImpossibleWords:
         assert off(stats.entropy, expected.entropy) <= 1e-6
         assert off(slope, true_slope) <= 1e-6
 
-    @pytest.mark.parametrize("hole", HOLES)
+    @pytest.mark.parametrize("hole", ["the first block", "the last block", "all but one word"])
     def test_kl_from_a_reference_of_smaller_support_is_infinite(self, given, hole):
         logits, ids, ref = given
         ref[:, HOLES[hole]] = -torch.inf
@@ -265,7 +270,7 @@ LAYOUTS = {
 
 
 class TestLayouts:
-    @pytest.mark.parametrize(("of_logits", "of_ref"), pairwise([*LAYOUTS, "rows apart"]))
+    @pytest.mark.parametrize(("of_logits", "of_ref"), list(pairwise([*LAYOUTS, "rows apart"])))
     def test_strides(self, given, of_logits, of_ref):
         logits, ids, ref = given
         stats, slope = gradient(logits, score(ids, 0.7, ref))
