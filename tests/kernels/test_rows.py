@@ -228,7 +228,7 @@ class TestLabels:
         for found in (stats.logprob, stats.ref_logprob):
             assert found.isnan().tolist() == [False, False, False, True, False]
 
-    @pytest.mark.parametrize("ignored", [IGNORED_ID, -1])
+    @pytest.mark.parametrize("ignored", [-100, -1])
     def test_ignored(self, given, ignored):
         """Whatever is in the row: its numbers are zero, its gradient too, and no other changes."""
         logits, ids, ref = given
@@ -241,6 +241,9 @@ class TestLabels:
             assert torch.equal(getattr(stats, name)[others], getattr(whole, name)[others])
         assert (cut[1] == 0).all()
         assert torch.equal(cut[others], slope[others])
+
+    def test_the_ignored_id_is_that_of_transformers(self):
+        assert IGNORED_ID == -100
 
     def test_int32(self, given):
         logits, ids, _ = given
