@@ -38,18 +38,24 @@ TRAINER = (
     "trainer/test_switches.py",
     "trainer/test_training.py",
 )
-FAILURES = ("kernels/test_known_failures.py",)
+HEADS = ("kernels/test_linear.py", "kernels/test_head.py")
+ROWS = (
+    "kernels/test_row_gradient.py",
+    "kernels/test_rows.py",
+    "kernels/test_rows_limits.py",
+    "kernels/test_known_failures.py",
+)
 NEAREST: dict[str, tuple[str, ...]] = {
     "functional/advantages.py": ("functional/test_advantages.py", "test_advantage.py"),
     "functional/logprobs.py": ("functional/test_logprobs.py", "test_models.py"),
     "functional/losses.py": ("functional/test_losses.py", "test_loss.py"),
     "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
     "kernels/dispatch.py": ("kernels/test_dispatch.py",),
-    "kernels/head.py": ("kernels/test_linear.py",),
-    "kernels/linear.py": ("kernels/test_linear.py",),
-    "kernels/rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
-    "kernels/torch_rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
-    "kernels/triton_rows.py": ("kernels/test_row_gradient.py", "kernels/test_rows.py", *FAILURES),
+    "kernels/head.py": HEADS,
+    "kernels/linear.py": HEADS,
+    "kernels/rows.py": ROWS,
+    "kernels/torch_rows.py": ROWS,
+    "kernels/triton_rows.py": ROWS,
     "advantage.py": ("test_advantage.py",),
     "buffer.py": ("test_buffer.py", *TRAINER),
     "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),

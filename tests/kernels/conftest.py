@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+import heads
 import numpy as np
 import pytest
 import torch
+from scored import BLOCK, drawn
+from torch import Tensor
 
-from mossrlhf.kernels import torch_rows, use_backend
-
-BLOCK = 64
-"""Logits in a block of triton's here, so that few words make several."""
+from mossrlhf.kernels import head, torch_rows, use_backend
 
 
 @pytest.fixture
@@ -55,3 +55,16 @@ def backend(real_blocks, monkeypatch) -> str:
         monkeypatch.setattr(triton_rows(), "BLOCK", BLOCK)
     monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 2 * 4 * (2 * BLOCK + 5))  # two rows
     return real_blocks
+
+
+@pytest.fixture
+def uneven(monkeypatch) -> None:
+    """Chunks of 13, 13 and 11 rows."""
+    monkeypatch.setattr(head, "CPU_CHUNK_BYTES", 4 * heads.V * 16)
+    monkeypatch.setattr(head, "CUDA_CHUNK_ROWS", 16)
+
+
+@pytest.fixture
+def given(backend, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, ids and a reference's logits of five rows: three blocks of either."""
+    return drawn(device, 5)

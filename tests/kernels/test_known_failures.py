@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from scored import GRADED, check, gradient, off, oracle
+from scored import BLOCK, GRADED, V, check, gradient, off, oracle
 
 from mossrlhf.kernels import token_stats
-
-BLOCK = 64
-V = 2 * BLOCK + 5
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from scored import off
+from scored import BLOCK, V, off
 
 from mossrlhf.kernels import IGNORED_ID, rows
 
-BLOCK = 64
-V = 2 * BLOCK + 5
 CANARY = 123.0
 
 

@@ -6,8 +6,27 @@ from torch import Tensor
 from mossrlhf import functional, kernels
 from mossrlhf.types import TokenStats
 
+BLOCK = 64
+"""Logits in a block of triton's under the fixture `backend`, so that few words make several."""
+
+V = 2 * BLOCK + 5
+"""Words, where nothing else is said."""
+
 GRADED = ("logprob", "logsumexp", "entropy", "kl")
 """The statistics that have a gradient."""
+
+
+def drawn(device, *shape, width=V, dtype=torch.float32, scale=2.0):
+    """Logits, ids (the first of them 0, the last V − 1) and a reference's logits."""
+    logits, ref = (scale * torch.randn(2, *shape, width, device=device)).to(dtype)
+    ids = torch.randint(width, shape, device=device)
+    if ids.numel() > 1:
+        ids.view(-1)[0], ids.view(-1)[-1] = 0, width - 1
+    return logits, ids, ref
+
+
+def score(ids, temperature=1.0, ref=None, **options):
+    return lambda z: kernels.token_stats(z, ids, temperature, ref_logits=ref, **options)
 
 
 def oracle(
