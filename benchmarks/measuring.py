@@ -220,6 +220,11 @@ def versions() -> dict[str, str | None]:
     return {**found, "cuda": torch.version.cuda}
 
 
+def pathless(text: str) -> str:
+    """Return a text without paths of this machine, as far as they can be told, and not too long."""
+    return re.sub(r"\S*/\S+", "…", text)[:200]
+
+
 def resident() -> int:
     """Return the bytes of memory this process has now; its peak where the system does not say."""
     return _status("VmRSS") or peak_resident()

@@ -4,7 +4,6 @@ Formulas of other libraries are written anew from their description, in plain to
 take part is a provider too, with the reason why.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import pathless
 from problems import KINDS, Found, Problem, found, stats_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -299,5 +299,5 @@ def reason(error: BaseException) -> str:
     """Return an error in one line, without paths of this machine."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    text = re.sub(r"\S*/\S+", "…", str(error).strip().partition("\n")[0])
-    return f"{type(error).__name__}: {text}"[:200]
+    first = str(error).strip().partition("\n")[0]
+    return pathless(f"{type(error).__name__}: {first}")

@@ -61,8 +61,8 @@ def provenance(how: Figures, device: Figures) -> str:
     cores = f", {device['cores']} cores, {how['threads']} threads" if "cores" in device else ""
     known = ", ".join(f"{name} {v}" for name, v in how["versions"].items() if v)
     return (
-        f"{quick}{device['name']}{cores}; {known}. Copy {how['copy_gb_per_s']:.3g} GB/s, "
-        f"matrix product {how['matmul_tflop_per_s']:.3g} TFLOP/s, both measured in the same run. "
+        f"{quick}{device['name']}{cores}; {known}. Copy {digits(how['copy_gb_per_s'])} GB/s, "
+        f"matrix product {digits(how['matmul_tflop_per_s'])} TFLOP/s, both measured in the same run. "
         f"`{how['command']}`, {how['rounds']} rounds."
     )
 
@@ -87,7 +87,7 @@ def row(one: Figures) -> str:
         return f"| {name} | absent: {one['absent']} |" + " |" * (len(HEAD) - 2)
     steps = one["percent_of_floor"]
     cells = [
-        *(milliseconds(one.get(f"{step}_ms")) for step in ("forward", "backward", "both")),
+        *(digits(one.get(f"{step}_ms")) for step in ("forward", "backward", "both")),
         number(one["speed_over_plain"], "{:.2f}"),
         " / ".join(f"{value:.0f}" for value in steps.values()),
         number(one["peak_mb"], "{:,.0f}"),
@@ -98,8 +98,8 @@ def row(one: Figures) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def milliseconds(value: float | None) -> str:
-    """Lay out a time in three digits or more."""
+def digits(value: float | None) -> str:
+    """Lay out a number in three digits or more."""
     return number(value, "{:,.0f}" if value is not None and value >= 100 else "{:.3g}")
 
 
