@@ -134,6 +134,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any,
 
 
 def _peak_on_cpu(function: Callable[[], Any]) -> tuple[Any, int]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = function()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

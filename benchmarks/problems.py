@@ -1,10 +1,9 @@
-"""What is computed: inputs that are random and peaked, the same for all, and float64's answer.
+"""What is computed: inputs that are random and peaked, the same for all.
 
-Upstream gradients are signed and random, never those of a mean. An answer's error is its largest
-distance in log-probability, and for gradients ‖got − want‖ / ‖want‖.
+Upstream gradients are signed and random, never those of a mean.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 
@@ -236,7 +235,7 @@ def _with_ppo(problem: Problem) -> None:
     """Add old log-probabilities and advantages; ratios keep away from where the loss is bent."""
     n = len(problem.ids)
     with torch.no_grad():
-        now = torch.cat([token_logprobs(_logits(part), part.ids) for _, part in _parts(problem)])
+        now = torch.cat([stats_of(part).logprob for _, part in parts(problem)])
     steps = torch.tensor([-0.5, -0.1, 0.1, 0.5], device=now.device)
     moved = steps[torch.randint(4, (n,), device=now.device)]
     problem.old_logprob = (now - moved - 0.05 * torch.rand(n, device=now.device)).float()
@@ -251,93 +250,13 @@ def _upstream(problem: Problem) -> tuple[Tensor, ...]:
     return tuple(torch.randn(n, device=device) for _ in range(count))
 
 
-def _parts(problem: Problem) -> Iterator[tuple[slice, Problem]]:
+def parts(problem: Problem) -> Iterator[tuple[slice, Problem]]:
+    """Cut a problem into parts that float64 answers one at a time."""
     n, v, *_ = problem.shape
     size = max(1, CHUNK_NUMBERS // v)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         yield rows, problem.part(rows)
-
-
-def _logits(part: Problem) -> Tensor:
-    return part.wrt[0] @ part.wrt[1].t() if part.linear else part.wrt[0]
-
-
-class Answer:
-    """Float64's answer to a problem, to measure others by; rows are worked out anew each time.
-
-    Args:
-        problem: whose.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.noted: dict[str, Tensor] = {}
-        self.outputs: tuple[Tensor, ...] = ()
-        self.gradients: list[Tensor] = []
-        parts = [self._solve(rows, part) for rows, part in _parts(problem)]
-        for name in parts[0].noted:
-            self.noted[name] = torch.cat([part.noted[name] for part in parts])
-        if KINDS[problem.kind].scalar:
-            self.outputs = (torch.stack([part.outputs[0].detach() for part in parts]).sum(),)
-
-    def _solve(self, rows: slice, part: Problem) -> Found:
-        """Answer some rows; gradients of hidden states and weight are kept."""
-        wanted = part.linear and bool(part.upstream)
-        with torch.set_grad_enabled(wanted):
-            one = found(stats_of(part), part)
-        if wanted:
-            hidden, weight = torch.autograd.grad(one.outputs, part.wrt, part.upstream)
-            if not self.gradients:
-                whole = self.problem.wrt[0]
-                self.gradients = [torch.zeros_like(whole, dtype=torch.float64), weight]
-            else:
-                self.gradients[1] += weight
-            self.gradients[0][rows] = hidden
-        return one
-
-    def errors(self, one: Found, gradients: tuple[Tensor, ...]) -> dict[str, float]:
-        """Compare an answer.
-
-        Args:
-            one: what a provider has found.
-            gradients: of `Problem.wrt`; none where none are asked for.
-
-        Returns:
-            the largest distance of each number noted, a loss's relative distance, and the
-            relative L2 distance of gradients, the largest of them.
-        """
-        distances = {
-            name: (value.double() - self.noted[name]).abs().max().item()
-            for name, value in one.noted.items()
-        }
-        if self.outputs:
-            got, want = one.outputs[0].double(), self.outputs[0]
-            distances["loss"] = ((got - want).abs() / want.abs()).item()
-        if gradients:
-            distances["gradient"] = max(self._distances(gradients))
-        return distances
-
-    def _distances(self, gradients: tuple[Tensor, ...]) -> list[float]:
-        if self.gradients:
-            pairs = zip(gradients, self.gradients, strict=True)
-            return [_relative([pair]) for pair in pairs]
-        return [_relative((gradients[0][rows], want) for rows, want in self._row_gradients())]
-
-    def _row_gradients(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows, part in _parts(self.problem):
-            one = found(stats_of(part), part)
-            yield rows, torch.autograd.grad(one.outputs, part.wrt, part.upstream)[0]
-
-
-def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """‖got − want‖ / ‖want‖ over tensors that come in pairs; NaN where anything is NaN."""
-    off = total = 0.0
-    for got, want in pairs:
-        for a, b in zip(got.split(4096), want.split(4096), strict=True):
-            off += (a.double() - b).square().sum().item()
-            total += b.square().sum().item()
-    return sqrt(off / total)
 
 
 def floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:

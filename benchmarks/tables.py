@@ -62,8 +62,8 @@ def provenance(how: Figures, device: Figures) -> str:
     known = ", ".join(f"{name} {v}" for name, v in how["versions"].items() if v)
     return (
         f"{quick}{device['name']}{cores}; {known}. Copy {digits(how['copy_gb_per_s'])} GB/s, "
-        f"matrix product {digits(how['matmul_tflop_per_s'])} TFLOP/s, both measured in the same run. "
-        f"`{how['command']}`, {how['rounds']} rounds."
+        f"matrix product {digits(how['matmul_tflop_per_s'])} TFLOP/s, both measured in the same "
+        f"run. `{how['command']}`, {how['rounds']} rounds."
     )
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answers import Answer
 from measuring import Clock, Pass, describe, interleaved, nbytes, peak_memory, rates, versions
 from peers import PLAIN, Provider, providers, reason
-from problems import KINDS, Answer, Problem, floors, make
+from problems import KINDS, Problem, floors, make
 from tables import headline, kept, page_of, tables
 
 import mossrlhf
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong:
             print("\n".join(["Not right, so nothing is timed:", *wrong]))
             return 1
-        figures = keep(measure(args, words), args.out)
+        for work in measure(args, words):
+            figures = keep(work, describe(torch.device(args.device)), args.out)
         print(tables(figures))
     if args.out == RESULTS:
         PAGE.write_text(page_of(PAGE.read_text(encoding="utf-8"), kept(RESULTS)), encoding="utf-8")
@@ -119,8 +121,8 @@ def check(problem: Problem) -> list[str]:
     return wrong
 
 
-def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """Measure everyone on every problem, and return what is to be kept."""
+def measure(args: argparse.Namespace, words: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measure everyone on one problem after the other, and yield what is to be kept."""
     device = torch.device(args.device)
     clock = Clock(device)
     limits = rates(device, clock, args.quick)
@@ -133,13 +135,11 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         "copy_gb_per_s": limits["copy"] / 1e6,
         "matmul_tflop_per_s": limits["matmul"] / 1e9,
     }
-    works = []
     for problem in problems(args):
         print(f"measuring: {headline(summary(problem))}", file=sys.stderr, flush=True)
-        rows = measured(problem, args, clock, floors(problem, limits))
-        works.append({**summary(problem), "measured": how, "providers": rows})
-        works[-1]["floors_ms"] = floors(problem, limits)
-    return {"benchmark": "token_stats", "device": describe(device), "works": works}
+        least = floors(problem, limits)
+        rows = measured(problem, args, clock, least)
+        yield {**summary(problem), "measured": how, "floors_ms": least, "providers": rows}
 
 
 def measured(
@@ -223,22 +223,24 @@ def of_memory(provider: Provider) -> dict[str, float]:
     return {"peak_mb": most / 1e6, "beyond_gradients_mb": (most - nbytes(returned)) / 1e6}
 
 
-def keep(figures: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write figures, beside those of other problems that a file has already.
+def keep(work: dict[str, Any], device: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the figures of a problem, beside those of others that the file has already.
 
     Args:
-        figures: of `measure`.
+        work: of `measure`.
+        device: what it was measured on.
         folder: of one file for each device.
 
     Returns:
         all that the file has now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{figures['device']['slug']}.json"
+    file = folder / f"{device['slug']}.json"
     before = json.loads(file.read_text(encoding="utf-8"))["works"] if file.exists() else []
-    known = {headline(work): work for work in [*before, *figures["works"]]}
-    order = sorted(known.values(), key=lambda work: list(KINDS).index(work["kind"]))
-    figures = {**figures, "works": order}
+    known = {headline(one): one for one in [*before, work]}
+    kinds = list(KINDS)
+    order = sorted(known.values(), key=lambda one: (kinds.index(one["kind"]), one["shape"][1]))
+    figures = {"benchmark": "token_stats", "device": device, "works": order}
     text = json.dumps(figures, indent=1, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
     return figures

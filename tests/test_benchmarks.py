@@ -35,6 +35,11 @@ def problems():
 
 
 @pytest.fixture
+def answers():
+    return import_module("answers")
+
+
+@pytest.fixture
 def peers():
     return import_module("peers")
 
@@ -121,10 +126,10 @@ def test_quick_figures_stay_off_the_page(bench):
 
 @pytest.mark.parametrize("kind", list(OURS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_answers_are_one(problems, peers, kind, dtype):
+def test_all_answers_are_one(problems, answers, peers, kind, dtype):
     shape = (20, 300) if kind.startswith("rows") else (20, 300, 16)
     problem = problems.make(kind, shape, dtype, CPU)
-    answer = problems.Answer(problem)
+    answer = answers.Answer(problem)
     for provider in peers.providers(problem, ["torch.compile"]):
         if not provider.absent:
             errors = answer.errors(*provider.solve())
@@ -133,9 +138,9 @@ def test_all_answers_are_one(problems, peers, kind, dtype):
             assert errors.get("gradient", 0) < (1e-5 if exact else 0.1), provider.name
 
 
-def test_errors_by_hand(problems, peers):
+def test_errors_by_hand(problems, answers, peers):
     problem = problems.make("rows", (20, 300), torch.float32, CPU)
-    answer = problems.Answer(problem)
+    answer = answers.Answer(problem)
     one, (gradient,) = peers.providers(problem)[0].solve()
     one.noted["logprob"][7] += 0.5
     assert answer.errors(one, (1.01 * gradient,)) == {
@@ -145,14 +150,14 @@ def test_errors_by_hand(problems, peers):
     }
 
 
-def test_problems_are_peaked_and_signed(problems):
+def test_problems_are_peaked_and_signed(problems, answers):
     problem = problems.make("rows", (40, 300), torch.float32, CPU)
     highest = problem.wrt[0].softmax(-1).amax(-1)
     assert (highest[1::2] > 0.9).float().mean() > 0.8
     assert (highest[::2] < 0.9).all()
     assert all((g > 0).any() and (g < 0).any() for g in problem.upstream)
     ppo = problems.make("linear_ppo", (40, 300, 16), torch.float32, CPU)
-    ratio = (problems.Answer(ppo).noted["logprob"] - ppo.old_logprob).exp()
+    ratio = (answers.Answer(ppo).noted["logprob"] - ppo.old_logprob).exp()
     clipped = (ratio < 0.8) | (ratio > 1.2)
     assert 0 < clipped.sum() < 40
     assert min((ratio - 0.8).abs().min(), (ratio - 1.2).abs().min()) > 0.01
