@@ -126,7 +126,8 @@ def test_quick_figures_stay_off_the_page(bench):
 
 @pytest.mark.parametrize("kind", list(OURS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_answers_are_one(problems, answers, peers, kind, dtype):
+def test_all_answers_are_one(problems, answers, peers, kind, dtype, monkeypatch):
+    monkeypatch.setattr(problems, "CHUNK_NUMBERS", 300 * 7)  # float64 answers in three parts
     shape = (20, 300) if kind.startswith("rows") else (20, 300, 16)
     problem = problems.make(kind, shape, dtype, CPU)
     answer = answers.Answer(problem)
@@ -148,6 +149,30 @@ def test_errors_by_hand(problems, answers, peers):
         "entropy": pytest.approx(0, abs=1e-5),
         "gradient": pytest.approx(0.01, abs=1e-5),
     }
+
+
+def test_the_loss_by_hand(problems, answers):
+    problem = problems.make("linear_ppo", (20, 300, 16), torch.float32, CPU)
+    hidden, weight = (x.detach().double() for x in problem.wrt)
+    logp = (hidden @ weight.t()).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    ratio = (logp[range(20), problem.ids] - problem.old_logprob.double()).exp()
+    loss = 0.0
+    for r, a, h in zip(ratio.tolist(), problem.advantage.tolist(), entropy.tolist(), strict=True):
+        loss += -min(r * a, max(0.8, min(1.2, r)) * a) - 0.01 * h
+    assert answers.Answer(problem).outputs[0].item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_in_place_is_made_ready_each_time(problems, peers):
+    problem = problems.make("rows", (20, 300), torch.float32, CPU)
+    given = problem.wrt[0].detach().clone()
+    provider = next(p for p in peers.providers(problem) if p.name == "mossrlhf, in place")
+    _, (first,) = provider.solve()
+    first = first.clone()
+    _, (second,) = provider.solve()
+    assert second.data_ptr() == provider.problem.wrt[0].data_ptr()
+    assert torch.equal(first, second)
+    assert torch.equal(problem.wrt[0], given)  # the others' logits are theirs
 
 
 def test_problems_are_peaked_and_signed(problems, answers):
