@@ -92,9 +92,12 @@ def plain(problem: Problem) -> Found:
     return found(stats_of(problem), problem)
 
 
-@cache
 def compiled() -> Callable[[Problem], Found]:
-    """Return `plain` under ``torch.compile``; a graph break or too many recompilations raise."""
+    """Return `plain` under ``torch.compile``; a graph break raises.
+
+    What was compiled before is forgotten: past eight shapes torch would compile no more.
+    """
+    torch.compiler.reset()
     return torch.compile(plain, fullgraph=True, dynamic=False)
 
 
