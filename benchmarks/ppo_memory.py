@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import mossrlhf
 from mossrlhf import PPOMaxLoss, Rollout, ToyWorld, Trainer, TrainerConfig
+from mossrlhf.models import whole_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "ppo_memory.json"
@@ -105,14 +107,14 @@ def update(args: argparse.Namespace, path: str) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, folder)
-        choose_path(trainer, path == "plain")
         rollout, scores = recorded(args)
         models = (trainer.policy, trainer.critic, trainer.ref_model)
         parameters = sum(nbytes(model) for model in models)
         forgotten = forget_peak()
         before, highest = resident(), peak_resident()
         start = perf_counter()
-        metrics = trainer.step(rollout, scores=scores)
+        with whole_logits() if path == "plain" else nullcontext():
+            metrics = trainer.step(rollout, scores=scores)
         seconds = perf_counter() - start
         peak = peak_resident()
     if not forgotten and peak <= highest:
@@ -127,23 +129,6 @@ def update(args: argparse.Namespace, path: str) -> dict[str, Any]:
         "seconds": seconds,
         "metrics": {k: v for k, v in sorted(metrics.items()) if k.startswith(("policy", "critic"))},
     }
-
-
-def choose_path(trainer: Trainer, plain: bool) -> None:
-    """Let a trainer score tokens with the kernels, which is its default, or without.
-
-    Args:
-        trainer: any.
-        plain: whether to do without them.
-
-    Raises:
-        NotImplementedError: where the trainer cannot do without.
-    """
-    if plain:
-        raise NotImplementedError(
-            f"choose_path: {type(trainer).__name__} offers no choice of how tokens are scored, so "
-            "the plain path cannot be measured"
-        )
 
 
 def make_trainer(args: argparse.Namespace, folder: str) -> Trainer:

@@ -322,10 +322,11 @@ def test_memory_of_an_update(ppo_memory):
     assert figures["metrics"]["policy/grad_norm"] > 0
 
 
-def test_a_path_that_there_is_not(ppo_memory):
-    with pytest.raises(NotImplementedError, match="no choice of how tokens are scored"):
-        ppo_memory.choose_path(SimpleNamespace(), plain=True)
-    ppo_memory.choose_path(SimpleNamespace(), plain=False)
+def test_both_paths_take_the_same_step(ppo_memory):
+    sizes = {"vocab": 500, "hidden": 16, "layers": 1, "responses": 2, "length": 3}
+    args = ppo_memory.parse([f"--{name}={size}" for name, size in sizes.items()])
+    ours, theirs = (ppo_memory.update(args, path)["metrics"] for path in ("kernels", "plain"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_each_path_alone(ppo_memory, monkeypatch):

@@ -24,7 +24,7 @@ class TestChunks:
             (N, N, [slice(0, N)]),
             (N - 1, N, [slice(0, 19), slice(19, N)]),
             (16, 1, [slice(0, 1)]),
-            (16, 0, []),
+            (16, 0, [slice(0, 0)]),  # for a loss to name its statistics
         ],
     )
     def test_sizes(self, monkeypatch, rows, count, expected):
@@ -101,9 +101,14 @@ class TestChunks:
         hidden, weight, ids = drawn()
         stats = linear_token_stats(hidden[:0], weight, ids[:0])
         assert stats.logprob.shape == stats.entropy.shape == stats.logsumexp.shape == (0,)
-        out = linear_token_loss(hidden[:0], weight, ids[:0], lambda s, r: 1 / 0)
+        out = linear_token_loss(
+            hidden[:0],
+            weight,
+            ids[:0],
+            lambda s, r: LossOutput(s.logprob.sum(), {"n": len(s.logprob)}),
+        )
         (stats.logprob.sum() + out.loss).backward()
-        assert (out.loss, out.stats) == (0, {})
+        assert (out.loss, out.stats) == (0, {"n": 0})
         assert weight.grad.count_nonzero() == 0
 
 

@@ -74,9 +74,8 @@ class Head:
         self.hidden, self.weight = hidden.to(self.dtype), weight.to(self.dtype)
         self.bias, self.scale, self.softcap = bias, scale, softcap
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.d_hidden: Tensor | None = None
-        self.d_weight: Tensor | None = None
-        self.d_bias: Tensor | None = None
+        self.gradients: list[tuple[Tensor, torch.dtype] | None] = [None, None, None]
+        self._inputs = (hidden, weight, bias)
 
     def chunks(self) -> Iterator[slice]:
         """Cut N rows into chunks of like size."""
@@ -89,14 +88,12 @@ class Head:
             z += self.bias
         return capped(z, self.scale, self.softcap, in_place=True)
 
-    def want(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Make room for the gradients of what is given; None wants none."""
-        if hidden is not None:
-            self.d_hidden = torch.empty_like(hidden)
-        if weight is not None:
-            self.d_weight = torch.zeros_like(weight, dtype=self.wide)
-        if bias is not None:
-            self.d_bias = torch.zeros_like(bias, dtype=self.wide)
+    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Make room for the gradients of hidden states, weight and bias, as they are wanted."""
+        for i, wanted in enumerate((hidden, weight, bias)):
+            given = self._inputs[i]
+            if wanted and given is not None:
+                self.gradients[i] = given.new_zeros(given.shape, dtype=self.wide), given.dtype
 
     def add_gradient(
         self, rows: slice, z: Tensor, ids: Tensor, tau: Tensor, norms: Tensor, coefs: Tensor
@@ -105,12 +102,30 @@ class Head:
         dz = z if self.dtype == z.dtype else torch.empty_like(z, dtype=self.dtype)
         scaled = coefs * self.scale
         backend_of(z).gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
-        if self.d_hidden is not None:
-            self.d_hidden[rows] = _product(dz, self.weight, self.d_hidden.dtype)
-        if self.d_weight is not None:
-            _add_product(self.d_weight, dz.t(), self.hidden[rows])
-        if self.d_bias is not None:
-            self.d_bias += dz.sum(0, dtype=self.wide)
+        d_hidden, d_weight, d_bias = self.gradients
+        if d_hidden is not None:
+            d_hidden[0][rows] = _product(dz, self.weight, self.wide)
+        if d_weight is not None:
+            _add_product(d_weight[0], dz.t(), self.hidden[rows])
+        if d_bias is not None:
+            d_bias[0].add_(dz.sum(0, dtype=self.wide))
+
+
+def rounded(
+    gradient: tuple[Tensor, torch.dtype] | None, factor: Tensor | None = None
+) -> Tensor | None:
+    """Return a gradient in the type of what it is of, rounded once.
+
+    Args:
+        gradient: in the type it was summed in, and the other type; or None.
+        factor: to multiply it by first, where it was summed; None for 1.
+
+    Source: ours.
+    """
+    if gradient is None:
+        return None
+    value, dtype = gradient
+    return (value if factor is None else value.mul_(factor)).to(dtype)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mossrlhf.kernels.dispatch import backend_of
-from mossrlhf.kernels.head import Head
+from mossrlhf.kernels.head import Head, rounded
 from mossrlhf.kernels.rows import coefficients, temperatures
 from mossrlhf.types import LossOutput, TokenStats
 
@@ -41,6 +41,7 @@ class _LinearStats(torch.autograd.Function):
             for rows in head.chunks():
                 z = head.logits(rows)
                 found.append(backend_of(z).stats(z, ids[rows], tau[rows], None, entropy))
+                del z  # before the next is made
         logprob, logsumexp, entropies, _, _, norms = (
             torch.cat(parts, -1) for parts in zip(*found, strict=True)
         )
@@ -61,13 +62,13 @@ class _LinearStats(torch.autograd.Function):
         )
         scale, softcap = ctx.settings
         head = Head(hidden, weight, bias, scale, softcap, ctx.dtype)
-        wanted = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        head.want(*(x if needed else None for x, needed in wanted))
+        head.want(*ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks():
                 z = head.logits(rows)
                 head.add_gradient(rows, z, ids, tau, norms[:, rows], coefs[:, rows])
-        return *_gradients(head, weight, bias), None, None, None, None
+                del z
+        return *(rounded(g) for g in head.gradients), None, None, None, None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -86,8 +87,7 @@ class _LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         head = Head(hidden, weight, bias, *settings)
         needed = ctx.needs_input_grad[:3]
-        inputs = zip((hidden, weight, bias), needed, strict=True)
-        head.want(*(x if wanted else None for x, wanted in inputs))
+        head.want(*needed)
         total = tau.new_zeros(())
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks():
@@ -108,7 +108,8 @@ class _LinearLoss(torch.autograd.Function):
                         g_logsumexp=grads[1],
                     )
                     head.add_gradient(rows, z, ids, tau, norms, coefs)
-        ctx.gradients = _gradients(head, weight, bias)
+                del z  # before the next is made
+        ctx.gradients = head.gradients
         return total
 
     @staticmethod
@@ -120,7 +121,7 @@ class _LinearLoss(torch.autograd.Function):
                 "second backward pass call it again, or use linear_token_stats"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if g is None else g.mul_(upstream) for g in gradients]
+        scaled = (rounded(g, upstream) for g in gradients)
         return *scaled, None, None, None, None, None, None
 
 
@@ -145,15 +146,6 @@ def _differentiated(
             found = torch.autograd.grad(share.loss, leaves, allow_unused=True)
     pairs = zip(found, leaves, strict=True)
     return share, [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
-
-
-def _gradients(head: Head, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """The gradients in the types of what they are of: sums are rounded once, at the end."""
-    return [
-        head.d_hidden,
-        None if head.d_weight is None else head.d_weight.to(weight.dtype),
-        None if head.d_bias is None or bias is None else head.d_bias.to(bias.dtype),
-    ]
 
 
 def linear_token_stats(

@@ -86,20 +86,28 @@ def gradient(
     d = norms[1][:, None]
     alpha, beta, gamma = alpha / d, beta / d, gamma / d
     scratch = _Scratch(logits, temperature, 2 if ref_logits is None else 3)
+    some_dead = out.device.type != "cpu" or bool(dead.any())
+    sloped = out.device.type != "cpu" or bool((coefs[2:] != 0).any())
     for rows in _blocks(logits):
         x, e, r = scratch(rows)
         _shifted(x, logits[rows], temperature[rows], norms[0, rows])
         torch.exp(x, out=e)
-        x.clamp_(min=LOWEST)
-        torch.addcmul(alpha[rows], beta[rows], x, out=x)
+        slope = alpha[rows]
+        if sloped:
+            slope = torch.addcmul(slope, beta[rows], x.clamp_(min=LOWEST), out=x)
         if ref_logits is not None:
             _shifted(r, ref_logits[rows], temperature[rows], norms[2, rows])
             x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
-        e.mul_(x).scatter_add_(1, label[rows], g[rows])
+        # Straight to where it is wanted, unless that would round it before it is whole.
+        done = out[rows] if out.dtype == e.dtype and softcap is None else e
+        torch.mul(e, slope, out=done).scatter_add_(1, label[rows], g[rows])
         if softcap is not None:
             torch.mul(logits[rows], logits[rows], out=x)
-            e.mul_(x.mul_(-1 / softcap**2).add_(1))
-        out[rows] = e.masked_fill_(dead[rows], 0.0)
+            done.mul_(x.mul_(-1 / softcap**2).add_(1))
+        if some_dead:
+            done.masked_fill_(dead[rows], 0.0)
+        if done is e:
+            out[rows] = e
 
 
 class _Scratch:
