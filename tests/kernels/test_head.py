@@ -105,7 +105,7 @@ class TestChunks:
             hidden[:0],
             weight,
             ids[:0],
-            lambda s, r: LossOutput(s.logprob.sum(), {"n": len(s.logprob)}),
+            lambda s, r: LossOutput(s.logprob.sum(), {"n": torch.tensor(len(s.logprob))}),
         )
         (stats.logprob.sum() + out.loss).backward()
         assert (out.loss, out.stats) == (0, {"n": 0})

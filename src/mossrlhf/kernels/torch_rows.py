@@ -1,12 +1,17 @@
-"""Rows of logits with torch alone, a few at a time: what is made of a block stays in the cache."""
+"""Rows of logits with torch alone, a few at a time: what is made of a block stays in the cache.
 
-from collections.abc import Iterator
+On a CPU each thread has blocks of its own, and computes them alone: were the threads to share every
+small operation, they would wait for each other after each, and on a busy machine do little else.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**21
-"""Of one block of rows, in the type it is computed in; there are two or three of them."""
+BLOCK_BYTES = 2**20
+"""Of one block of rows, in float32; each thread has two or three of them."""
 
 LOWEST = -1e4
 """Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
@@ -30,9 +35,8 @@ def stats(
     norms = temperature.new_zeros(4, len(ids))
     chosen, chosen_ref, weighted, cross = temperature.new_zeros(4, len(ids))
     with_ref = ref_logits is not None
-    scratch = _Scratch(logits, temperature, 3 if with_ref else 2)
-    for rows in _blocks(logits):
-        x, e, r = scratch(rows)
+
+    def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
         norms[0, rows] = _shifted(x, logits[rows], temperature[rows])
         chosen[rows] = x.gather(1, label[rows]).squeeze(1)
         torch.exp(x, out=e)
@@ -44,6 +48,8 @@ def stats(
             chosen_ref[rows] = r.gather(1, label[rows]).squeeze(1)
             torch.sum(torch.exp(r, out=x), -1, out=norms[3, rows])
             cross[rows] = _expected(e, r)
+
+    _for_each_block(work, logits, temperature, 3 if with_ref else 2)
     _, d, _, ref_d = norms
     found = [
         chosen - d.log(),
@@ -85,17 +91,16 @@ def gradient(
     g, alpha, beta, gamma = (coefs / temperature)[:, :, None]
     d = norms[1][:, None]
     alpha, beta, gamma = alpha / d, beta / d, gamma / d
-    scratch = _Scratch(logits, temperature, 2 if ref_logits is None else 3)
-    some_dead = out.device.type != "cpu" or bool(dead.any())
-    sloped = out.device.type != "cpu" or bool((coefs[2:] != 0).any())
-    for rows in _blocks(logits):
-        x, e, r = scratch(rows)
+    on_cpu = out.device.type == "cpu"  # elsewhere asking would mean waiting
+    some_dead, sloped = not on_cpu or bool(dead.any()), not on_cpu or bool((coefs[2:] != 0).any())
+
+    def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
         _shifted(x, logits[rows], temperature[rows], norms[0, rows])
         torch.exp(x, out=e)
         slope = alpha[rows]
         if sloped:
             slope = torch.addcmul(slope, beta[rows], x.clamp_(min=LOWEST), out=x)
-        if ref_logits is not None:
+        if ref_logits is not None and sloped:
             _shifted(r, ref_logits[rows], temperature[rows], norms[2, rows])
             x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
         # Straight to where it is wanted, unless that would round it before it is whole.
@@ -109,24 +114,49 @@ def gradient(
         if done is e:
             out[rows] = e
 
-
-class _Scratch:
-    """As many tensors as asked for, as large as the largest block, used for one after the other."""
-
-    def __init__(self, logits: Tensor, like: Tensor, count: int) -> None:
-        size = next(_blocks(logits), slice(0, 0)).stop
-        self.blocks = [like.new_empty(size, logits.shape[1]) for _ in range(count)]
-
-    def __call__(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        cut = [block[: rows.stop - rows.start] for block in self.blocks]
-        return cut[0], cut[1], cut[-1]
+    _for_each_block(work, logits, temperature, 2 if ref_logits is None else 3)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    rows, width = logits.shape
+def _for_each_block(
+    work: Callable[[slice, Tensor, Tensor, Tensor], None], logits: Tensor, like: Tensor, count: int
+) -> None:
+    """Do some work for each block, with scratch tensors: two of its shape, or three."""
+    total, width = logits.shape
     size = max(1, BLOCK_BYTES // (4 * max(1, width)))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    starts = range(0, total, size)
+    threads = min(torch.get_num_threads(), len(starts)) if logits.device.type == "cpu" else 1
+    # Made here and not by the threads, for profilers to see.
+    scratch = [
+        [like.new_empty(min(size, total), width) for _ in range(count)] for _ in range(threads)
+    ]
+
+    def share(thread: int) -> None:
+        for start in starts[thread::threads]:
+            rows = slice(start, min(start + size, total))
+            x, e, *rest = (block[: rows.stop - rows.start] for block in scratch[thread])
+            work(rows, x, e, rest[0] if rest else e)
+
+    if threads <= 1:
+        for thread in range(threads):
+            share(thread)
+    else:
+        _on_threads(share, threads)
+
+
+def _on_threads(share: Callable[[int], None], threads: int) -> None:
+    """Let each thread do its share with operations that are not divided any further."""
+
+    def alone(thread: int) -> None:
+        torch.set_num_threads(1)  # of this thread
+        with torch.no_grad():  # a thread's own as well
+            share(thread)
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(alone, range(threads)))
+    finally:
+        torch.set_num_threads(before)  # for threads to come
 
 
 def _shifted(
