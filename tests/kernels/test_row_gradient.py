@@ -109,8 +109,14 @@ def test_norms_and_coefficients_of_some_of_the_rows(given):
     assert torch.equal(got, slope(*given)[some])
 
 
-def test_ignored_rows_get_coefficients_that_are_not_numbers(device):
-    """And none of a zero gradient does, whatever stands beside it."""
+def test_coefficients_of_log_probability_alone(device):
+    g = torch.tensor([2.0, -3.0], device=device)
+    coefs = rows.coefficients(torch.ones(4, 2, device=device), g)
+    assert coefs.tolist() == [[2, -3], [-2, 3], [0, 0], [0, 0]]
+
+
+def test_coefficients_of_a_zero_gradient_are_zero(device):
+    """Whatever it is multiplied by; those of another are not numbers where that is none."""
     norms = torch.full((4, 2), torch.nan, device=device)
     zero, number = torch.zeros(2, device=device), torch.full((2,), torch.inf, device=device)
     coefs = rows.coefficients(norms, zero, entropy=(number, zero), kl=(number, zero))

@@ -53,7 +53,7 @@ class TestImpossibleWords:
         logits, ids, ref = given
         expected = gradient(logits, score(ids), GRADED[:3])[1]
         ref[:, ::2] = -torch.inf
-        assert torch.equal(gradient(logits, score(ids, 1.0, ref), GRADED[:3])[1], expected)
+        assert off(gradient(logits, score(ids, 1.0, ref), GRADED[:3])[1], expected) <= 1e-6
 
     def test_kl_from_itself_is_zero(self, given):
         logits, ids, _ = given

@@ -17,17 +17,18 @@ def graph(*backends: str) -> dict[str, Any]:
     from mossrlhf.kernels import token_stats, use_backend
 
     compiled = torch.compile(token_stats, fullgraph=True, backend="aot_eager", dynamic=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     equal = []
     for backend in backends:
         for count in (3, 5, 8):
-            logits, ref = torch.randn(2, count, 70)
+            logits, ref = torch.randn(2, count, 70, device=device)
             found = []
             for function in (compiled, token_stats):
                 leaf = logits.clone().requires_grad_()
                 with use_backend(backend):
-                    stats = function(leaf, torch.arange(count), 0.7, ref_logits=ref)
+                    stats = function(leaf, torch.arange(count, device=device), 0.7, ref_logits=ref)
                     numbers = torch.stack([stats.logprob, stats.logsumexp, stats.entropy, stats.kl])
-                    (numbers * torch.arange(1.0, 5)[:, None]).sum().backward()
+                    (numbers * torch.arange(1.0, 5, device=device)[:, None]).sum().backward()
                 found.append((numbers, leaf.grad))
             equal += [torch.equal(a, b) for a, b in zip(*found, strict=True)]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
