@@ -54,7 +54,7 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "kernels/head.py": HEADS,
     "kernels/linear.py": HEADS,
     "kernels/rows.py": ROWS,
-    "kernels/torch_rows.py": ROWS,
+    "kernels/torch_rows.py": ("kernels/test_torch_rows.py", *ROWS),
     "kernels/triton_rows.py": ROWS,
     "advantage.py": ("test_advantage.py",),
     "buffer.py": ("test_buffer.py", *TRAINER),
