@@ -42,7 +42,7 @@ def test_logits_far_below_zero(given, level):
     assert token_stats(logits + level, ids).logprob.isfinite().all()
 
 
-@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK + 1, V, 1000])
+@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK + 1, V])
 def test_log_probabilities_are_never_positive(backend, device, width):
     """verl, where the vocabulary is no multiple of the split: words beyond it, or none at all."""
     logits = 20 * torch.randn(4, width, device=device)  # peaked: the greatest is nearly certain
