@@ -4,7 +4,6 @@ Formulas of other libraries are written anew from their description, in plain to
 take part is a provider too, with the reason why.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -123,18 +122,6 @@ def _in_place(problem: Problem) -> Provider:
     return Provider("mossrlhf, in place", partial(_ours, in_place=True), mine, True, restore)
 
 
-class _Compiled(Provider):
-    """`kernels.token_stats` by the backend that ``MOSSRLHF_KERNELS=compiled`` asks for."""
-
-    def run(self) -> Found:
-        with kernels.use_backend("compiled"):
-            return super().run()
-
-    def differentiate(self, one: Found) -> tuple[Tensor, ...]:
-        with kernels.use_backend("compiled"):
-            return super().differentiate(one)
-
-
 def _by_sequence(problem: Problem) -> Tensor:
     """TRL's and verl's log-probabilities: one response at a time.
 
@@ -167,12 +154,8 @@ def _verl(problem: Problem) -> Found:
 
 
 def _rows(problem: Problem) -> list[Provider]:
-    missing = None if shutil.which("g++") else "needs a C++ compiler"
-    if problem.ids.is_cuda:
-        missing = "for CPUs"
     return [
         Provider("mossrlhf", _ours, problem, True),
-        _Compiled("mossrlhf, compiled", _ours, problem, True, absent=missing),
         _in_place(problem),
         Provider("TRL's formula", _trl, problem),
         Provider("verl's formula", _verl, problem),

@@ -6,7 +6,6 @@ compiles nothing once it interprets.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -37,14 +36,6 @@ def test_one_graph_for_all_lengths(tried):
     found = tried("graph", *backends)
     assert found["graphs"] == 1
     assert found["equal"] == [True] * (6 * len(backends))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_rows_by_torch_compile(tried):
-    found = tried("rows", MOSSRLHF_KERNELS="compiled")
-    assert found["backend"] == ["compiled", "MOSSRLHF_KERNELS says so"]
-    assert max(found["errors"]) <= 1e-6
-    assert len(found["errors"]) == 4
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What is tried of kernels in a process of its own, where no shape checker is; prints JSON.
 
 python compiled_kernels.py graph BACKENDS  # token_stats under torch.compile
-python compiled_kernels.py rows            # rows by torch.compile, against float64
 python compiled_kernels.py cuda            # triton's kernels for CUDA, compiled without a GPU
 """
 
@@ -34,30 +33,6 @@ def graph(*backends: str) -> dict[str, Any]:
             equal += [torch.equal(a, b) for a, b in zip(*found, strict=True)]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return {"equal": equal, "graphs": graphs}
-
-
-def rows() -> dict[str, Any]:
-    """Statistics and gradients of the compiled backend, and how far off float64's they are."""
-    from mossrlhf.kernels import backend, token_stats, use_backend
-
-    chosen = backend("cpu")
-    errors = []
-    for count, width in ((6, 128), (9, 101)):
-        logits = 3 * torch.randn(count, width)
-        logits[1, 3:50] = -torch.inf
-        ids = torch.arange(count) % 3
-        ids[2] = -100
-        found = []
-        for dtype in (torch.float32, torch.float64):
-            leaf = logits.clone().to(dtype).requires_grad_()
-            with use_backend("compiled" if dtype == torch.float32 else "torch"):
-                stats = token_stats(leaf, ids, 0.7)
-                numbers = torch.stack([stats.logprob, stats.logsumexp, stats.entropy])
-                slopes = torch.linspace(-1, 2, numbers.numel()).view_as(numbers)
-                (numbers * slopes).sum().backward()
-            found.append((numbers.detach(), leaf.grad))
-        errors += [float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True)]
-    return {"backend": [chosen.name, chosen.reason], "errors": errors}
 
 
 def cuda() -> dict[str, Any]:
@@ -99,4 +74,4 @@ def cuda() -> dict[str, Any]:
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
-    print(json.dumps({"graph": graph, "rows": rows, "cuda": cuda}[name](*arguments)))
+    print(json.dumps({"graph": graph, "cuda": cuda}[name](*arguments)))

@@ -1,6 +1,5 @@
 """Who computes: decided in one place, once for each kind of device, with a reason to read."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BACKENDS = {"triton": "triton_rows", "torch": "torch_rows", "compiled": "compiled_rows"}
+BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
 """Names of the backends, and the modules they live in: two functions each, of one signature."""
-
-WISH = "MOSSRLHF_KERNELS"
-"""The environment variable that names the backend for all of a process."""
 
 _forced: list[str] = []
 """What `use_backend` says, on all threads: gradients on CUDA are computed on another."""
@@ -42,12 +38,6 @@ class Backend:
         return import_module(f"mossrlhf.kernels.{BACKENDS[self.name]}")
 
 
-def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    return name
-
-
 @cache
 def _chosen(device_type: str, double: bool) -> Backend:
     if device_type != "cuda":
@@ -62,22 +52,14 @@ def _chosen(device_type: str, double: bool) -> Backend:
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
     """Return who computes on a device: on CUDA triton's kernels, else torch in blocks.
 
-    ``MOSSRLHF_KERNELS`` in the environment overrides it: "compiled" is faster than "torch" where
-    there is a C++ compiler, after some seconds at first use.
-
     Args:
         device: where the logits live.
         dtype: of the logits.
-
-    Raises:
-        ValueError: where the environment names no backend.
 
     Source: ours.
     """
     if _forced:
         return Backend(_forced[-1], "use_backend() says so")
-    if wish := os.environ.get(WISH):
-        return Backend(_known(wish, WISH), f"{WISH} says so")
     return _chosen(torch.device(device).type, dtype == torch.float64)
 
 
@@ -105,7 +87,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Source: ours.
     """
-    _forced.append(_known(name, "name"))
+    if name not in BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    _forced.append(name)
     try:
         yield
     finally:
