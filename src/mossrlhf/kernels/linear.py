@@ -148,6 +148,7 @@ def _differentiated(
     return share, [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
 
 
+@torch.compiler.disable
 def linear_token_stats(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],

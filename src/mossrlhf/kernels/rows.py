@@ -206,7 +206,8 @@ def token_stats(
     in float64). Differentiable in the logits; the reference is a constant.
 
     Args:
-        logits: ``[..., V]`` any floating type and strides.
+        logits: ``[..., V]`` any floating type; copied once where rows are not evenly apart, as in
+            ``logits[:, :-1]`` of several sequences.
         ids: ``[...]``; `IGNORED_ID` (any negative id) where a row does not count.
         temperature: τ the tokens were drawn at, one for all or ``[...]``.
         entropy: False leaves the entropy out.

@@ -32,7 +32,7 @@ def _raised(m, z, t):
     return highest, base, moved, kept
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "tau_stride"])
 @no_type_check
 def _stats_kernel(
     logits, ids, tau, ref, logprob, logsumexp, entropy, ref_logprob, kl, norms,
@@ -100,7 +100,7 @@ def _stats_kernel(
         tl.store(norms + 3 * N + row, ref_total)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "tau_stride"])
 @no_type_check
 def _gradient_kernel(
     out, logits, ids, tau, ref, norms, coefs, softcap,
