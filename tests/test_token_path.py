@@ -15,6 +15,7 @@ from mossrlhf.kernels import head as head_module
 from mossrlhf.models import (
     IGNORED_LABEL,
     ActorCritic,
+    announce,
     language_model_loss,
     policy_loss,
     policy_stats,
@@ -184,7 +185,62 @@ def test_a_model_whose_backbone_is_of_no_use():
     model.model.forward = None
     path = token_path(Shifted(model))
     assert not path.by_hidden
-    assert path.reason.startswith("its backbone alone raises TypeError")
+    assert path.reason.startswith("asked by its hidden states, it raises TypeError")
+
+
+@pytest.mark.parametrize("change", ["softcap", "patch", "hook", "global hook", "subclass"])
+def test_what_is_more_than_a_weight_is_not_taken_for_one(change, batch):
+    """Whatever is done to a head or a configuration after it was asked about."""
+    model = tiny("gemma2", WORLD.tokenizer(), final_logit_softcapping=None)
+    assert "by its weight" in token_path(model).reason
+    head, handle, forward = model.lm_head, None, model.lm_head.forward
+    if change == "softcap":
+        model.config.final_logit_softcapping = 2.0
+    elif change == "patch":
+        head.forward = lambda x: 2 * forward(x)
+    elif change == "hook":
+        head.register_forward_hook(lambda module, given, z: 2 * z)
+    elif change == "global hook":
+        twice = lambda module, given, z: 2 * z if module is head else None  # noqa: E731
+        handle = nn.modules.module.register_module_forward_hook(twice)
+    else:
+        head.weight = nn.Parameter(head.weight.detach().as_subclass(Doubling))
+    announce(model, "model")
+    try:
+        require_equal_scores(model, batch)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+class Doubling(torch.Tensor):
+    """A weight that multiplies in a way of its own, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        done = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * done if function is nn.functional.linear else done
+
+
+def test_adapters_that_act_beside_layers_go_by_logits(batch):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lora.alora_invocation_tokens = [5, 6]
+    model = peft.get_peft_model(tiny("llama", WORLD.tokenizer()), lora)
+    path = token_path(model)
+    assert not path.by_hidden
+    assert path.reason == "adapters of kind aLoRA do more than its layers tell"
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    prompted = peft.get_peft_model(tiny("llama", WORLD.tokenizer()), prompts)
+    assert "PROMPT_TUNING" in token_path(prompted).reason
+
+
+def test_modes_of_layers_are_left_as_they_were():
+    model = tiny("llama", WORLD.tokenizer()).train()
+    model.model.layers[0].eval()
+    token_path(model)
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].training
 
 
 def test_models_are_asked_once_and_left_as_they_were():

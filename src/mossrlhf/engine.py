@@ -216,9 +216,19 @@ class Engine:
 
     def _fuses(self, loss: PPOMaxLoss) -> bool:
         """Whether a loss is a sum over tokens, whose gradient can be made along with it."""
+        return self.why_not_fused(loss) is None
+
+    def why_not_fused(self, loss: PPOMaxLoss) -> str | None:
+        """Say why the gradient of a loss is not made along with it; None where it is.
+
+        Args:
+            loss: asked once, and remembered.
+        """
+        if not self._may_fuse:
+            return "float16's scale comes too late"
         if self._asked is None or self._asked[0] is not loss:
             self._asked = loss, coupling(loss)
-        return self._may_fuse and self._asked[1] is None
+        return self._asked[1]
 
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any

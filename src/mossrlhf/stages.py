@@ -148,12 +148,10 @@ class Stages:
             checkpoint_activations(policy)
             if made is not None:
                 checkpoint_activations(made.backbone)
-        announce(policy, "model")  # while its weights are whole: sharded, it could not be asked
-        if self.ref_model is not None:
-            announce(self.ref_model, "ref_model")
         self.engine = Engine(actor_critic, self.args, self.accelerator)
+        announce(policy, "model")
         if self.ref_model is not None:
-            self.ref_model.to(self.accelerator.device)
+            announce(self.ref_model.to(self.accelerator.device), "ref_model")
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
         if ptx_dataset is not None:
             self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
-from mossrlhf.loss import coupling
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
 from mossrlhf.roles import as_reference, count_parameters
@@ -299,6 +298,8 @@ def _scoring(trainer: Trainer) -> str:
     path, chosen = token_path(trainer.policy), backend(trainer.accelerator.device)
     if not path.by_hidden:
         return f"by whole logits, since {path.reason}"
-    coupled = coupling(trainer.loss)
-    units = "three matrix units" if coupled is None else f"four matrix units, since {coupled}"
+    why = trainer.engine.why_not_fused(trainer.loss)
+    if why is None and "as a module" in path.reason:
+        why = "a module is run twice"
+    units = "three matrix units" if why is None else f"four matrix units, since {why}"
     return f"{path.reason}; {units}; by {chosen.name}, since {chosen.reason}"

@@ -279,3 +279,34 @@ class TestRefused:
             token_stats(logits, ids, ref_logits=ref)
         with torch.no_grad():
             assert token_stats(logits, ids, ref_logits=ref).kl.eq(0).all()
+
+
+def test_strided_ids(given, backend):
+    """Neither its neighbors nor what stands past the end is taken for a token."""
+    logits, ids, _ = given
+    pairs = torch.stack([ids, ids.flip(0) + 1], dim=1)
+    same = logits[:1].expand(len(ids), -1).contiguous(), ids[:1].expand(len(ids))
+    for z, strided in ((logits, pairs[:, 0]), same):
+        got = token_stats(z, strided)
+        assert torch.equal(got.logprob, token_stats(z, strided.contiguous()).logprob)
+
+
+def test_logits_at_the_lowest_number_there_is(given, backend):
+    """What masks are filled with: x − m overflows to −∞, and 0 × ∞ must not be."""
+    logits, ids, _ = given
+    logits = logits.clone()
+    logits[:, :-3] = torch.finfo(torch.float32).min
+    leaf = logits.requires_grad_()
+    stats = token_stats(leaf, torch.full_like(ids, logits.shape[1] - 1), 0.5)
+    (stats.logprob + stats.entropy).sum().backward()
+    for x in (stats.logprob, stats.entropy, leaf.grad):
+        assert bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("temperature", [torch.full((5,), -1.0), torch.tensor([1.0, 0, 1, 1, 1])])
+def test_temperatures_of_tensors_are_looked_at(temperature):
+    with pytest.raises(ValueError, match="expected numbers above 0"):
+        token_stats(torch.randn(5, 7), torch.arange(5), temperature)
+    wanted = torch.ones(5, requires_grad=True)
+    with pytest.raises(ValueError, match="temperature: it requires a gradient"):
+        token_stats(torch.randn(5, 7), torch.arange(5), wanted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scored import drawn
 
-from mossrlhf.kernels import torch_rows
+from mossrlhf.kernels import token_stats, torch_rows
 
 
 @pytest.fixture
@@ -94,4 +94,14 @@ def test_an_error_on_a_thread_is_raised(monkeypatch, threads):
     ids[3] = logits.shape[1]
     with pytest.raises(RuntimeError, match="out of bounds"):
         torch_rows.stats(logits, ids, torch.ones(5), None, True)
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_follow_into_inference_mode(monkeypatch, threads):
+    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 1)
+    logits, ids, _ = drawn("cpu", 5)
+    expected = token_stats(logits, ids)
+    with torch.inference_mode():
+        got = token_stats(logits, ids)
+    assert torch.equal(got.entropy, expected.entropy)
     assert torch.get_num_threads() == threads

@@ -65,6 +65,34 @@ class Picky(PPOMaxLoss):
         return -advantage * logprob
 
 
+class Thresholded(PPOMaxLoss):
+    """Couples tokens where ratios are large, as TRL's `ratio_threshold` does."""
+
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        ratio = (logprob - old_logprob).exp()
+        return -advantage * ratio * (ratio.mean() <= 10)
+
+
+class Neutral(PPOMaxLoss):
+    """Couples gradients, and no values."""
+
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        return advantage.mean() * (logprob - logprob.detach())
+
+
+class Told(PPOMaxLoss):
+    couples_tokens = True
+
+
+class Counting(PPOMaxLoss):
+    """Has a memory, and asks for log-probabilities."""
+
+    def policy_loss(self, logprob, old_logprob, advantage, entropy=None):
+        assert (logprob <= 0).all()
+        object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
+        return -advantage * logprob
+
+
 class Whole(PPOMaxLoss):
     def policy(self, stats, batch, denominator=None):
         return super().policy(stats, batch, denominator)
@@ -77,7 +105,11 @@ class Whole(PPOMaxLoss):
         (PPOMaxLoss(dual_clip=3.0, entropy_coef=0.1, entropy_target=1.0), None),
         (Alone(), None),
         (Centered(), "gives a token another loss in other company"),
-        (Picky(), "raises RuntimeError on a few tokens alone"),
+        (Picky(), "raises RuntimeError on a few made-up tokens"),
+        (Thresholded(), "gives a token another loss in other company"),
+        (Neutral(), "gives a token another loss in other company"),
+        (Told(), "Told.couples_tokens is set"),
+        (Counting(), None),
         (Whole(), "Whole overrides policy"),
     ],
     ids=lambda x: type(x).__name__,
@@ -86,9 +118,10 @@ def test_losses_that_couple_tokens_are_found(make, loss, reason):
     found = coupling(loss)
     assert found == reason if reason is None else reason in found
     assert make(loss=loss).engine._fuses(loss) == (reason is None)
+    assert not hasattr(loss, "calls")  # what it remembers is not of made-up tokens
 
 
-@pytest.mark.parametrize("kind", [PPOMaxLoss, Alone, Centered, Picky, Whole])
+@pytest.mark.parametrize("kind", [PPOMaxLoss, Alone, Centered, Picky, Thresholded, Neutral, Whole])
 def test_all_losses_are_those_of_whole_logits(make, parameters, kind, batch):
     """A loss that couples tokens sees all of them at once, however small the chunks."""
 

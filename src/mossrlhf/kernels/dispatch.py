@@ -24,7 +24,7 @@ class Backend:
 
     Args:
         name: one of `BACKENDS`.
-        reason: a clause that ends "…, because".
+        reason: a clause to follow "since".
 
     Source: ours.
     """

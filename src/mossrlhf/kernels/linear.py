@@ -99,6 +99,7 @@ class _LinearLoss(torch.autograd.Function):
                 share, grads = _differentiated(loss_fn, given, rows, any(needed))
                 total = total + share.loss.detach()
                 for name, value in share.stats.items():
+                    value = value.detach()
                     stats[name] = stats[name] + value if name in stats else value
                 if grads is not None:
                     coefs = coefficients(

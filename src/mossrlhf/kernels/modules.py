@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from mossrlhf.kernels.head import capped, chunks
@@ -21,12 +22,17 @@ def is_linear(head: nn.Module) -> bool:
 
     Source: ours.
     """
-    if type(head) is not nn.Linear:
+    weight = getattr(head, "weight", None)
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    if not plain or weight is None or weight.is_meta or hasattr(head, "_hf_hook"):
         return False
-    if hasattr(head.weight, "ds_id"):
+    if hasattr(weight, "ds_id"):
         return True  # ZeRO-3's hooks gather what its weight, read by name, gathers as well
-    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    return not hooked and not hasattr(head, "_hf_hook") and not head.weight.is_meta
+    # DTensors are what a head is sharded into; other subclasses (quantized ones) multiply anew.
+    if type(weight) not in (nn.Parameter, Tensor) and type(weight.data).__name__ != "DTensor":
+        return False
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
+    return not any(hooks) and not head._backward_pre_hooks and not _global_hooks()
 
 
 def head_token_stats(
@@ -34,7 +40,7 @@ def head_token_stats(
     hidden: Float[Tensor, "N D"],
     ids: Int[Tensor, " N"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
     entropy: bool = True,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -45,7 +51,7 @@ def head_token_stats(
         head: maps ``[n, D]`` to logits ``[n, V]``.
         hidden: ``[N, D]``.
         ids: ``[N]``.
-        temperature: τ the tokens were drawn at.
+        temperature: τ the tokens were drawn at, one for all or ``[N]``.
         entropy: False leaves the entropy out.
         scale: s, a factor on the logits.
         softcap: c, or None for no cap.
@@ -55,18 +61,22 @@ def head_token_stats(
 
     Source: ours; recomputed chunks: Chen et al. (arXiv 1604.06174).
     """
-    options: dict[str, Any] = dict(temperature=temperature, entropy=entropy)
     if is_linear(head):
+        options: dict[str, Any] = dict(temperature=temperature, entropy=entropy)
         options |= dict(bias=head.bias, scale=scale, softcap=softcap)
-        return linear_token_stats(hidden, head.weight, ids, **options)  # type: ignore[arg-type]
+        return linear_token_stats(hidden, head.weight, ids, **options)
 
-    def score(x: Tensor, tokens: Tensor) -> tuple[Tensor | None, ...]:
-        stats = token_stats(capped(head(x), scale, softcap), tokens, **options)
+    def score(x: Tensor, tokens: Tensor, tau: Any) -> tuple[Tensor | None, ...]:
+        logits = capped(head(x), scale, softcap)
+        stats = token_stats(logits, tokens, tau, entropy)
         return stats.logprob, stats.entropy, stats.logsumexp
 
     parts = []
     for rows in chunks(len(ids), _width(head), hidden.is_cuda):
-        given = hidden[rows], ids[rows]
+        tau = temperature
+        if isinstance(tau, Tensor) and tau.ndim:
+            tau = tau[rows]
+        given = hidden[rows], ids[rows], tau
         if torch.is_grad_enabled():
             parts.append(checkpoint(score, *given, use_reentrant=False))
         else:
@@ -106,6 +116,12 @@ def head_token_loss(
             **options,
         )
     return loss_fn(head_token_stats(head, hidden, ids, **options), slice(0, len(ids)))
+
+
+def _global_hooks() -> bool:
+    """Whether a hook on all modules is there to be called."""
+    known = (module._global_forward_hooks, module._global_forward_pre_hooks)
+    return any(known) or bool(module._global_backward_hooks)
 
 
 def _width(head: nn.Module) -> int:

@@ -173,12 +173,22 @@ def temperatures(
         rows: N.
 
     Raises:
-        ValueError: where there is neither one nor N of them, or one is not positive.
+        ValueError: where there is neither one nor N of them, one wants a gradient, or is not
+            positive (of a tensor on another device than the CPU that is not asked).
 
     Source: ours.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
+        if temperature.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "temperature: it requires a gradient, which it does not get; detach it"
+            )
+        asked = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+        if asked and not bool((temperature > 0).all()):
+            raise ValueError(
+                f"temperature: got {temperature.min().item()}, expected numbers above 0"
+            )
         if temperature.shape not in ((), (rows,)):
             raise ValueError(
                 f"temperature: got {tuple(temperature.shape)}, expected a number or one for each "

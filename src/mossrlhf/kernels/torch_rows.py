@@ -4,14 +4,17 @@ On a CPU each thread has blocks of its own, and computes them alone: were the th
 small operation, they would wait for each other after each, and on a busy machine do little else.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**20
-"""Of one block of rows, in float32; each thread has two or three of them."""
+"""Of one block of rows, in float32; each thread has three or four of them."""
 
 LOWEST = -1e4
 """Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
@@ -144,19 +147,30 @@ def _for_each_block(
 
 
 def _on_threads(share: Callable[[int], None], threads: int) -> None:
-    """Let each thread do its share with operations that are not divided any further."""
+    """Let each thread do its share, in the caller's mode; a thread has a mode of its own."""
+    inference = torch.is_inference_mode_enabled()
 
     def alone(thread: int) -> None:
-        torch.set_num_threads(1)  # of this thread
-        with torch.no_grad():  # a thread's own as well
+        with torch.inference_mode() if inference else torch.no_grad():
             share(thread)
 
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(alone, range(threads)))
-    finally:
-        torch.set_num_threads(before)  # for threads to come
+    list(_pool(os.getpid(), threads).map(alone, range(threads)))
+
+
+def _work_alone() -> None:
+    torch.get_num_threads()  # at first sight a thread takes the default, whatever it was told
+    torch.set_num_threads(1)
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads whose operations are not divided any further; of a process: a fork has none."""
+    before, all_there = torch.get_num_threads(), Barrier(threads)
+    # What a thread is told is the default of threads to come as well, so all are told at once.
+    pool = ThreadPoolExecutor(threads, initializer=_work_alone)
+    list(pool.map(lambda _: all_there.wait(), range(threads)))
+    torch.set_num_threads(before)
+    return pool
 
 
 def _shifted(

@@ -76,7 +76,8 @@ def _stats_kernel(
             before = tl.where(kept == 0.0, 0.0, kept * (cross + ref_moved * d))
             cross = before + tl.where(e == 0.0, 0.0, e * r)
         if ENTROPY or REF:
-            w = kept * (w + moved * d) + tl.where(e == 0.0, 0.0, e * x)
+            before = tl.where(kept == 0.0, 0.0, kept * (w + moved * d))
+            w = before + tl.where(e == 0.0, 0.0, e * x)
         d = kept * d + e
     total = tl.sum(d, 0)
     log_d = tl.log(total)
@@ -155,6 +156,7 @@ def stats(
 
     Source: the online softmax, arXiv 1805.02867; entropy and KL accumulated alike are ours.
     """
+    ids = ids.contiguous()
     rows, width = logits.shape
     ref = logits if ref_logits is None else ref_logits
 
@@ -198,6 +200,7 @@ def gradient(
 
     Source: ours.
     """
+    ids = ids.contiguous()
     rows, width = logits.shape
     ref, block = logits if ref_logits is None else ref_logits, _block(width)
     if rows:

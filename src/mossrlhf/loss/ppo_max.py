@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,8 +23,8 @@ from mossrlhf.types import LossOutput, Rollout, TokenStats
 class PPOMaxLoss:
     """The losses of PPO-max, each term a switch.
 
-    For another algorithm override `policy_loss` (per token) alone: reduction, denominators and
-    statistics stay.
+    For another algorithm override `policy_loss` (per token) alone; the rest stays. One that couples
+    tokens sets ``couples_tokens = True`` (most are found out).
 
     Args:
         policy_clip: ε of the clipped surrogate, or (ε_low, ε_high); None for no clip.
@@ -64,6 +65,8 @@ class PPOMaxLoss:
     advantage_clip: float | None = None
     reference_ratio: bool = False
     sampler_ratio_cap: float | None = None
+
+    couples_tokens: ClassVar[bool] = False  # set by a subclass that sees tokens in company
 
     def __post_init__(self) -> None:
         if self.clip_range is not None:
@@ -196,10 +199,7 @@ class PPOMaxLoss:
         """Pick what the loss needs to know of the tokens of ``batch.mask``: `TokenRows` ``[N]``.
 
         Args:
-            batch: an annotated micro-batch.
-
-        Raises:
-            ValueError: where the batch has not been annotated as the switches need it.
+            batch: an annotated micro-batch; a ValueError says what it lacks.
         """
         weights = batch.token_weights[batch.mask]
 

@@ -9,7 +9,7 @@ from mossrlhf.models.scoring import (
     policy_loss,
     policy_stats,
 )
-from mossrlhf.models.token_path import TokenPath, announce, token_path, whole_logits
+from mossrlhf.models.token_path import TokenPath, announce, logit_scaling, token_path, whole_logits
 
 __all__ = [
     "IGNORED_LABEL",
@@ -20,6 +20,7 @@ __all__ = [
     "announce",
     "language_model_loss",
     "load_classifier",
+    "logit_scaling",
     "policy_loss",
     "policy_stats",
     "token_path",

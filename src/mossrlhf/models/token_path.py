@@ -17,7 +17,7 @@ from mossrlhf.kernels.modules import is_linear
 from mossrlhf.signature import inside
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Of logits made from hidden states, relative to the largest of the model's own; else 0.02."""
+"""Of logits made from hidden states, scaled or capped, by the largest of the model's; else 0.02."""
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
@@ -97,6 +97,9 @@ _known: WeakKeyDictionary[nn.Module, TokenPath] = WeakKeyDictionary()
 def token_path(model: nn.Module) -> TokenPath:
     """Find out how a model's tokens are scored: asked once, on a few tokens, and remembered.
 
+    It is asked again where its configuration has come to scale or cap logits otherwise, and by
+    `announce`.
+
     Args:
         model: a causal language model.
 
@@ -104,44 +107,73 @@ def token_path(model: nn.Module) -> TokenPath:
     """
     if is_whole():
         return TokenPath(False, "whole_logits() says so")
-    if model not in _known:
-        _known[model] = _probed(model)
-    return _known[model]
+    known = _known.get(model)
+    if known is None or (known.scale, known.softcap) != logit_scaling(inside(model)):
+        known = _known[model] = _probed(model)
+    return known
 
 
 def _probed(model: nn.Module) -> TokenPath:
     inner = inside(model)
+    scale, softcap = logit_scaling(inner)
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
-        return TokenPath(False, f"a {type(inner).__name__} does not say what its output head is")
-    scale, softcap = _from_config(inner)
-    training = model.training
+        why = f"a {type(inner).__name__} does not say what its output head is"
+        return TokenPath(False, why, scale, softcap)
+    if adapter := _acting_beside(model):
+        why = f"adapters of kind {adapter} do more than its layers tell"
+        return TokenPath(False, why, scale, softcap)
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
-            own, ours = _both(model, scale, softcap)
+            gap, largest, tolerance = _compared(model, scale, softcap)
     except Exception as error:  # whatever it is that such a model cannot do
         raised = f"{type(error).__name__}: {error!s:.100}"
-        return TokenPath(False, f"its backbone alone raises {raised}")
+        return TokenPath(False, f"asked by its hidden states, it raises {raised}", scale, softcap)
     finally:
-        model.train(training)
-    tolerance = TOLERANCE.get(own.dtype, 0.02) * own.abs().max()
-    gap = (own - ours).abs().max() if own.shape == ours.shape else own.new_tensor(torch.inf)
-    if not bool(gap <= tolerance):
-        return TokenPath(
-            False, f"its logits are not its head's: the two differ by up to {gap.item():.2g}"
-        )
+        for module, mode in modes:
+            module.training = mode
+    if not 0 < largest < torch.inf or not gap <= tolerance * largest:
+        why = f"its logits are not its head's: the two differ by up to {gap:.2g} of {largest:.2g}"
+        return TokenPath(False, why, scale, softcap)
     how = "by its weight" if is_linear(output_head(model)) else "as a module"
     return TokenPath(True, f"its logits are its head's, which is applied {how}", scale, softcap)
 
 
-def _both(model: nn.Module, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """The logits of a few tokens, by the model itself and from its hidden states."""
-    size = int(inside(model).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+def _compared(model: nn.Module, scale: float, softcap: float | None) -> tuple[float, float, float]:
+    """How far the logits of a few tokens are from the model's own, their size, what is allowed."""
+    size = int(inside(model).get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = torch.arange(8, device=_device(model))[None] * 7 % size
     mask = torch.ones_like(ids)
     own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    ours = capped(output_head(model)(hidden_states(model, ids, mask)), scale, softcap)
-    return own, ours
+    head, hidden = output_head(model), hidden_states(model, ids, mask)
+    # As it will be scored: by the weight, if that is all there is to the head.
+    raw = nn.Linear.forward(head, hidden) if is_linear(head) else head(hidden)  # type: ignore[arg-type]
+    ours = capped(raw, scale, softcap).to(own.device)
+    tolerance = TOLERANCE.get(own.dtype, 0.02)
+    if scale == 1.0 and softcap is None:
+        tolerance = min(tolerance, 1e-4)  # the same product in the same type
+    if own.shape != ours.shape:
+        return torch.inf, own.abs().max().item(), tolerance
+    return (own - ours).abs().max().item(), own.abs().max().item(), tolerance
+
+
+# What acts inside of layers alone: the model within says all that the adapted one says.
+_IN_LAYERS = {
+    "ADALORA", "BOFT", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT",
+    "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VERA",
+}  # fmt: skip
+
+
+def _acting_beside(model: nn.Module) -> str | None:
+    """The kind of an adapter that acts in the adapted model's own forward as well, or may."""
+    for config in getattr(model, "peft_config", {}).values() if inside(model) is not model else ():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in _IN_LAYERS:
+            return kind
+        if getattr(config, "alora_invocation_tokens", None):
+            return "aLoRA"
+    return None
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -149,19 +181,27 @@ def _device(model: nn.Module) -> torch.device:
     return weight.device
 
 
-def _from_config(model: nn.Module) -> tuple[float, float | None]:
-    """The factor on a model's logits, and their cap, by the names that families use."""
+def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
+    """The factor on a model's logits, and their cap, by the names that families use.
+
+    Args:
+        model: with a ``config`` of transformers.
+
+    Source: the models of transformers.
+    """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         scale *= getattr(text, name, None) or 1.0
     scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
-    return scale, getattr(text, "final_logit_softcapping", None)  # Gemma
+    # Gemma; RecurrentGemma; xLSTM.
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return scale, next((c for name in caps if (c := getattr(text, name, None))), None)
 
 
 def announce(model: nn.Module, name: str) -> None:
-    """Find a model's path, and say so where it is the long one.
+    """Find a model's path anew, and say so where it is the long one.
 
     Args:
         model: a causal language model.
@@ -172,6 +212,7 @@ def announce(model: nn.Module, name: str) -> None:
 
     Source: ours.
     """
+    _known.pop(model, None)
     path = token_path(model)
     if not path.by_hidden and not is_whole():
         warnings.warn(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mossrlhf import kernels
 from mossrlhf.functional.losses import ranking_loss
-from mossrlhf.models import IGNORED_LABEL, RewardModel
+from mossrlhf.models import IGNORED_LABEL, RewardModel, logit_scaling
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import LossOutput
 
@@ -179,10 +179,12 @@ class PairModel(nn.Module):
         return scores, nll.new_zeros(targets.shape).masked_scatter(counted, nll).sum(1)
 
     def _logprobs(self, hidden: Float[Tensor, "N D"], ids: Int[Tensor, " N"]) -> Tensor:
+        scale, softcap = logit_scaling(self.reward_model)
+        options: dict[str, Any] = dict(entropy=False, scale=scale, softcap=softcap)
         if self.lm_head is not None:
-            return kernels.head_token_stats(self.lm_head, hidden, ids, entropy=False).logprob
+            return kernels.head_token_stats(self.lm_head, hidden, ids, **options).logprob
         weight = self.get_input_embeddings().weight
-        return kernels.linear_token_stats(hidden, weight, ids, entropy=False).logprob
+        return kernels.linear_token_stats(hidden, weight, ids, **options).logprob
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the backbone's token embeddings."""
