@@ -36,29 +36,31 @@ def stats(
     """
     counted, label = ids >= 0, ids.clamp(min=0)[:, None]
     norms = temperature.new_zeros(4, len(ids))
-    chosen, chosen_ref, weighted, cross = temperature.new_zeros(4, len(ids))
-    with_ref = ref_logits is not None
+    weighted, cross = temperature.new_zeros(2, len(ids))
+    with_ref, warm = ref_logits is not None, _may_differ_from_one(temperature)
 
     def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
-        norms[0, rows] = _shifted(x, logits[rows], temperature[rows])
-        chosen[rows] = x.gather(1, label[rows]).squeeze(1)
+        norms[0, rows] = _shifted(x, logits[rows], temperature[rows], warm)
         torch.exp(x, out=e)
         torch.sum(e, -1, out=norms[1, rows])
         if entropy or with_ref:
             weighted[rows] = _expected(e, x)
         if ref_logits is not None:
-            norms[2, rows] = _shifted(r, ref_logits[rows], temperature[rows])
-            chosen_ref[rows] = r.gather(1, label[rows]).squeeze(1)
+            norms[2, rows] = _shifted(r, ref_logits[rows], temperature[rows], warm)
             torch.sum(torch.exp(r, out=x), -1, out=norms[3, rows])
             cross[rows] = _expected(e, r)
 
     _for_each_block(work, logits, temperature, 3 if with_ref else 2)
     _, d, _, ref_d = norms
+
+    def chosen(z: Tensor, highest: Tensor) -> Tensor:
+        return (z.gather(1, label).squeeze(1).to(norms.dtype) - highest) / temperature
+
     found = [
-        chosen - d.log(),
+        chosen(logits, norms[0]) - d.log(),
         norms[0] / temperature + d.log(),
         d.log() - weighted / d if entropy else None,
-        chosen_ref - ref_d.log() if with_ref else None,
+        None if ref_logits is None else chosen(ref_logits, norms[2]) - ref_d.log(),
         (weighted - cross) / d - d.log() + ref_d.log() if with_ref else None,
     ]
     kept = [norms.new_empty(0) if x is None else torch.where(counted, x, 0.0) for x in found]
@@ -94,17 +96,17 @@ def gradient(
     g, alpha, beta, gamma = (coefs / temperature)[:, :, None]
     d = norms[1][:, None]
     alpha, beta, gamma = alpha / d, beta / d, gamma / d
-    on_cpu = out.device.type == "cpu"  # elsewhere asking would mean waiting
+    on_cpu, warm = out.device.type == "cpu", _may_differ_from_one(temperature)
     some_dead, sloped = not on_cpu or bool(dead.any()), not on_cpu or bool((coefs[2:] != 0).any())
 
     def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
-        _shifted(x, logits[rows], temperature[rows], norms[0, rows])
+        _shifted(x, logits[rows], temperature[rows], warm, norms[0, rows])
         torch.exp(x, out=e)
         slope = alpha[rows]
         if sloped:  # in two steps: torch's addcmul of a column takes twice as long
             slope = x.clamp_(min=LOWEST).mul_(beta[rows]).add_(slope)
         if ref_logits is not None and sloped:
-            _shifted(r, ref_logits[rows], temperature[rows], norms[2, rows])
+            _shifted(r, ref_logits[rows], temperature[rows], warm, norms[2, rows])
             x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
         # Straight to where it is wanted, unless that would round it before it is whole.
         done = out[rows] if out.dtype == e.dtype and softcap is None else e
@@ -173,8 +175,13 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def _may_differ_from_one(temperature: Tensor) -> bool:
+    """Whether to divide by the temperatures; on other devices asking would mean waiting."""
+    return temperature.device.type != "cpu" or bool((temperature != 1).any())
+
+
 def _shifted(
-    out: Tensor, logits: Tensor, temperature: Tensor, highest: Tensor | None = None
+    out: Tensor, logits: Tensor, temperature: Tensor, divide: bool, highest: Tensor | None = None
 ) -> Tensor:
     """Write x − max x into `out`, with x = z/τ, and return max z of each row, where not given.
 
@@ -183,7 +190,7 @@ def _shifted(
     if highest is None:
         highest = logits.amax(-1).to(out)
     torch.sub(logits, highest[:, None], out=out)
-    if temperature.device.type != "cpu" or bool((temperature != 1).any()):
+    if divide:
         out.div_(temperature[:, None])
     return highest
 
