@@ -104,6 +104,7 @@ def test_caps_and_factors_are_found():
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_heads_get_both_gradients(tied, batch):
     model = tiny("llama", WORLD.tokenizer(), tie_word_embeddings=tied).double()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     require_equal(model, batch, 1e-12)
 
 
