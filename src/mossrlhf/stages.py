@@ -26,7 +26,7 @@ from mossrlhf.engine import Engine
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
-from mossrlhf.models import ActorCritic, RewardModel, announce, policy_stats
+from mossrlhf.models import ActorCritic, RewardModel, announce
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
@@ -217,9 +217,9 @@ class Stages:
             part = rollout.select(rows)
             place = rows.to(part.mask.device), rollout.mask.shape
             with self.accelerator.autocast():
-                stats = policy_stats(self.policy, part, self.model.temperature, entropy=True)
+                stats = self.model.score(part, entropy=True)
                 with as_reference(self.ref_model, self.policy) as reference:
-                    ref = policy_stats(reference, part, self.model.temperature)
+                    ref = self.model.score(part, policy=reference)
                 values = self.model.values(part) if self.critic is not None else None
             note(noted, "logprobs", *place, part.mask, stats.logprob)
             note(noted, "entropies", *place, part.mask, stats.entropy)

@@ -34,11 +34,15 @@ def main(folder: Path, fused: bool) -> None:
     def loss_fn(stats, rows=None):
         return LossOutput((stats.logprob + 0.1 * stats.entropy**2).sum() * count)
 
+    with torch.no_grad():  # first, as the trainer does
+        scored = model.score(part, entropy=True)
     model("policy", part, loss_fn, entropy=True, fused=fused).loss.backward()
     sharded = all(hasattr(p, "full_tensor") for p in model.parameters())
     gradient = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
     if rank == 0:
-        torch.save({"gradient": gradient, "sharded": sharded}, folder / "result.pt")
+        scored = torch.stack([scored.logprob, scored.entropy])
+        result = {"gradient": gradient, "sharded": sharded, "scored": scored}
+        torch.save(result, folder / "result.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
 

@@ -11,7 +11,7 @@ import torch
 from rollouts import recorded_rollout
 from transformers import LlamaForCausalLM
 
-from mossrlhf import ToyWorld
+from mossrlhf import ActorCritic, RewardModel, ToyWorld
 from mossrlhf.models import policy_stats, whole_logits
 
 SUPPORT = Path(__file__).parent.parent / "support"
@@ -80,14 +80,47 @@ def test_kernels_on_two_processes_equal_whole_logits_on_one(folder):
 @pytest.mark.parametrize("units", ["fused", "recomputed"])
 def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_whole_logits(folder, units):
     rollout = torch.load(folder / "rollout.pt", weights_only=False)
+    mine = rollout.select(torch.arange(0, len(rollout), 2))
     got = launch(folder, 2, "fsdp_step.py", units)
     policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
     with whole_logits():
         stats = policy_stats(policy, rollout, 0.7, entropy=True)
+        scored = policy_stats(policy, mine, 0.7, entropy=True)
+    torch.testing.assert_close(got["scored"], torch.stack([scored.logprob, scored.entropy]))
     (stats.logprob + 0.1 * stats.entropy**2).sum().backward()
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert got["sharded"]
     assert torch.norm(got["gradient"] - expected) <= 1e-12 * torch.norm(expected)
+
+
+def test_policies_sharded_by_zero_get_the_gradients_of_whole_logits(folder):
+    """Both ways of the weight, a head that is the embedding, and one that has an adapter."""
+    pytest.importorskip("deepspeed")
+    sys.path.append(str(SUPPORT))
+    from zero_step import made
+
+    rollout = torch.load(folder / "rollout.pt", weights_only=False)
+    mine = rollout.select(torch.arange(0, len(rollout), 2))
+    results = launch(folder, 2, "zero_step.py", DS_ACCELERATOR="cpu", LOCAL_SIZE="2")
+    assert len(results) == 4
+    for kind, got in results.items():
+        assert got["sharded"], kind
+        assert ("as a module" if "adapted" in kind else "by its weight") in got["path"], kind
+        policy = made(folder, kind.split()[0])
+        critic = RewardModel.from_language_model(folder / "policy")
+        with whole_logits():
+            stats = policy_stats(policy, rollout, 0.7, entropy=True)
+            scored = policy_stats(policy, mine, 0.7, entropy=True)
+        scored = torch.stack([scored.logprob, scored.entropy])
+        values = ActorCritic(policy, critic).values(mine)[0][mine.states]
+        (stats.logprob + 0.1 * stats.entropy**2).sum().backward()
+        gradient = [p.grad.flatten() for p in policy.parameters() if p.requires_grad]
+        for name, whole in (
+            ("scored", scored),
+            ("values", values),
+            ("gradient", torch.cat(gradient)),
+        ):
+            assert torch.norm(got[name] - whole) <= 1e-6 * torch.norm(whole), (kind, name)
 
 
 def test_statistics_weigh_minibatches_by_the_tokens_of_all_processes(folder):

@@ -1,10 +1,12 @@
 """Any output head: a linear layer by its weight, whatever else as it is, a chunk at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
@@ -22,17 +24,31 @@ def is_linear(head: nn.Module) -> bool:
 
     Source: ours.
     """
-    weight = getattr(head, "weight", None)
+    weight = head._parameters.get("weight")  # not by name, which under ZeRO-3 fetches it
     plain = type(head) is nn.Linear and "forward" not in vars(head)
     if not plain or weight is None or weight.is_meta or hasattr(head, "_hf_hook"):
         return False
-    if hasattr(weight, "ds_id"):
-        return True  # ZeRO-3's hooks gather what its weight, read by name, gathers as well
+    if _is_lent(weight):
+        return True  # its hooks are ZeRO-3's
     # DTensors are what a head is sharded into; other subclasses (quantized ones) multiply anew.
     if type(weight) not in (nn.Parameter, Tensor) and type(weight.data).__name__ != "DTensor":
         return False
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
     return not any(hooks) and not head._backward_pre_hooks and not _global_hooks()
+
+
+def applied(head: nn.Module, hidden: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape V"]:
+    """Apply a head as it will be when tokens are scored: by its weight, if that says it all.
+
+    Args:
+        head: any.
+        hidden: ``[..., D]``.
+
+    Source: ours.
+    """
+    if not is_linear(head):
+        return head(hidden)
+    return _within(head, lambda x: nn.Linear.forward(head, x), hidden)  # type: ignore[arg-type]
 
 
 def head_token_stats(
@@ -46,6 +62,8 @@ def head_token_stats(
     softcap: float | None = None,
 ) -> TokenStats:
     """`linear_token_stats` of any head; one that is more than a weight is run twice for a gradient.
+
+    One that is more than a weight, and is sharded by itself, is run once, on all N tokens.
 
     Args:
         head: maps ``[n, D]`` to logits ``[n, V]``.
@@ -63,14 +81,22 @@ def head_token_stats(
     """
     if is_linear(head):
         options: dict[str, Any] = dict(temperature=temperature, entropy=entropy)
-        options |= dict(bias=head.bias, scale=scale, softcap=softcap)
-        return linear_token_stats(hidden, head.weight, ids, **options)
+        options |= dict(scale=scale, softcap=softcap)
 
-    def score(x: Tensor, tokens: Tensor, tau: Any) -> tuple[Tensor | None, ...]:
+        def by_weight(x: Tensor) -> tuple[Tensor | None, ...]:
+            stats = linear_token_stats(x, head.weight, ids, bias=head.bias, **options)
+            return stats.logprob, stats.entropy, stats.logsumexp
+
+        return TokenStats(*_within(head, by_weight, hidden))
+
+    def score(x: Tensor, tokens: Tensor, tau: Any) -> tuple[Any, ...]:
         logits = capped(head(x), scale, softcap)
         stats = token_stats(logits, tokens, tau, entropy)
         return stats.logprob, stats.entropy, stats.logsumexp
 
+    if any(map(_is_lent, head.parameters())) or isinstance(head, FSDPModule):
+        # Each call is an exchange between processes, which must be as many on all of them.
+        return TokenStats(*score(hidden, ids, temperature))
     parts = []
     for rows in chunks(len(ids), _width(head), hidden.is_cuda):
         tau = temperature
@@ -107,15 +133,34 @@ def head_token_loss(
     Source: ours.
     """
     if is_linear(head):
-        return linear_token_loss(
-            hidden,
-            head.weight,
-            ids,
-            loss_fn,
-            bias=head.bias,
-            **options,
-        )
+        found: dict[str, Tensor] = {}
+
+        def by_weight(x: Tensor) -> Tensor:
+            output = linear_token_loss(x, head.weight, ids, loss_fn, bias=head.bias, **options)
+            found.update(output.stats)
+            return output.loss
+
+        return LossOutput(_within(head, by_weight, hidden), found)
     return loss_fn(head_token_stats(head, hidden, ids, **options), slice(0, len(ids)))
+
+
+def _is_lent(weight: Tensor | None) -> bool:
+    """Whether a weight is ZeRO-3's, which is there only while its module is called."""
+    return hasattr(weight, "ds_id")
+
+
+def _within(head: Any, work: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Do some work with a head's weight, inside of a call of the head where its weight is lent.
+
+    The hooks that fetch and drop it, forward and backward, then see one call like any other.
+    """
+    if not _is_lent(head._parameters["weight"]):
+        return work(hidden)
+    head.forward = work
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 def _global_hooks() -> bool:

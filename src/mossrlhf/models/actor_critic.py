@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 from mossrlhf.models.reward_model import RewardModel
 from mossrlhf.models.scoring import language_model_loss, policy_loss, policy_stats
-from mossrlhf.types import LossOutput, Rollout
+from mossrlhf.types import Rollout, TokenStats
+
+Values = tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]
 
 
 class ActorCritic(nn.Module):
     """Policy and critic as one module, so that a wrapper of either is a wrapper of both.
 
-    `forward` is the one door to the trained models while training: the hooks of
-    ``DistributedDataParallel`` and its like hang there. Roles go through it in turn, forward
-    and backward of one before the next.
+    `forward` is the one door to the trained models, in training and scoring: the hooks of whoever
+    averages their gradients or shards their weights hang there. Roles go through it in turn,
+    forward and backward of one before the next.
 
     Args:
         policy: a causal language model, adapters included.
@@ -38,18 +40,18 @@ class ActorCritic(nn.Module):
         self,
         role: str,
         batch: Any,
-        loss_fn: Callable[..., LossOutput],
+        loss_fn: Callable[..., Any],
         *,
         entropy: bool = False,
         fused: bool = False,
-    ) -> LossOutput:
+    ) -> Any:
         """Run one role on a micro-batch and hand what it says to that role's loss.
 
         Args:
-            role: "policy", "critic" or "ptx".
+            role: "policy", "critic", "ptx" or "values".
             batch: a `Rollout`; for "ptx" a mapping of input_ids, attention_mask, labels.
-            loss_fn: takes the role's output: `TokenStats` ``[N]``, values ``[N]``, or the summed
-                language-model loss and its token count.
+            loss_fn: takes the role's output: `TokenStats` ``[N]``, values ``[N]``, the summed
+                language-model loss and its token count, or what `values` returns.
             entropy: whether the policy's loss wants entropies.
             fused: whether the gradient at the output head is made along with the loss, which must
                 be a sum over tokens then: the policy's `loss_fn` gets a few tokens at a time, and
@@ -67,12 +69,30 @@ class ActorCritic(nn.Module):
             case "policy":
                 return loss_fn(policy_stats(self.policy, batch, self.temperature, entropy))
             case "critic":
-                return loss_fn(self.values(batch)[0][batch.states])
+                return loss_fn(self._values(batch)[0][batch.states])
             case "ptx":
                 return loss_fn(*language_model_loss(self.policy, batch, fused))
-        raise ValueError(f"role: got {role!r}, expected 'policy', 'critic' or 'ptx'")
+            case "values":
+                return loss_fn(self._values(batch))
+        raise ValueError(f"role: got {role!r}, expected 'policy', 'critic', 'ptx' or 'values'")
 
-    def values(self, batch: Rollout) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def score(
+        self, batch: Rollout, entropy: bool = False, policy: nn.Module | None = None
+    ) -> TokenStats:
+        """Return what `policy_stats` says, of the policy or of another at its temperature.
+
+        Args:
+            batch: B sequences with N tokens in their mask.
+            entropy: whether to compute the entropy too.
+            policy: the reference; None for the policy.
+
+        Source: ours.
+        """
+        if policy is None or policy is self.policy:
+            return self("policy", batch, _as_is, entropy=entropy)
+        return policy_stats(policy, batch, self.temperature, entropy)
+
+    def values(self, batch: Rollout) -> Values:
         """Return the values of the states before each token, and of the state after the last.
 
         Args:
@@ -86,8 +106,15 @@ class ActorCritic(nn.Module):
 
         Source: P1 §3.2: V(s_t), with s_t everything before token t.
         """
+        return self("values", batch, _as_is)
+
+    def _values(self, batch: Rollout) -> Values:
         if self.critic is None:
             raise ValueError("critic: there is none (critic=False), so there are no values")
         values = self.critic.token_values(batch.input_ids, batch.attention_mask)
         last = batch.prompt_lengths + batch.response_lengths - 1
         return values.gather(1, batch.state_index), values.gather(1, last[:, None]).squeeze(1)
+
+
+def _as_is(output: Any) -> Any:
+    return output

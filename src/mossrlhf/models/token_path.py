@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mossrlhf.kernels.head import capped
-from mossrlhf.kernels.modules import is_linear
+from mossrlhf.kernels.modules import applied, is_linear
 from mossrlhf.signature import inside
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -142,14 +142,13 @@ def _probed(model: nn.Module) -> TokenPath:
 
 def _compared(model: nn.Module, scale: float, softcap: float | None) -> tuple[float, float, float]:
     """How far the logits of a few tokens are from the model's own, their size, what is allowed."""
-    size = int(inside(model).get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    embedded: Tensor = inside(model).get_input_embeddings().weight  # type: ignore[operator]
+    size = getattr(embedded, "ds_shape", embedded.shape)[0]  # under ZeRO-3 it is away
     ids = torch.arange(8, device=_device(model))[None] * 7 % size
     mask = torch.ones_like(ids)
     own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     head, hidden = output_head(model), hidden_states(model, ids, mask)
-    # As it will be scored: by the weight, if that is all there is to the head.
-    raw = nn.Linear.forward(head, hidden) if is_linear(head) else head(hidden)  # type: ignore[arg-type]
-    ours = capped(raw, scale, softcap).to(own.device)
+    ours = capped(applied(head, hidden), scale, softcap).to(own.device)
     tolerance = TOLERANCE.get(own.dtype, 0.02)
     if scale == 1.0 and softcap is None:
         tolerance = min(tolerance, 1e-4)  # the same product in the same type
