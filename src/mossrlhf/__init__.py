@@ -20,7 +20,9 @@ _HOMES = {
     "config": ("TrainerConfig",),
     "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
-    "reward_trainer": ("RankingLoss", "RewardTrainer"),
+    "judging": ("score_responses",),
+    "preference": ("AdaptiveMargin", "FlipLabels", "PreferenceStrength", "SmoothLabels"),
+    "reward_trainer": ("RankingLoss", "RewardReport", "RewardTrainer"),
     "sft_trainer": ("SFTTrainer",),
     "toyworld": ("ToyWorld",),
 }
@@ -29,20 +31,24 @@ _MODULES = ("data", "functional", "kernels", "presets", "toyworld")
 
 __all__ = [
     "ActorCritic",
+    "AdaptiveMargin",
     "AdvantageEstimator",
     "Advantages",
     "CollapseWarning",
     "CollapseWatch",
+    "FlipLabels",
     "GroupRelative",
     "HFSampler",
     "LeaveOneOut",
     "LossOutput",
     "ModelReward",
     "PPOMaxLoss",
+    "PreferenceStrength",
     "RankingLoss",
     "ReinforcePlusPlus",
     "RewardFunction",
     "RewardModel",
+    "RewardReport",
     "RewardSet",
     "RewardShaper",
     "RewardTrainer",
@@ -52,6 +58,7 @@ __all__ = [
     "RunningMoments",
     "SFTTrainer",
     "Sampler",
+    "SmoothLabels",
     "StillPolicyWarning",
     "StillWatch",
     "TokenStats",
@@ -66,6 +73,7 @@ __all__ = [
     "micro_batches",
     "policy_stats",
     "presets",
+    "score_responses",
     "toyworld",
 ]
 
@@ -79,10 +87,17 @@ if TYPE_CHECKING:
     )
     from mossrlhf.buffer import RolloutBuffer, micro_batches
     from mossrlhf.config import TrainerConfig
+    from mossrlhf.judging import score_responses
     from mossrlhf.loss import PPOMaxLoss
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
-    from mossrlhf.reward_trainer import RankingLoss, RewardTrainer
+    from mossrlhf.preference import (
+        AdaptiveMargin,
+        FlipLabels,
+        PreferenceStrength,
+        SmoothLabels,
+    )
+    from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
     from mossrlhf.rewards import ModelReward, RewardFunction, RewardSet
     from mossrlhf.sampling import HFSampler, Sampler
     from mossrlhf.sft_trainer import SFTTrainer

@@ -3,12 +3,13 @@
 Figures are made without pyplot: no window, no global state, nothing to close.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mossrlhf.drawing import COLORS, INK, blank, dress, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +17,11 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, Any]]
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Told apart by the color-blind too (Okabe and Ito), in the order of the runs."""
-
 STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.3)))
 """Solid, dashed, dotted: the curves of one run within a panel."""
 
 COLLAPSED, FLAG = "policy/collapsed", "collapse detected"
-INK, GRID, SHADE = "#333333", "#e4e4e4", "#f0f0f0"
+SHADE = "#f0f0f0"
 
 
 @dataclass(frozen=True)
@@ -177,60 +175,19 @@ def _picture(
     shown = [replace(p, curves=c) for p, c in zip(panels, curves, strict=True) if c]
     if not shown:
         raise ValueError("history: there is nothing in it to draw yet; call train() first")
-    figure = _blank()
+    figure = blank()
     columns = math.ceil(math.sqrt(len(shown)))
     rows, axes = math.ceil(len(shown) / columns), None
     for index, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1, sharex=axes)
         _draw(axes, panel, list(arms.values()))
-        _dress(axes, panel.title)
+        dress(axes, panel.title)
         _scale(axes, panel)
         if index + columns >= len(shown):
             axes.set_xlabel("PPO iteration", fontsize=11, color=INK)
     _head(figure, arms, title)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).suffix == ".png":
-            Path(path).write_bytes(_png(figure))
-        else:
-            figure.savefig(path)
+    write_picture(figure, path)
     return figure
-
-
-def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install, where nothing could be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "mossrlhf[plot]"') from error
-
-
-def _blank() -> "Figure":
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    class Picture(Figure):
-        """Shows itself in a notebook, which pyplot would have to teach it otherwise."""
-
-        def _repr_png_(self) -> bytes:
-            return _png(self)
-
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-    figure = Picture(figsize=(12, 8), dpi=100, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: "Figure") -> bytes:
-    from PIL import Image  # matplotlib brings it
-
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
-    # A few colors and their shades toward white: a palette takes a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE).save(packed, "png")
-    return packed.getvalue()
 
 
 def _color(number: int, count: int) -> str:
@@ -288,18 +245,6 @@ def _surroundings(axes: "Axes", panel: Panel, history: History, color: str) -> N
         axes.fill_between(steps, bottom, top, color=color, alpha=0.13, lw=0)
     if warmup := _series(history, "pretrain/step")[0]:
         axes.axvspan(warmup[0], 0.5, color=SHADE, zorder=0)
-
-
-def _dress(axes: "Axes", title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(title, loc="left", fontsize=12.5, color=INK, pad=8)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(labelsize=10, length=0, labelcolor=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.margins(x=0.02)
 
 
 def _scale(axes: "Axes", panel: Panel) -> None:

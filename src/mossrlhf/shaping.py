@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mossrlhf.functional.logprobs import kl_k1
 from mossrlhf.functional.reduce import Reduce, widest
+from mossrlhf.models import SCORE_MOMENTS
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
 
@@ -55,6 +56,30 @@ class RunningMoments:
         self.m2 += m2 + shift**2 * self.count * count / merged
         self.mean += shift * count / merged
         self.count = merged
+
+    @classmethod
+    def of_reward_model(cls, model: nn.Module, count: float = 256) -> "RunningMoments":
+        """Begin with the scores' mean and spread on the pairs a reward model was evaluated on.
+
+        So PPO's first rollouts are normalized by a scale that is known, not by their own.
+
+        Args:
+            model: a `RewardModel` that `RewardTrainer.evaluate` has been called for.
+            count: of how many scores these moments are to have the weight.
+
+        Raises:
+            ValueError: where its configuration holds no moments, or `count` is below 2.
+
+        Source: P1 eq. 18; beginning with the reward model's is ours.
+        """
+        mean, std = (getattr(model.config, name, None) for name in SCORE_MOMENTS)
+        if mean is None or std is None or count < 2:
+            raise ValueError(
+                f"model: its configuration has {SCORE_MOMENTS} = {(mean, std)}, and count is "
+                f"{count}; expected two numbers, which RewardTrainer.evaluate() leaves there, and "
+                "2 at least"
+            )
+        return cls(count=float(count), mean=float(mean), m2=float(std) ** 2 * (count - 1))
 
     def state_dict(self) -> dict[str, float]:
         """Return what is remembered, as plain numbers."""

@@ -69,7 +69,7 @@ def ranking_loss(
     chosen: Float[Tensor, " P"],
     rejected: Float[Tensor, " P"],
     margin: Float[Tensor, " P"] | float = 0.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: Float[Tensor, " P"] | float = 0.0,
 ) -> Float[Tensor, " P"]:
     """−(1 − α) log σ(r_w − r_l − m) − α log σ(r_l − r_w + m), per pair.
 
@@ -77,7 +77,8 @@ def ranking_loss(
         chosen: ``[P]`` scores of the preferred responses.
         rejected: ``[P]`` scores of the others.
         margin: m, ``[P]`` or a number, in units of score.
-        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5).
+        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5), ``[P]`` or a
+            number.
 
     Returns:
         ``[P]`` loss per pair, nats.
@@ -87,7 +88,7 @@ def ranking_loss(
     """
     difference = upcast(chosen) - upcast(rejected) - margin
     loss = -F.logsigmoid(difference)
-    if label_smoothing:
+    if isinstance(label_smoothing, Tensor) or label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-difference)
     return loss
 

@@ -1,6 +1,7 @@
 """The value head, and the reward model that is also the critic."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from transformers import (
 )
 
 from mossrlhf.functional.reduce import upcast
+from mossrlhf.models.adapters import merged_state_dict
 from mossrlhf.models.classifiers import (
     classifier_class,
     load_classifier,
     warn_where_an_end_pads,
 )
 from mossrlhf.signature import accepts
+
+SCORE_MOMENTS = ("score_mean", "score_std")
+"""What a reward model's configuration may hold: mean and standard deviation of its scores."""
 
 
 class ValueHead(nn.Linear):
@@ -171,6 +176,8 @@ class RewardModel(nn.Module):
     def save_pretrained(self, path: str | Path, *, scores: bool = True, **kwargs: Any) -> None:
         """Write config and weights in the layout of transformers' sequence classifiers.
 
+        Adapters inside the backbone are merged in what is written.
+
         Args:
             path: folder, made where absent.
             scores: whether others may score with it; False for a critic, to do without the
@@ -187,9 +194,8 @@ class RewardModel(nn.Module):
         """
         if scores:
             warn_where_an_end_pads(self.config)
-        self._shell().save_pretrained(
-            str(path), state_dict=kwargs.pop("state_dict", self.state_dict()), **kwargs
-        )
+        state = kwargs.pop("state_dict", None) or merged_state_dict(self)
+        self._shell(state).save_pretrained(str(path), state_dict=state, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Upload what `save_pretrained` writes to the hub.
@@ -199,18 +205,19 @@ class RewardModel(nn.Module):
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
         warn_where_an_end_pads(self.config)
-        shell = self._shell().to_empty(device="cpu")
-        shell.load_state_dict(self.state_dict())
+        state = merged_state_dict(self)
+        shell = self._shell(state).to_empty(device="cpu")
+        shell.load_state_dict(state)
         shell.push_to_hub(repo_id, **kwargs)
 
-    def _shell(self) -> PreTrainedModel:
+    def _shell(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         architecture = classifier_class(self.config)
         config: PreTrainedConfig = copy.deepcopy(self.config)
         config.num_labels = 1
         config.architectures = [architecture.__name__]
         with torch.device("meta"):
             shell = architecture(config).to(self.backbone.dtype)
-        different = sorted(self.state_dict().keys() ^ shell.state_dict().keys())
+        different = sorted(state.keys() ^ shell.state_dict().keys())
         if different:
             raise ValueError(
                 f"transformers' {architecture.__name__} and this reward model differ in "

@@ -16,8 +16,9 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from mossrlhf import presets
 from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.data import prompt_batch
+from mossrlhf.drawing import require_matplotlib
 from mossrlhf.models import RewardModel
-from mossrlhf.plotting import plot_arms, require_matplotlib
+from mossrlhf.plotting import plot_arms
 from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.report import Results, answer_texts, write_report
 from mossrlhf.recipes.stages import fine_tune, train_reward_model

@@ -24,47 +24,75 @@ class PairRows:
         collator: from P records to ``input_ids`` and ``attention_mask`` ``[2P, L]``, all chosen,
             then all rejected, and ``chosen_labels`` ``[P, L]``, as `PairCollator` does.
         margin_column: the records' number m, in units of score; None for 0.
+        smoothing_column: the records' number α; None for the loss's.
 
     Source: ours.
     """
 
     collator: Callable[..., Mapping[str, Tensor]]
     margin_column: str | None = None
+    smoothing_column: str | None = None
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ids and mask ``[P, 2, L]``, ``chosen_labels`` ``[P, L]``, ``margin`` ``[P]``.
+        """Lay out P records.
+
+        Returns:
+            ids and mask ``[P, 2, L]``, ``chosen_labels`` ``[P, L]``, ``margin`` and ``smoothing``
+            ``[P]`` (the latter NaN where the loss's is to be used).
 
         Raises:
-            ValueError: where a record has no margin, and it should.
+            ValueError: where a record has not the number that it should, or one out of range.
         """
         batch = self.collator(records)
         rows = {
             name: rearrange(batch[name], "(side pair) length -> pair side length", side=2)
             for name in ("input_ids", "attention_mask")
         }
-        margin = torch.tensor([self._margin(record) for record in records])
-        return {**rows, "chosen_labels": batch["chosen_labels"], "margin": margin}
+        return {
+            **rows,
+            "chosen_labels": batch["chosen_labels"],
+            "margin": _numbers(records, "margin_column", self.margin_column, 0.0),
+            "smoothing": _smoothing(records, self.smoothing_column),
+        }
 
-    def _margin(self, record: Mapping[str, Any]) -> float:
-        if self.margin_column is None:
-            return 0.0
-        margin = record.get(self.margin_column)
-        if margin is None:
+
+def _numbers(
+    records: Sequence[Mapping[str, Any]], argument: str, column: str | None, default: float
+) -> Float[Tensor, " P"]:
+    """A number of each record, or the default where no column is asked for."""
+    if column is None:
+        return torch.full((len(records),), default)
+    found = []
+    for record in records:
+        value = record.get(column)
+        if value is None:
             raise ValueError(
-                f"margin_column: a record has no {self.margin_column!r}, only {sorted(record)}; "
-                "give every record its margin (0 asks for nothing)"
+                f"{argument}: a record has no {column!r}, only {sorted(record)}; give every "
+                "record its number (0 asks for nothing)"
             )
-        return float(margin)
+        found.append(float(value))
+    return torch.tensor(found)
+
+
+def _smoothing(records: Sequence[Mapping[str, Any]], column: str | None) -> Float[Tensor, " P"]:
+    alphas = _numbers(records, "smoothing_column", column, torch.nan)
+    if column is not None and not bool(((alphas >= 0) & (alphas < 0.5)).all()):
+        raise ValueError(
+            f"smoothing_column: {column!r} holds {alphas.tolist()}, expected numbers in [0, 0.5); "
+            "a label likelier wrong than right is to be flipped (FlipLabels)"
+        )
+    return alphas
 
 
 class PairScores(NamedTuple):
-    """What is known about P pairs: ``[P]`` each, the columns of ``[P, 5]`` when gathered."""
+    """What is known about P pairs: ``[P]`` each, the columns of ``[P, 6]`` when gathered."""
 
     chosen: Float[Tensor, " P"]  # scores of the preferred responses
     rejected: Float[Tensor, " P"]  # and of the others
     margin: Float[Tensor, " P"]  # by how much the former should lead, in units of score
     nll: Float[Tensor, " P"]  # −Σ log p of the preferred response, nats; 0 where not asked for
     tokens: Float[Tensor, " P"]  # how many tokens that is
+    smoothing: Float[Tensor, " P"]  # α of each pair; NaN where it is the loss's
 
 
 def count_tokens(labels: Int[Tensor, "P L"]) -> Float[Tensor, " P"]:
@@ -85,19 +113,25 @@ class RankingLoss:
     Args:
         lm_coef: β, factor on the language-model loss of the chosen responses (P1: 1; 0 in C's
             script); None for none.
-        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5).
+        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5); pairs that
+            have one of their own keep it.
+        centering_coef: λ, adds λ · mean over pairs of (r_w + r_l)², which keeps the scores about
+            zero, since pairs alone say nothing of their level; None for none.
 
     Raises:
         ValueError: where a number is outside its range.
 
-    Source: P1 eq. 2, the sign of its LM term put right; its mean over tokens: C; m, α: P2 §3.
+    Source: P1 eq. 2, the sign of its LM term put right; its mean over tokens: C; m, α: P2 §3;
+        centering: Eisenstein et al., arXiv 2312.09244 §2 (they take λ = 0.01).
     """
 
     lm_coef: float | None = None
     label_smoothing: float = 0.0
+    centering_coef: float | None = None
 
     def __post_init__(self) -> None:
         check_range("RankingLoss", "lm_coef", self.lm_coef, 0, above=True)
+        check_range("RankingLoss", "centering_coef", self.centering_coef, 0, above=True)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"RankingLoss(label_smoothing=): got {self.label_smoothing}, expected a number in "
@@ -114,13 +148,18 @@ class RankingLoss:
         pairs, tokens = totals(scores.tokens) if counts is None else counts
         lead = (scores.chosen - scores.rejected).detach()
         right = (lead > 0).float() + 0.5 * (lead == 0)
-        loss = ranking_loss(scores.chosen, scores.rejected, scores.margin, self.label_smoothing)
+        alpha = scores.smoothing.nan_to_num(self.label_smoothing)
+        loss = ranking_loss(scores.chosen, scores.rejected, scores.margin, alpha)
         loss = loss.sum() / pairs
         stats = {
             "accuracy": right.sum() / pairs,
             "margin": lead.sum() / pairs,
             "ranking_loss": loss.detach(),
         }
+        if self.centering_coef is not None:
+            off_center = (scores.chosen + scores.rejected).square().sum() / pairs
+            stats["centering_loss"] = off_center.detach()
+            loss = loss + self.centering_coef * off_center
         if self.lm_coef is not None:
             lm_loss = scores.nll.sum() / tokens.clamp(min=1)
             stats["lm_loss"] = lm_loss.detach()

@@ -1,19 +1,18 @@
 """`RewardTrainer`: what a reward model adds to the trainer of transformers."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from mossrlhf.data import PairCollator, require_fitting_prompts
-from mossrlhf.models import RewardModel
+from mossrlhf.data import PairCollator
+from mossrlhf.models import SCORE_MOMENTS, RewardModel
+from mossrlhf.reward_trainer import storage
 from mossrlhf.reward_trainer.pairs import (
     PairModel,
     PairRows,
@@ -22,9 +21,9 @@ from mossrlhf.reward_trainer.pairs import (
     count_tokens,
     totals,
 )
-
-LM_HEAD = Path("lm_head") / "model.safetensors"
-"""Where a folder keeps the output head: out of the way of tools that load a classifier."""
+from mossrlhf.reward_trainer.parts import check_records, load_model, output_head
+from mossrlhf.reward_trainer.report import RewardReport
+from mossrlhf.roles import disable_dropout as without_dropout
 
 
 class RewardTrainer(Trainer):
@@ -33,11 +32,12 @@ class RewardTrainer(Trainer):
     Schedules, resuming, evaluation, the best checkpoint, early stopping, trackers and sharding
     are its, told by plain `TrainingArguments`. The loss is divided by the pairs and tokens of a
     whole optimizer step: micro-batches and processes change nothing but speed. Trained parameters
-    in half precision become float32 (compute in it by ``bf16=True``). Dropout is as the model's
-    configuration has it.
+    in half precision become float32 (compute in it by ``bf16=True``).
 
     `evaluate` reports accuracy (ties count half), loss, margin (mean of r_w − r_l), and mean and
-    standard deviation of the scores; ``predict(pairs).predictions`` is ``[N, 2]``, the scores.
+    standard deviation of the scores, which the model's configuration then keeps, for PPO to
+    normalize by (`RunningMoments.of_reward_model`); `report` tells more, in pictures.
+    ``predict(pairs).predictions`` is ``[N, 2]``, the scores.
 
     Args:
         model: the `RewardModel`, trained in place, or its folder or hub name.
@@ -53,6 +53,10 @@ class RewardTrainer(Trainer):
             None where there is no such term, or where the configuration ties the output
             embeddings to the input embeddings, which then serve.
         margin_column: the records' column of margins m(x), in units of score; None for none.
+        smoothing_column: the records' column of α, in place of the loss's; None for none.
+        peft_config: LoRA or another adapter inside the backbone; the base is then frozen, and
+            checkpoints hold adapters and head alone. `save_model` merges them.
+        disable_dropout: whether to train without the dropout that the configuration asks for.
         callbacks: of transformers (`EarlyStoppingCallback` …).
         optimizers: optimizer and schedule; None each for those `args` ask for.
 
@@ -76,21 +80,28 @@ class RewardTrainer(Trainer):
         loss: RankingLoss | None = None,
         lm_head: nn.Module | None = None,
         margin_column: str | None = None,
+        smoothing_column: str | None = None,
+        peft_config: Any = None,
+        disable_dropout: bool = False,
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.loss = loss or RankingLoss()
         self._shares: dict[str, Tensor] = {}
+        self._resumable_only = False
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 f"args.label_smoothing_factor: got {args.label_smoothing_factor}, which is for "
                 "labels of tokens; use loss=RankingLoss(label_smoothing=)"
             )
-        rows = PairRows(data_collator or PairCollator(processing_class), margin_column)
-        _check_records(rows, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        reward_model = _load(model, processing_class)
+        collator = data_collator or PairCollator(processing_class)
+        rows = PairRows(collator, margin_column, smoothing_column)
+        check_records(rows, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        reward_model = load_model(model, processing_class, peft_config)
+        if disable_dropout:
+            without_dropout(reward_model)
         super().__init__(
-            model=PairModel(reward_model, _output_head(reward_model, lm_head, self.loss)),
+            model=PairModel(reward_model, output_head(reward_model, lm_head, self.loss)),
             args=args,
             data_collator=rows,
             train_dataset=train_dataset,
@@ -162,7 +173,8 @@ class RewardTrainer(Trainer):
         asked = labels if self.loss.lm_coef is not None else None
         scores, nll = model(inputs["input_ids"], inputs["attention_mask"], asked)
         chosen, rejected = scores.unbind(1)
-        return PairScores(chosen, rejected, inputs["margin"], nll, count_tokens(labels))
+        tokens = count_tokens(labels)
+        return PairScores(chosen, rejected, inputs["margin"], nll, tokens, inputs["smoothing"])
 
     def prediction_step(
         self,
@@ -170,8 +182,8 @@ class RewardTrainer(Trainer):
         inputs: Mapping[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Float[Tensor, "P 5"], None]:
-        """Return the `PairScores` of a batch as ``[P, 5]``; the loss is that of all batches.
+    ) -> tuple[None, Float[Tensor, "P 6"], None]:
+        """Return the `PairScores` of a batch as ``[P, 6]``; the loss is that of all batches.
 
         Args:
             model: the `PairModel`, wrapped or not.
@@ -209,6 +221,9 @@ class RewardTrainer(Trainer):
         rows = output.predictions
         rows = np.concatenate(rows) if isinstance(rows, list) else rows
         metrics = self.pair_metrics(PairScores(*torch.tensor(rows).double().unbind(1)))
+        if metric_key_prefix.startswith("eval"):
+            for name in SCORE_MOMENTS:
+                setattr(self.reward_model.config, name, metrics[name])
         for name, value in metrics.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output._replace(predictions=rows[:, :2])
@@ -224,6 +239,29 @@ class RewardTrainer(Trainer):
         moments = {"score_mean": both.mean(), "score_std": both.std(correction=0)}
         metrics = {"loss": output.loss, **output.stats, **moments}
         return {name: value.item() for name, value in metrics.items()}
+
+    def report(self, dataset: Any = None) -> RewardReport:
+        """Look closely at how well the model tells good from bad.
+
+        Args:
+            dataset: pairs; None for `eval_dataset`.
+
+        Returns:
+            what can be printed, drawn and saved.
+
+        Raises:
+            ValueError: where there are no pairs to report on.
+
+        Source: P1 §4.3, figures 2 and 3.
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None or isinstance(dataset, Mapping):
+            raise ValueError(
+                "dataset: got none to report on, or several; pass one: report(pairs), or "
+                "RewardTrainer(eval_dataset=pairs)"
+            )
+        scores = torch.tensor(self.predict(dataset).predictions)
+        return RewardReport.of(scores, self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the training loss its statistics since it was last logged.
@@ -248,103 +286,33 @@ class RewardTrainer(Trainer):
     def _get_collator_with_removed_columns(self, data_collator: Any, *_: Any, **__: Any) -> Any:
         return data_collator
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as transformers' classifiers are written, its adapters merged.
+
+        Args:
+            output_dir: folder; None for that of `args`.
+        """
+        self._resumable_only = _internal_call
+        super().save_model(output_dir, _internal_call)
+        self._resumable_only = False
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        if state_dict is None:
-            state_dict = self.accelerator.unwrap_model(self.model).state_dict()
-        self.reward_model.save_pretrained(folder, state_dict=_below("reward_model.", state_dict))
-        if head := _below("lm_head.", state_dict):
-            (folder / LM_HEAD).parent.mkdir(exist_ok=True)
-            save_file(head, folder / LM_HEAD)
+        model = self.accelerator.unwrap_model(self.model)
+        storage.write(model, folder, state_dict, resumable_only=self._resumable_only)
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._restore(Path(resume_from_checkpoint))
+            storage.read(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            self._restore(Path(self.state.best_model_checkpoint))
-
-    def _restore(self, folder: Path) -> None:
-        """Load what `_save` wrote, every key; transformers would only log what is missing."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.reward_model.load_state_dict(RewardModel.from_pretrained(folder).state_dict())
-        if model.lm_head is not None:
-            model.lm_head.load_state_dict(load_file(folder / LM_HEAD))
-
-
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _load(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
-    """Return the reward model, fit to be trained on what the tokenizer makes."""
-    if isinstance(model, (str, Path)):
-        model = RewardModel.from_pretrained(model)
-    if not isinstance(model, RewardModel):
-        raise TypeError(
-            f"model: got a {type(model).__name__}, expected a RewardModel; make one of a language "
-            "model with RewardModel.from_language_model(model)"
-        )
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"processing_class: it has {len(tokenizer)} tokens, the model's vocabulary only "
-            f"{vocabulary}; use the tokenizer the model was trained with, or call "
-            "model.backbone.resize_token_embeddings(len(tokenizer)) first"
-        )
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    return model
-
-
-def _output_head(
-    model: RewardModel, lm_head: nn.Module | None, loss: RankingLoss
-) -> nn.Module | None:
-    if loss.lm_coef is None and lm_head is not None:
-        raise ValueError(
-            "lm_head: loss.lm_coef is None, so it has nothing to learn; set "
-            "loss=RankingLoss(lm_coef=1.0), or leave the head out"
-        )
-    if lm_head is not None:
-        return copy.deepcopy(lm_head).float()
-    if loss.lm_coef is not None and not getattr(model.config, "tie_word_embeddings", False):
-        raise ValueError(
-            f"lm_head: got None, but RankingLoss(lm_coef={loss.lm_coef}) needs an output head, and "
-            f"a {type(model.config).__name__} does not tie it to the input embeddings; pass "
-            "lm_head=language_model.get_output_embeddings()"
-        )
-    return None
-
-
-def _check_records(rows: PairRows, **datasets: Any) -> None:
-    """Try the first record of each dataset, and its longest prompts: an error now, not later."""
-    collator = rows.collator
-    for name, dataset in datasets.items():
-        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if isinstance(part, Sized) and len(part):
-                record = part[0]  # type: ignore[index]
-                if isinstance(collator, PairCollator):
-                    _check_texts(name, record)
-                rows([record])
-        if isinstance(collator, PairCollator) and collator.max_length is not None:
-            room = collator.max_length - 1  # beside a token of the response
-            require_fitting_prompts(dataset, collator.tokenizer, room, name=name)
-
-
-def _check_texts(name: str, record: Mapping[str, Any]) -> None:
-    answers = (record.get("chosen"), record.get("rejected"))
-    if "prompt" not in record or not all(isinstance(answer, str) for answer in answers):
-        columns = {key: type(value).__name__ for key, value in record.items()}
-        raise ValueError(
-            f"{name}: its first record has {columns}, expected prompt, and chosen and rejected of "
-            "type str (the responses alone); read it with data.load_pairs"
-        )
+            best = Path(self.state.best_model_checkpoint)
+            storage.read(self.accelerator.unwrap_model(self.model), best)

@@ -7,84 +7,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from preferences import WORDS, language_model, pairs, reward_model
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     TrainingArguments,
 )
 
 from mossrlhf.data import PairCollator
-from mossrlhf.models import RewardModel
 from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer
-
-WORDS = ["<pad>", "</s>", "<unk>", "good", "bad", *"abcdefgh"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    backend = Tokenizer(words)
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def language_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
-        bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
-
-
-def reward_model(seed=0, head=True, **changes):
-    model = RewardModel.from_language_model(language_model(seed, **changes))
-    if head:  # a zero head says 0 whatever is wrong before it
-        torch.nn.init.normal_(model.score.weight, std=0.3)
-    return model.eval()
-
-
-def pairs(count, seed=0, **columns):
-    """Pairs of random words, as long as chance has it; "good" is chosen, "bad" rejected."""
-    rng = np.random.default_rng(seed)
-
-    def words(*extra):
-        some = [*rng.choice(list("abcdefgh"), size=rng.integers(1, 6)), *extra]
-        return " ".join(rng.permutation(some))
-
-    return [
-        {"prompt": words(), "chosen": words("good"), "rejected": words("bad"), **columns}
-        for _ in range(count)
-    ]
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    def make(**changes):
-        quiet = dict(
-            output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=False, save_strategy="no", logging_strategy="no",
-            per_device_eval_batch_size=4, max_grad_norm=0.0,
-        )  # fmt: skip
-        return TrainingArguments(**{**quiet, **changes})
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _silence(monkeypatch):
-    """The trainer prints its logs where there is no progress bar."""
-    monkeypatch.setattr("builtins.print", lambda *_, **__: None)
 
 
 def weights(trainer):
@@ -112,9 +45,9 @@ def score(model, tokenizer, record, answer):
 # ------------------------------------------------------------------------------------- the loss
 
 
-def scores_of(chosen, rejected, margin=None, nll=None, tokens=None):
+def scores_of(chosen, rejected, margin=None, nll=None, tokens=None, smoothing=None):
     rows = [chosen, rejected, margin or [0.0] * len(chosen), nll or [0.0] * len(chosen)]
-    rows.append(tokens or [1.0] * len(chosen))
+    rows += [tokens or [1.0] * len(chosen), smoothing or [np.nan] * len(chosen)]
     return PairScores(*torch.tensor(rows, dtype=torch.float64))
 
 
@@ -151,7 +84,9 @@ def test_shares_of_parts_add_up_to_the_whole():
 def test_gradient_survives_a_large_negative_margin():
     chosen = torch.tensor([-30.0], requires_grad=True)
     one = torch.ones(1)
-    RankingLoss()(PairScores(chosen, 0 * one, 0 * one, 0 * one, one)).loss.backward()
+    RankingLoss()(
+        PairScores(chosen, 0 * one, 0 * one, 0 * one, one, torch.nan * one)
+    ).loss.backward()
     assert chosen.grad.item() == pytest.approx(-1.0)  # of −log(σ + 1e-5): −1e-8
 
 
@@ -361,9 +296,11 @@ def test_best_checkpoint_is_loaded_at_the_end(tokenizer, arguments, tmp_path):
 
 def test_a_checkpoint_without_a_weight_is_refused(tokenizer, arguments, tmp_path):
     trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
-    state = trainer.reward_model.state_dict()
+    trainer.reward_model.save_pretrained(tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    state = load_file(weights)
     state.pop("score.weight")
-    trainer.reward_model.save_pretrained(tmp_path / "broken", state_dict=state)
+    save_file(state, weights)
     with pytest.raises(ValueError, match="score"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "broken"))
 

@@ -1,0 +1,256 @@
+"""Part II on pairs with label noise that is known: which methods help, and what strength tells.
+
+In the toy world a share of the labels is flipped at random; an ensemble of reward models measures
+the strength of every pair; each method, and their combinations, is trained on what it makes of the
+noisy pairs and asked about held-out pairs in their true order::
+
+    python benchmarks/preference_noise.py run --seeds 0 1 2
+    python benchmarks/preference_noise.py table
+
+The settings of the methods were chosen on seed 10, which is not among those reported.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mossrlhf import (
+    AdaptiveMargin,
+    FlipLabels,
+    PreferenceStrength,
+    RewardModel,
+    RewardTrainer,
+    SmoothLabels,
+    ToyWorld,
+)
+from mossrlhf.data import PairCollator
+from mossrlhf.judging import pair_margins
+from mossrlhf.recipes.bookkeeping import versions
+from mossrlhf.recipes.stages import fine_tune, training_arguments
+
+Record = dict[str, Any]
+Method = Callable[[Sequence[Mapping[str, Any]]], list[Record]]
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "benchmarks" / "results" / "preference_noise.json"
+PAGE = ROOT / "docs" / "reward_modeling.md"
+MARKS = ("<!-- written by: benchmarks/preference_noise.py table -->\n", "<!-- end -->\n")
+
+PAIRS, HELD_OUT, NOISE = 2000, 1000, 0.3
+MODELS, FOLDS = 10, 5
+FLIP, SMOOTH, MARGIN = FlipLabels(), SmoothLabels(), AdaptiveMargin(scale=0.5)
+ARMS: dict[str, tuple[Method, ...]] = {
+    "none": (),
+    "flipping": (FLIP,),
+    "smoothing": (SMOOTH,),
+    "margin": (MARGIN,),
+    "flipping + smoothing": (FLIP, SMOOTH),
+    "flipping + margin": (FLIP, MARGIN),
+    "all three": (FLIP, SMOOTH, MARGIN),
+}
+
+
+class Study:
+    """One seed: an SFT model, pairs with and without noise, and reward models of them.
+
+    Args:
+        seed: of the noise, the models and their training.
+        folder: of logs.
+    """
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.seed, self.folder = seed, folder
+        world = ToyWorld()
+        self.tokenizer = world.tokenizer()
+        torch.manual_seed(seed)
+        self.policy = transformers.LlamaForCausalLM(world.model_config())
+        fine_tune(
+            self.policy,
+            self.tokenizer,
+            world.sft_examples(2000, seed=seed),
+            folder,
+            learning_rate=4e-3,
+            num_train_epochs=4,
+            per_device_train_batch_size=32,
+            seed=seed,
+        )
+        self.clean = truly_ordered(world.pairs(PAIRS, seed=seed))
+        self.noisy = with_noise(self.clean, NOISE, seed)
+        self.held_out = truly_ordered(world.pairs(HELD_OUT, split="eval", seed=seed))
+
+    def train(self, records: Sequence[Mapping[str, Any]], seed: int) -> RewardModel:
+        """Train a reward model with whatever columns the records have."""
+        known = {name for name in ("margin", "label_smoothing") if name in records[0]}
+        trainer = RewardTrainer(
+            RewardModel.from_language_model(self.policy),
+            training_arguments(
+                self.folder,
+                learning_rate=1e-3,
+                num_train_epochs=2,
+                per_device_train_batch_size=16,
+                per_device_eval_batch_size=128,
+                seed=seed,
+            ),
+            processing_class=self.tokenizer,
+            train_dataset=list(records),
+            data_collator=PairCollator(self.tokenizer),
+            margin_column="margin" if "margin" in known else None,
+            smoothing_column="label_smoothing" if "label_smoothing" in known else None,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        return trainer.reward_model
+
+    def accuracy(self, model: RewardModel) -> float:
+        """Return how often a model is right about held-out pairs in their true order."""
+        margins = pair_margins(model, self.held_out, PairCollator(self.tokenizer), 128)
+        return ((margins > 0).double() + 0.5 * (margins == 0)).mean().item()
+
+    def run(self, arms: Mapping[str, tuple[Method, ...]]) -> dict[str, Any]:
+        """Measure the strengths, then train and ask each arm."""
+        strength = PreferenceStrength.measure(
+            self.train, self.noisy, PairCollator(self.tokenizer), models=MODELS, folds=FOLDS,
+            seed=100 * self.seed, batch_size=128,
+        )  # fmt: skip
+        annotated = strength.annotate(self.noisy)
+        wrong = torch.tensor([pair["wrong"] for pair in self.noisy])
+        found: dict[str, Any] = {
+            "auc": auc(-strength.mean[wrong], -strength.mean[~wrong]),
+            "flipped": describe(FLIP(annotated)),
+            "clean": self.accuracy(self.train(self.clean, self.seed)),
+        }
+        for name, methods in arms.items():
+            records: Sequence[Mapping[str, Any]] = annotated
+            for method in methods:
+                records = method(records)
+            found[name] = self.accuracy(self.train(records, self.seed))
+            print(f"  {name:24} {found[name]:.3f}", flush=True)
+        return found
+
+
+def truly_ordered(pairs: Sequence[Record]) -> list[Record]:
+    """Put pairs in the order of the true preference; leave ties out."""
+    kept = [pair for pair in pairs if pair["true_margin"]]
+    return [pair if pair["true_margin"] > 0 else turned(pair) for pair in kept]
+
+
+def turned(pair: Record) -> Record:
+    """Exchange the two responses of a pair."""
+    sides = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    return {**pair, **sides, "true_margin": -pair["true_margin"]}
+
+
+def with_noise(pairs: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """Turn exactly a share of the pairs, and say in `wrong` which."""
+    wrong = set(Random(f"noise/{seed}").sample(range(len(pairs)), round(share * len(pairs))))
+    return [(turned(p) if i in wrong else p) | {"wrong": i in wrong} for i, p in enumerate(pairs)]
+
+
+def describe(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Say how many labels were flipped, and how many of those were wrong."""
+    flipped = [record for record in records if record["flipped"]]
+    right = sum(record["wrong"] for record in flipped)
+    wrong = sum(record["wrong"] for record in records)
+    return {
+        "share": len(flipped) / len(records),
+        "precision": right / max(1, len(flipped)),
+        "recall": right / max(1, wrong),
+    }
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Return the probability that one of the first exceeds one of the second; ties are half."""
+    order = negative.sort().values
+    below = torch.searchsorted(order, positive)
+    up_to = torch.searchsorted(order, positive, right=True)
+    return ((below + up_to).double() / 2 / len(negative)).mean().item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run seeds and keep their figures, or write the page's table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--json", default=str(FIGURES))
+    args = parser.parse_args(argv)
+    if args.command == "table":
+        figures = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        return
+    transformers.utils.logging.disable_progress_bar()
+    seeds: dict[str, Any] = {}
+    for seed in args.seeds:
+        print(f"seed {seed}")
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            study = Study(seed, Path(folder))
+            found = study.run({name: ARMS[name] for name in args.arms})
+        seeds[str(seed)] = {**found, "seconds": round(time.perf_counter() - begun)}
+        print(f"  clean {found['clean']:.3f}, AUC {found['auc']:.3f}, {found['flipped']}")
+        figures = {
+            "settings": {
+                "pairs": PAIRS, "held_out": HELD_OUT, "noise": NOISE, "models": MODELS,
+                "folds": FOLDS, "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
+            },
+            "versions": versions(),
+            "seeds": seeds,
+        }  # fmt: skip
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def with_table(page: str, figures: Mapping[str, Any]) -> str:
+    """Put the figures into a page, between the marks.
+
+    Args:
+        page: Markdown with both `MARKS`.
+        figures: as ``run`` keeps them.
+
+    Returns:
+        the page.
+    """
+    seeds = list(figures["seeds"].values())
+    names = [name for name in ("clean", *ARMS) if name in seeds[0]]
+    lines = ["", "| trained on | right on the held-out pairs | of what the noise took |"]
+    lines += ["| --- | --- | --- |"]
+    for name in names:
+        values = [seed[name] for seed in seeds]
+        back = [(s[name] - s["none"]) / (s["clean"] - s["none"]) for s in seeds]
+        label = {"clean": "labels without noise", "none": "the noisy labels"}.get(name, name)
+        regained = "" if name in ("clean", "none") else f"{mean(back):.0%} ({spread(back, '.0%')})"
+        lines.append(f"| {label} | {mean(values):.3f} ({spread(values, '.3f')}) | {regained} |")
+    flipped = [seed["flipped"] for seed in seeds]
+    settings = figures["settings"]
+    lines += [
+        "",
+        f"Means of {len(seeds)} seeds, and in brackets each of them. {settings['pairs']} pairs,",
+        f"{settings['noise']:.0%} of the labels flipped, {settings['models']} models in "
+        f"{settings['folds']} folds. Strength separates",
+        f"flipped from clean pairs with an AUC of {mean(s['auc'] for s in seeds):.3f} "
+        f"({spread([s['auc'] for s in seeds], '.3f')}); of the labels",
+        f"that were flipped back {mean(f['precision'] for f in flipped):.0%} were wrong, and "
+        f"{mean(f['recall'] for f in flipped):.0%} of the wrong ones were found.",
+        "",
+    ]
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return "".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after])
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Lay out the values of all seeds."""
+    return ", ".join(format(value, form) for value in values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Adapters inside of a reward model's backbone: put there, saved alone, merged for everyone."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name for them."""
+
+_OUTSIDE = "base_model.model."
+"""What PEFT puts before the names of a model that it is wrapped around."""
+
+
+def add_adapters(model: Any, peft_config: Any) -> None:
+    """Put adapters into a reward model's backbone, in place, and freeze the rest of it.
+
+    The head stays trained, as it has to be learned anew.
+
+    Args:
+        model: a `RewardModel`.
+        peft_config: a ``peft.PeftConfig`` of a kind that acts inside of layers, such as LoRA; it
+            is copied.
+
+    Raises:
+        ValueError: where there are adapters already, or modules to be saved beside them.
+
+    Source: LoRA (arXiv 2106.09685); put in by PEFT.
+    """
+    from peft import inject_adapter_in_model
+
+    if is_adapted(model):
+        raise ValueError(
+            "peft_config: the reward model has adapters inside already; train those on "
+            "(peft_config=None), or save it, which merges them, and load it again"
+        )
+    if getattr(peft_config, "modules_to_save", None):
+        raise ValueError(
+            f"peft_config: got modules_to_save={peft_config.modules_to_save}; the head is trained "
+            "anyway, and other modules would have to be trained whole. Leave it out"
+        )
+    model.backbone.requires_grad_(False)
+    inject_adapter_in_model(copy.deepcopy(peft_config), model.backbone)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether there are adapters inside of a model.
+
+    Args:
+        model: any.
+
+    Source: ours.
+    """
+    return bool(_adapted_layers(model))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights by the names they had before adapters, with those merged in.
+
+    The model is left as it is; a layer at a time is copied, so that its memory is all it takes.
+
+    Args:
+        model: with or without adapters.
+
+    Source: LoRA §4.1: W + (α/r) B A.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for name, layer in _adapted_layers(model).items():
+        merged: Any = copy.deepcopy(layer)
+        merged.merge()
+        state = {key: w for key, w in state.items() if not key.startswith(f"{name}.")}
+        for key, weight in merged.get_base_layer().state_dict().items():
+            state[f"{name}.{key}"] = weight
+    return state
+
+
+def save_adapters(model: Any, folder: Path) -> None:
+    """Write adapters and head as PEFT does for a sequence classifier, and the base not at all.
+
+    Args:
+        model: a `RewardModel` with adapters inside.
+        folder: made where absent.
+
+    Source: PEFT's layout: ``PeftModel.from_pretrained(classifier, folder)`` reads it.
+    """
+    from peft import PeftConfig, TaskType
+    from peft.utils import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = get_peft_model_state_dict(model.backbone)
+    before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
+    state = {f"{before}{name}": weight for name, weight in inside.items()}
+    for name, weight in model.score.state_dict().items():
+        state[f"{_OUTSIDE}score.{name}"] = weight
+    save_file({name: w.detach().cpu().contiguous() for name, w in state.items()}, folder / WEIGHTS)
+    config: PeftConfig = copy.deepcopy(model.backbone.peft_config["default"])
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    config.inference_mode = True
+    config.base_model_name_or_path = model.config.name_or_path or None
+    config.save_pretrained(str(folder))
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Put back what `save_adapters` wrote.
+
+    Args:
+        model: a `RewardModel` with adapters of the same kind inside.
+        folder: where they are.
+
+    Raises:
+        ValueError: where a weight is missing there or not known here.
+
+    Source: ours.
+    """
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state: Mapping[str, Tensor] = load_file(folder / WEIGHTS)
+    before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
+    head = {k.removeprefix(f"{_OUTSIDE}score."): v for k, v in state.items() if ".score." in k}
+    inside = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
+    own = get_peft_model_state_dict(model.backbone)
+    different = sorted(own.keys() ^ inside.keys()) + sorted(head.keys() ^ {*_names(model.score)})
+    if different:
+        raise ValueError(
+            f"{folder / WEIGHTS}: it and the model's adapters differ in {different[:3]}; train on "
+            "with the peft_config it was trained with"
+        )
+    with torch.no_grad():
+        set_peft_model_state_dict(model.backbone, inside)
+    model.score.load_state_dict(head)
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[name] = module
+    return found

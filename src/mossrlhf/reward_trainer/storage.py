@@ -1,0 +1,77 @@
+"""What a folder keeps of a reward model in training: the classifier, adapters, the output head."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mossrlhf.models import (
+    SCORE_MOMENTS,
+    RewardModel,
+    is_adapted,
+    load_adapters,
+    save_adapters,
+)
+from mossrlhf.reward_trainer.pairs import PairModel
+
+LM_HEAD = Path("lm_head") / "model.safetensors"
+"""Where a folder keeps the output head: out of the way of tools that load a classifier."""
+
+ADAPTER = "adapter"
+"""Where it keeps adapters and head alone, as PEFT writes them."""
+
+
+def write(
+    model: PairModel,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    resumable_only: bool = False,
+) -> None:
+    """Write a model in training.
+
+    Args:
+        model: unwrapped.
+        folder: made where absent.
+        state: its weights, where they had to be gathered; None to ask the model.
+        resumable_only: whether adapters and head are enough, without the base they are merged in.
+
+    Source: ours.
+    """
+    reward_model = model.reward_model
+    if is_adapted(reward_model):
+        save_adapters(reward_model, folder / ADAPTER)
+    if not (is_adapted(reward_model) and resumable_only):
+        gathered = None if state is None else _below("reward_model.", state)
+        reward_model.save_pretrained(folder, state_dict=gathered)
+    if head := _below("lm_head.", model.state_dict() if state is None else state):
+        (folder / LM_HEAD).parent.mkdir(parents=True, exist_ok=True)
+        save_file(head, folder / LM_HEAD)
+
+
+def read(model: PairModel, folder: Path) -> None:
+    """Load what `write` wrote, every key; transformers would only log what is missing.
+
+    Args:
+        model: unwrapped, of the same make.
+        folder: where it is.
+
+    Raises:
+        ValueError: where something is missing.
+
+    Source: ours.
+    """
+    if is_adapted(model.reward_model):
+        load_adapters(model.reward_model, folder / ADAPTER)
+    else:
+        saved = RewardModel.from_pretrained(folder)
+        model.reward_model.load_state_dict(saved.state_dict())
+        for name in SCORE_MOMENTS:
+            setattr(model.config, name, getattr(saved.config, name, None))
+    if model.lm_head is not None:
+        model.lm_head.load_state_dict(load_file(folder / LM_HEAD))
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

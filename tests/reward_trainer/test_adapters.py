@@ -1,0 +1,120 @@
+"""LoRA in reward-model training: what learns, what is saved, who can load it."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from preferences import language_model, pairs, reward_model
+from transformers import AutoModelForSequenceClassification
+
+from mossrlhf.models import RewardModel, is_adapted, merged_state_dict
+from mossrlhf.reward_trainer import RewardTrainer
+
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+STEPS = dict(learning_rate=0.05, per_device_train_batch_size=4, num_train_epochs=1)
+
+
+def trained(tokenizer, arguments, records, **options):
+    model = options.pop("model", None) or reward_model()
+    trainer = RewardTrainer(
+        model, arguments(**STEPS, **options), processing_class=tokenizer,
+        train_dataset=records, eval_dataset=records, peft_config=LORA,
+    )  # fmt: skip
+    return trainer
+
+
+def test_adapters_and_head_learn_and_the_base_rests(tokenizer, arguments):
+    model = reward_model()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    trainer = trained(tokenizer, arguments, pairs(16), model=model)
+    trainer.train()
+    assert is_adapted(model)
+    after = model.state_dict()
+    for name, weight in after.items():
+        base = name.replace(".base_layer", "")
+        if "lora_" in name or name.startswith("score"):
+            assert name not in before or not torch.equal(weight, before[name]), name
+        else:
+            assert torch.equal(weight, before[base]), name
+    assert any("lora_B" in name and w.abs().sum() > 0 for name, w in after.items())
+    assert LORA.modules_to_save is None  # the user's own object
+
+
+def test_what_is_saved_is_merged_and_loads_everywhere(tokenizer, arguments, tmp_path):
+    records = pairs(8)
+    trainer = trained(tokenizer, arguments, records)
+    trainer.train()
+    scores = torch.tensor(trainer.predict(records).predictions)
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    again = trained(tokenizer, arguments, records, model=RewardModel.from_pretrained(folder))
+    merged = torch.tensor(again.predict(records).predictions)
+    torch.testing.assert_close(merged, scores, atol=1e-5, rtol=1e-5)
+    assert is_adapted(trainer.reward_model)  # it goes on training
+
+    # And the adapter alone, on the bare base, by PEFT's own loader.
+    reward_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    batch = trainer.data_collator(records)
+    ids, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
+    with torch.no_grad():
+        found = adapted(input_ids=ids, attention_mask=mask).logits.view(-1, 2)
+    torch.testing.assert_close(found, scores, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_leaves_the_model_as_it_is(tokenizer, arguments):
+    trainer = trained(tokenizer, arguments, pairs(8))
+    trainer.train()
+    before = {name: w.clone() for name, w in trainer.reward_model.state_dict().items()}
+    plain = reward_model()
+    plain.load_state_dict(merged_state_dict(trainer.reward_model))
+    after = trainer.reward_model.state_dict()
+    assert all(torch.equal(w, after[name]) for name, w in before.items())
+
+
+def test_resumed_equals_uninterrupted_with_adapters(tokenizer, arguments, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2, seed=3)
+    whole = trained(tokenizer, arguments, pairs(16), **options, output_dir=str(tmp_path / "a"))
+    whole.train()
+    resumed = trained(tokenizer, arguments, pairs(16), **options, output_dir=str(tmp_path / "b"))
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()  # adapters and head are enough
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = whole.reward_model.state_dict()
+    for name, weight in resumed.reward_model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_adapters_on_adapters_and_modules_to_save_are_refused(tokenizer, arguments):
+    model = trained(tokenizer, arguments, pairs(4)).reward_model
+    with pytest.raises(ValueError, match="adapters inside already"):
+        trained(tokenizer, arguments, pairs(4), model=model)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"modules_to_save=.*embed_tokens"):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, peft_config=config)
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tokenizer, arguments, tmp_path):
+    trained(tokenizer, arguments, pairs(4)).save_model(str(tmp_path / "saved"))
+    config = LoraConfig(r=4, target_modules=["k_proj"])
+    other = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer, train_dataset=pairs(4),
+        peft_config=config,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the model's adapters differ in"):
+        other.train(resume_from_checkpoint=str(tmp_path / "saved"))
+
+
+def test_dropout_is_off_where_it_is_said(tokenizer, arguments):
+    model = RewardModel.from_language_model(language_model(attention_dropout=0.5))
+    torch.nn.init.normal_(model.score.weight)
+    records = pairs(4)
+    for disabled in (False, True):
+        trainer = RewardTrainer(
+            model, arguments(), processing_class=tokenizer, train_dataset=records,
+            disable_dropout=disabled,
+        )  # fmt: skip
+        batch = trainer.data_collator(records)
+        trainer.model.train()
+        losses = {trainer.compute_loss(trainer.model, batch).item() for _ in range(3)}
+        assert (len(losses) == 1) is disabled

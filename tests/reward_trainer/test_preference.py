@@ -1,0 +1,169 @@
+"""Preference strength against numpy, and what the methods of Part II make of it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from preferences import pairs
+
+from mossrlhf import AdaptiveMargin, FlipLabels, PreferenceStrength, SmoothLabels
+from mossrlhf.data import PairCollator
+from mossrlhf.preference import fingerprint
+
+NAN = math.nan
+
+
+def with_strengths(*strengths):
+    records = pairs(len(strengths))
+    return [
+        {**r, "strength": s, "strength_std": 1.0} for r, s in zip(records, strengths, strict=True)
+    ]
+
+
+class Oracle(torch.nn.Module):
+    """Scores a sequence by how often it says a word, more or less by its number."""
+
+    def __init__(self, word: int, scale: float) -> None:
+        super().__init__()
+        self.word, self.scale = word, torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, ids, mask):
+        return self.scale * ((ids == self.word) & (mask == 1)).sum(1)
+
+
+def test_mean_and_spread_are_those_of_the_models_asked():
+    margins = torch.tensor([[1.0, NAN, 2.0], [3.0, -1.0, NAN], [NAN, -4.0, NAN]])
+    strength = PreferenceStrength(margins, "x")
+    table = margins.numpy()
+    np.testing.assert_allclose(strength.mean, np.nanmean(table, 0))
+    np.testing.assert_allclose(strength.std[:2], np.nanstd(table[:, :2], 0, ddof=1))
+    assert strength.std[2].isnan()  # one opinion has no spread
+
+
+def test_an_ensemble_is_asked_about_every_pair(tokenizer):
+    records, good = pairs(5), tokenizer.convert_tokens_to_ids("good")
+    models = [Oracle(good, 1.0), Oracle(good, 3.0)]
+    strength = PreferenceStrength.of(models, records, PairCollator(tokenizer), batch_size=2)
+    assert strength.margins.tolist() == [[1.0] * 5, [3.0] * 5]
+    assert strength.mean.tolist() == [2.0] * 5
+    assert strength.std.tolist() == pytest.approx([2**0.5] * 5)
+    assert all(model.training for model in models)
+    with pytest.raises(ValueError, match=r"got 1 and 5.*two models at least"):
+        PreferenceStrength.of(models[:1], records, PairCollator(tokenizer))
+
+
+@pytest.mark.parametrize(("models", "folds"), [(4, 1), (4, 2), (6, 3)])
+def test_models_are_asked_about_what_they_have_not_learned(tokenizer, models, folds):
+    records, learned, seeds = pairs(11), [], []
+
+    def train(some, seed):
+        learned.append([records.index(record) for record in some])
+        seeds.append(seed)
+        return Oracle(3, float(len(learned)))
+
+    options = dict(models=models, folds=folds, seed=7)
+    strength = PreferenceStrength.measure(train, records, PairCollator(tokenizer), **options)
+    assert seeds == [7 + k for k in range(models)]
+    for k, seen in enumerate(learned):
+        asked = (~strength.margins[k].isnan()).nonzero()[:, 0].tolist()
+        expected = range(11) if folds == 1 else {*range(11)} - {*seen}
+        assert asked == sorted(expected)
+        assert strength.margins[k, asked[0]] == k + 1
+    times = (~strength.margins.isnan()).sum(0)
+    assert times.tolist() == [models // folds] * 11
+    if folds > 1:
+        assert learned[0] != learned[folds]  # each round cuts anew
+
+
+def test_too_few_models_for_the_folds_are_refused(tokenizer):
+    train = lambda records, seed: Oracle(3, 1.0)  # noqa: E731
+    with pytest.raises(ValueError, match="got 5 and 2 for 4 pairs"):
+        PreferenceStrength.measure(train, pairs(4), PairCollator(tokenizer), models=5, folds=2)
+    with pytest.raises(ValueError, match="models"):
+        PreferenceStrength.measure(train, pairs(4), PairCollator(tokenizer), models=1)
+
+
+def test_strength_is_kept_beside_the_data_and_knows_its_pairs(tmp_path):
+    records = pairs(3, topic="x")
+    strength = PreferenceStrength(
+        torch.tensor([[1.0, NAN, 2.0], [3.0, -1.0, 0.1]]), fingerprint(records)
+    )
+    strength.save(tmp_path / "strength.json")
+    loaded = PreferenceStrength.load(tmp_path / "strength.json")
+    assert torch.equal(loaded.margins.nan_to_num(99), strength.margins.nan_to_num(99))
+    first = loaded.annotate(records)[0]
+    assert first == {**records[0], "strength": 2.0, "strength_std": pytest.approx(2**0.5)}
+    for others in (records[::-1], records[:2], pairs(3, seed=1)):
+        with pytest.raises(ValueError, match="are not the 3 that were asked about"):
+            loaded.annotate(others)
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"other.json: expected what PreferenceStrength.save"):
+        PreferenceStrength.load(tmp_path / "other.json")
+
+
+def test_labels_of_the_lowest_strength_are_flipped():
+    records = with_strengths(2.0, -3.0, 0.5, -0.1, -2.0)
+    for method, flipped in (
+        (FlipLabels(), {1, 3, 4}),
+        (FlipLabels(below=-1.0), {1, 4}),
+        (FlipLabels(share=0.2), {1}),
+        (FlipLabels(share=0.8), {1, 3, 4}),
+        (FlipLabels(share=0.8, below=None), {1, 2, 3, 4}),
+        (FlipLabels(share=0.0), set()),
+    ):
+        for i, (before, after) in enumerate(zip(records, method(records), strict=True)):
+            turned = i in flipped
+            assert after["flipped"] is turned
+            sides = (before["chosen"], before["rejected"])
+            assert (after["chosen"], after["rejected"]) == (sides[::-1] if turned else sides)
+            assert after["strength"] == (-1 if turned else 1) * before["strength"]
+            assert after["prompt"] == before["prompt"]
+
+
+def test_labels_are_smoothed_by_the_odds_of_their_being_wrong():
+    records = with_strengths(2.0, 0.0, -3.0)
+    alphas = [r["label_smoothing"] for r in SmoothLabels(highest=0.4, scale=0.5)(records)]
+    assert alphas == pytest.approx([1 / (1 + np.exp(1.0)), 0.4, 0.4])
+
+
+def test_margins_are_the_strength_within_bounds():
+    records = with_strengths(2.0, 0.5, -3.0)
+    for method, margins in (
+        (AdaptiveMargin(), [2.0, 0.5, 0.0]),
+        (AdaptiveMargin(lowest=None), [2.0, 0.5, -3.0]),
+        (AdaptiveMargin(scale=2.0, lowest=-1.0, highest=3.0), [3.0, 1.0, -1.0]),
+    ):
+        assert [r["margin"] for r in method(records)] == margins
+
+
+def test_methods_work_alone_and_after_each_other():
+    records = with_strengths(2.0, -3.0)
+    for method in (FlipLabels(), SmoothLabels(), AdaptiveMargin()):
+        records = method(records)
+    assert [r["flipped"] for r in records] == [False, True]
+    assert [r["margin"] for r in records] == [2.0, 3.0]
+    assert records[1]["label_smoothing"] == pytest.approx(1 / (1 + np.exp(3.0)))
+
+
+@pytest.mark.parametrize("method", [FlipLabels(), SmoothLabels(), AdaptiveMargin()])
+@pytest.mark.parametrize("strength", [None, NAN])
+def test_records_without_strength_are_refused(method, strength):
+    with pytest.raises(ValueError, match="not all have a number in 'strength'"):
+        method([{**r, "strength": strength} for r in pairs(2)])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (FlipLabels, dict(share=1.5), "share"),
+        (FlipLabels, dict(share=None, below=None), "expected one of the two"),
+        (SmoothLabels, dict(highest=0.5), "highest"),
+        (SmoothLabels, dict(scale=0.0), "scale"),
+        (AdaptiveMargin, dict(scale=-1.0), "scale"),
+        (AdaptiveMargin, dict(lowest=1.0, highest=0.0), "lowest to be the lower"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)

@@ -1,0 +1,115 @@
+"""Reports: figures against numpy, files, pictures, and what PPO makes of the moments."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from preferences import pairs, reward_model
+
+from mossrlhf import RewardReport, RewardShaper, RewardTrainer, RunningMoments
+from mossrlhf.models import RewardModel
+from mossrlhf.reward_trainer.report import calibration
+
+
+def drawn(count=200):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 2, generator=generator) + torch.tensor([0.5, 0.0])
+
+
+def test_figures_are_those_of_numpy():
+    scores = drawn()
+    report = RewardReport.of(scores)
+    table = scores.double().numpy()
+    margins = table[:, 0] - table[:, 1]
+    assert report.pairs == 200
+    assert report.accuracy == pytest.approx((margins > 0).mean())
+    p = report.accuracy
+    assert report.standard_error == pytest.approx((p * (1 - p) / 200) ** 0.5)
+    assert report.margin_mean == pytest.approx(margins.mean())
+    assert report.margin_std == pytest.approx(margins.std())
+    assert report.score_mean == pytest.approx(table.mean())
+    assert report.score_std == pytest.approx(table.std())
+    assert np.allclose(report.scores, table)
+
+
+def test_ties_count_half():
+    assert RewardReport.of(torch.tensor([[1.0, 1.0], [2.0, 1.0]])).accuracy == 0.75
+
+
+def test_calibration_sorts_pairs_by_how_sure_the_model_is():
+    margins = torch.tensor([-3.0, 0.1, 2.0, -0.2, 0.0, 4.0]).double()
+    low, high = calibration(margins, 2)
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.array(x)))  # noqa: E731
+    assert low.pairs == high.pairs == 3
+    assert low.confidence == pytest.approx(sigmoid([0.0, 0.1, 0.2]).mean())
+    assert low.accuracy == pytest.approx((1 + 0 + 0.5) / 3)
+    assert high.confidence == pytest.approx(sigmoid([2.0, 3.0, 4.0]).mean())
+    assert high.accuracy == pytest.approx(2 / 3)
+
+
+def test_calibration_error_tells_a_judge_that_is_sure_of_itself():
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(20000, generator=generator)
+    coin = torch.rand(20000, generator=generator) < torch.sigmoid(margins)
+    honest = torch.where(coin, margins, -margins)
+    zero = torch.zeros_like(honest)
+    assert RewardReport.of(torch.stack([honest, zero], 1)).calibration_error < 0.015
+    assert RewardReport.of(torch.stack([4 * honest, zero], 1)).calibration_error > 0.1
+
+
+def test_scores_that_are_none_or_not_finite_are_refused():
+    for scores in (torch.zeros(0, 2), torch.tensor([[1.0, torch.nan]])):
+        with pytest.raises(ValueError, match="expected finite scores of one pair at least"):
+            RewardReport.of(scores)
+
+
+def test_a_trainer_reports_and_keeps_the_moments(tokenizer, arguments, tmp_path):
+    records = pairs(24)
+    trainer = RewardTrainer(
+        reward_model(),
+        arguments(
+            learning_rate=0.01, num_train_epochs=2, per_device_train_batch_size=8,
+            eval_strategy="steps", eval_steps=2,
+        ),
+        processing_class=tokenizer, train_dataset=records, eval_dataset=records,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="score_mean"):
+        RunningMoments.of_reward_model(trainer.reward_model)
+    trainer.train()
+    metrics = trainer.evaluate()
+    report = trainer.report()
+    assert report.accuracy == pytest.approx(metrics["eval_accuracy"])
+    assert [step for step, _ in report.accuracy_by_step] == [2, 4, 6, 6]
+    assert f"{report.accuracy:.1%}" in str(report)
+    report.save(tmp_path / "report")
+    kept = json.loads((tmp_path / "report" / "reward_report.json").read_text())
+    assert kept["calibration"][0].keys() == {"confidence", "accuracy", "pairs"}
+    assert (tmp_path / "report" / "reward_report.png").stat().st_size > 10_000
+
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = RewardModel.from_pretrained(tmp_path / "saved")
+    moments = RunningMoments.of_reward_model(loaded, count=100)
+    assert moments.mean == pytest.approx(metrics["eval_score_mean"])
+    assert moments.std == pytest.approx(metrics["eval_score_std"])
+    shaper = RewardShaper(normalize=True, moments=moments)
+    first = shaper.shape(torch.full((4,), metrics["eval_score_mean"]))
+    assert first.abs().max() < 1e-5  # alone they would have no scale at all
+
+
+def test_there_must_be_something_to_report_on(tokenizer, arguments):
+    trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    for dataset in (None, {"one": pairs(2)}):
+        with pytest.raises(ValueError, match="pass one: report"):
+            trainer.report(dataset)
+
+
+def test_pictures_have_what_there_is(tmp_path):
+    history = [{"step": 5, "eval_accuracy": 0.6}, {"step": 10, "eval_accuracy": 0.7}, {"loss": 1}]
+    report = RewardReport.of(drawn(), history)
+    assert [axes.get_title("left")[:8] for axes in report.plot().axes] == [
+        "Margins ", "Scores (", "Right (s", "Accuracy",
+    ]  # fmt: skip
+    assert len(RewardReport.of(drawn(3)).plot(tmp_path / "new" / "r.svg").axes) == 3
+    same = torch.ones(4, 2)  # an untrained head
+    assert RewardReport.of(same).plot(tmp_path / "r.png").axes
