@@ -351,7 +351,7 @@ def test_documentation_runs(root, tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert names["metrics"]["eval_loss"] > 0
-    assert len(blocks) == 3
+    assert len(blocks) == 6
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -439,6 +439,57 @@ def test_margins_are_read_where_asked_for(tokenizer, arguments):
     assert batch["margin"].tolist() == [2.0, 0.5]
     with pytest.raises(ValueError, match="margin_column: a record has no 'lead'"):
         trainer.data_collator([*pairs(1, lead=2), *pairs(1)])
+
+
+def test_alphas_of_pairs_take_the_place_of_the_losss():
+    given = [2, 0, -1], [1, 0, 2]
+    loss = RankingLoss(label_smoothing=0.3)
+    alphas = np.array([0.0, 0.1, 0.3])
+    sigma = 1 / (1 + np.exp(-np.array([1.0, 0.0, -3.0])))
+    expected = -((1 - alphas) * np.log(sigma) + alphas * np.log(1 - sigma)).mean()
+    scores = scores_of(*given, smoothing=[0.0, 0.1, np.nan])
+    assert loss(scores).loss.item() == pytest.approx(expected)
+
+
+def test_centering_adds_the_mean_square_of_the_sums():
+    scores = scores_of([2, 0, -1], [1, 0, 2])
+    output = RankingLoss(centering_coef=0.1)(scores)
+    plain = RankingLoss()(scores)
+    assert output.loss.item() == pytest.approx(plain.loss.item() + 0.1 * (9 + 0 + 1) / 3)
+    assert output.stats["centering_loss"].item() == pytest.approx(10 / 3)
+
+
+def test_numbers_out_of_range_are_refused_where_they_stand(tokenizer, arguments):
+    trainer = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer, smoothing_column="alpha"
+    )
+    assert (
+        trainer.data_collator(pairs(2, alpha=0.2))["smoothing"].tolist() == [pytest.approx(0.2)] * 2
+    )
+    for alpha in (0.5, -0.1):
+        with pytest.raises(ValueError, match=r"smoothing_column: 'alpha' holds .*FlipLabels"):
+            trainer.data_collator(pairs(2, alpha=alpha))
+    for alpha in (None, float("nan")):
+        with pytest.raises(ValueError, match="smoothing_column: a record has no 'alpha'"):
+            trainer.data_collator(pairs(2, alpha=alpha))
+
+
+def test_pairs_held_out_may_do_without_margins(tokenizer, arguments):
+    trainer = RewardTrainer(
+        reward_model(), arguments(per_device_train_batch_size=2, num_train_epochs=1),
+        processing_class=tokenizer, train_dataset=pairs(4, lead=2, alpha=0.1),
+        eval_dataset=pairs(3), margin_column="lead", smoothing_column="alpha",
+    )  # fmt: skip
+    trainer.train()
+    plain = RewardTrainer(trainer.reward_model, arguments(), processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate(pairs(3))["eval_loss"]
+    assert trainer.predict(pairs(2)).predictions.shape == (2, 2)
+    assert trainer.evaluate(pairs(3, lead=5))["eval_loss"] > trainer.evaluate()["eval_loss"]
+    with pytest.raises(ValueError, match="margin_column: a record has no 'lead'"):
+        RewardTrainer(
+            reward_model(), arguments(), processing_class=tokenizer, train_dataset=pairs(4),
+            margin_column="lead",
+        )  # fmt: skip
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, arguments):

@@ -1,5 +1,6 @@
 """Pairs in training: a batch of them, the model that scores it, the loss of the scores."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ class PairRows:
             then all rejected, and ``chosen_labels`` ``[P, L]``, as `PairCollator` does.
         margin_column: the records' number m, in units of score; None for 0.
         smoothing_column: the records' number α; None for the loss's.
+        optional: whether a record may lack these numbers, as those held out do.
 
     Source: ours.
     """
@@ -32,6 +34,7 @@ class PairRows:
     collator: Callable[..., Mapping[str, Tensor]]
     margin_column: str | None = None
     smoothing_column: str | None = None
+    optional: bool = False
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Lay out P records.
@@ -51,37 +54,35 @@ class PairRows:
         return {
             **rows,
             "chosen_labels": batch["chosen_labels"],
-            "margin": _numbers(records, "margin_column", self.margin_column, 0.0),
-            "smoothing": _smoothing(records, self.smoothing_column),
+            "margin": self._numbers(records, "margin_column", 0.0),
+            "smoothing": self._smoothing(records),
         }
 
+    def _smoothing(self, records: Sequence[Mapping[str, Any]]) -> Float[Tensor, " P"]:
+        alphas = self._numbers(records, "smoothing_column", torch.nan)
+        if bool(((alphas < 0) | (alphas >= 0.5)).any()):
+            raise ValueError(
+                f"smoothing_column: {self.smoothing_column!r} holds {alphas.tolist()}, expected "
+                "numbers in [0, 0.5); a label likelier wrong than right is to be flipped "
+                "(FlipLabels)"
+            )
+        return alphas
 
-def _numbers(
-    records: Sequence[Mapping[str, Any]], argument: str, column: str | None, default: float
-) -> Float[Tensor, " P"]:
-    """A number of each record, or the default where no column is asked for."""
-    if column is None:
-        return torch.full((len(records),), default)
-    found = []
-    for record in records:
-        value = record.get(column)
-        if value is None:
+    def _numbers(
+        self, records: Sequence[Mapping[str, Any]], argument: str, default: float
+    ) -> Float[Tensor, " P"]:
+        """A number of each record, or the default where none is asked for."""
+        column = getattr(self, argument)
+        if column is None:
+            return torch.full((len(records),), default)
+        found = [record.get(column, default if self.optional else None) for record in records]
+        if None in found or (not self.optional and any(math.isnan(x) for x in found)):
+            record = records[0]
             raise ValueError(
                 f"{argument}: a record has no {column!r}, only {sorted(record)}; give every "
                 "record its number (0 asks for nothing)"
             )
-        found.append(float(value))
-    return torch.tensor(found)
-
-
-def _smoothing(records: Sequence[Mapping[str, Any]], column: str | None) -> Float[Tensor, " P"]:
-    alphas = _numbers(records, "smoothing_column", column, torch.nan)
-    if column is not None and not bool(((alphas >= 0) & (alphas < 0.5)).all()):
-        raise ValueError(
-            f"smoothing_column: {column!r} holds {alphas.tolist()}, expected numbers in [0, 0.5); "
-            "a label likelier wrong than right is to be flipped (FlipLabels)"
-        )
-    return alphas
+        return torch.tensor([float(x) for x in found])
 
 
 class PairScores(NamedTuple):

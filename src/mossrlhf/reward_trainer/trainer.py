@@ -1,6 +1,8 @@
 """`RewardTrainer`: what a reward model adds to the trainer of transformers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ class RewardTrainer(Trainer):
             None where there is no such term, or where the configuration ties the output
             embeddings to the input embeddings, which then serve.
         margin_column: the records' column of margins m(x), in units of score; None for none.
-        smoothing_column: the records' column of α, in place of the loss's; None for none.
+            Records held out may lack it.
+        smoothing_column: likewise of α, in place of the loss's.
         peft_config: LoRA or another adapter inside the backbone; the base is then frozen, and
             checkpoints hold adapters and head alone. `save_model` merges them.
         disable_dropout: whether to train without the dropout that the configuration asks for.
@@ -96,7 +99,8 @@ class RewardTrainer(Trainer):
             )
         collator = data_collator or PairCollator(processing_class)
         rows = PairRows(collator, margin_column, smoothing_column)
-        check_records(rows, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_records(rows, train_dataset=train_dataset)
+        check_records(replace(rows, optional=True), eval_dataset=eval_dataset)
         reward_model = load_model(model, processing_class, peft_config)
         if disable_dropout:
             without_dropout(reward_model)
@@ -278,6 +282,34 @@ class RewardTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             self._shares = {}
         super().log(logs, start_time)
+
+    # Pairs that are held out may do without margins and α.
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation.
+
+        Args:
+            eval_dataset: pairs, or the name of those; None for the trainer's.
+        """
+        with self._evaluating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of `predict`.
+
+        Args:
+            test_dataset: pairs.
+        """
+        with self._evaluating():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        rows: Any = getattr(self, "data_collator")  # noqa: B009  (mypy has not seen it yet)
+        self.data_collator = replace(rows, optional=True)
+        try:
+            yield
+        finally:
+            self.data_collator = rows
 
     # What `remove_unused_columns` asks for is done by the collator, which takes what it needs.
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

@@ -1,0 +1,86 @@
+"""`examples/train_reward_model.py`: its options, what it refuses, what it leaves."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from mossrlhf import RewardModel, ToyWorld
+
+WORLD = ToyWorld()
+
+
+@pytest.fixture
+def example(root, monkeypatch):
+    path = root / "examples" / "train_reward_model.py"
+    spec = importlib.util.spec_from_file_location("train_reward_model", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_reward_model", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A command line for a tiny model and a few pairs."""
+    LlamaForCausalLM(WORLD.model_config(hidden_size=16, num_layers=1)).save_pretrained(
+        tmp_path / "sft"
+    )
+    WORLD.tokenizer().save_pretrained(tmp_path / "sft")
+    lines = [json.dumps(pair) + "\n" for pair in WORLD.pairs(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    return [
+        f"--model_name_or_path={tmp_path / 'sft'}",
+        f"--dataset={tmp_path / 'pairs.jsonl'}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--held_out=8", "--batch_size=4", "--learning_rate=1e-3",
+    ]  # fmt: skip
+
+
+def test_every_option_is_explained_within_80_columns(example, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        example.main(["--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "--ensemble" in printed
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lm_coef=1"],
+        ["--lora_r=2"],
+        ["--ensemble=4", "--flip=true", "--smooth=true", "--margin=true", "--centering_coef=0.01"],
+    ],
+)
+def test_it_leaves_a_model_and_a_report(example, words, tmp_path, capsys, more):
+    metrics = example.main([*words, *more])
+    report = json.loads((tmp_path / "out" / "reward_report.json").read_text())
+    assert report["pairs"] == 8
+    assert report["accuracy"] == pytest.approx(metrics["eval_accuracy"], abs=1e-6)
+    assert (tmp_path / "out" / "reward_report.png").exists()
+    assert (tmp_path / "out" / "strength.json").exists() is ("--ensemble=4" in more)
+    RewardModel.from_pretrained(tmp_path / "out")
+    assert "of 8 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--dataset=x.jsonl"], "needs a model"),
+        (["--model_name_or_path=x"], "a JSON or JSONL file"),
+        (["--flip=true"], "--ensemble: needed by --flip"),
+        (["--ensemble=4"], "of no use without one"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(example, given, message):
+    with pytest.raises(SystemExit, match=message):
+        example.main(given)
+
+
+def test_more_held_out_than_there_are_is_refused(example, words):
+    with pytest.raises(SystemExit, match="24 pairs, of which --held_out 24"):
+        example.main([*words, "--held_out=24"])
