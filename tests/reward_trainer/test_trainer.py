@@ -16,8 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from mossrlhf.data import PairCollator
+from mossrlhf.data import PairCollator, TokenBatches
 from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer
+from mossrlhf.reward_trainer.pairs import PairRows
 
 
 def weights(trainer):
@@ -490,6 +491,76 @@ def test_pairs_held_out_may_do_without_margins(tokenizer, arguments):
             reward_model(), arguments(), processing_class=tokenizer, train_dataset=pairs(4),
             margin_column="lead",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [2, 3, 7])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_groups_of_like_length_change_no_number(tokenizer, groups, side):
+    """Seven groups of six rows: one is read twice, and counts once."""
+    batch = PairRows(PairCollator(tokenizer))(pairs(3))
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["chosen_labels"]
+    if side == "left":
+        width = mask.shape[-1]
+        place = (torch.arange(width) + mask.sum(-1, keepdim=True)) % width
+        ids, mask = ids.gather(2, place), mask.gather(2, place)
+        labels = labels.gather(1, place[:, 0])
+    results = []
+    for count in (1, groups):
+        model = PairModel(reward_model(), language_model().lm_head, groups=count).double()
+        scores, nll = model(ids, mask, labels)
+        (scores[:, 0] * torch.tensor([1.0, 2.0, 3.0]) - scores[:, 1] + nll).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((scores, nll, gradient))
+        assert model(ids, mask)[1].tolist() == [0.0] * 3
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-9)
+
+
+def test_batches_by_token_count_make_an_epoch(tokenizer, arguments):
+    records = pairs(23)
+    seen = []
+
+    class Watched(PairCollator):
+        def __call__(self, records):
+            seen.append(len(records))
+            return super().__call__(records)
+
+    trainer = RewardTrainer(
+        reward_model(), arguments(num_train_epochs=2), processing_class=tokenizer,
+        train_dataset=records, data_collator=Watched(tokenizer),
+        batches=TokenBatches(max_tokens=200, min_pairs=2, max_pairs=8),
+    )  # fmt: skip
+    steps = len(trainer.get_train_dataloader())
+    seen.clear()
+    trainer.train()
+    epochs = [size for size in seen if size > 1]  # the others are asked for their lengths
+    assert trainer.state.global_step == 2 * steps == len(epochs)
+    assert sum(epochs) == 2 * 23
+    assert len({*epochs}) > 1
+    trainer.train_dataset = iter(records)
+    with pytest.raises(ValueError, match="which does not say how many pairs"):
+        trainer.get_train_dataloader()
+
+
+def test_resumed_equals_uninterrupted_by_token_count(tokenizer, arguments, tmp_path):
+    def trainer(name, **options):
+        return RewardTrainer(
+            reward_model(),
+            arguments(
+                learning_rate=0.01, num_train_epochs=3, save_strategy="steps", save_steps=1,
+                output_dir=str(tmp_path / name), **options,
+            ),
+            processing_class=tokenizer, train_dataset=pairs(23),
+            batches=TokenBatches(max_tokens=200, min_pairs=2, max_pairs=8),
+        )  # fmt: skip
+
+    whole = trainer("whole")
+    whole.train()
+    per_epoch = whole.state.global_step // 3
+    for step in (2, per_epoch, per_epoch + 2):
+        resumed = trainer(f"from-{step}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert torch.equal(weights(resumed), weights(whole)), step
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, arguments):

@@ -1,6 +1,7 @@
 """Dialogue data: readers for the formats in use, chat templates, collation."""
 
 from mossrlhf.data import formats
+from mossrlhf.data.batches import TokenBatches, TokenBatchSampler
 from mossrlhf.data.collate import PairCollator, SFTCollator, pad, pad_id
 from mossrlhf.data.feed import PromptBatch, Shuffled, prompt_batch
 from mossrlhf.data.fit import overlong_prompts, require_fitting_prompts, without_overlong
@@ -22,6 +23,8 @@ __all__ = [
     "PromptBatch",
     "SFTCollator",
     "Shuffled",
+    "TokenBatchSampler",
+    "TokenBatches",
     "dialogue_template",
     "encode_prompt",
     "encode_response",

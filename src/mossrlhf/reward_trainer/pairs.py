@@ -174,14 +174,19 @@ class PairModel(nn.Module):
     Args:
         reward_model: shared, not copied.
         lm_head: from hidden states to logits; None for the input embeddings, transposed.
+        groups: in how many groups of like length the sequences are computed, each padded to its
+            own longest; always as many, as processes that share weights wait for each other.
 
     Source: P1 eq. 2, where r′ is the reward model with its head replaced.
     """
 
     accepts_loss_kwargs = True  # says to `Trainer`: the loss is divided by the whole step already
 
-    def __init__(self, reward_model: RewardModel, lm_head: nn.Module | None = None) -> None:
+    def __init__(
+        self, reward_model: RewardModel, lm_head: nn.Module | None = None, groups: int = 1
+    ) -> None:
         super().__init__()
+        self.groups = groups
         self.config = reward_model.config
         self.reward_model = reward_model
         self.lm_head = lm_head
@@ -204,18 +209,46 @@ class PairModel(nn.Module):
         Returns:
             ``[P, 2]`` scores; ``[P]`` −Σ log p of the chosen responses, nats, 0 without labels.
         """
+        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
+        labels = None
+        if chosen_labels is not None:
+            ignored = torch.full_like(chosen_labels, IGNORED_LABEL)
+            labels = torch.stack([chosen_labels, ignored], dim=1).flatten(0, 1)
+        scores, nll = self._read_in_groups(ids, mask, labels)
+        scores = rearrange(scores, "(pair side) -> pair side", side=2)
+        return scores, rearrange(nll, "(pair side) -> pair side", side=2)[:, 0]
+
+    def _read_in_groups(
+        self, ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"], labels: Int[Tensor, "R L"] | None
+    ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+        """Score rows, and sum −log p of their labels, a group of like length after the other."""
+        if self.groups == 1:
+            return self._read(ids, mask, labels)
+        order = mask.sum(1).argsort(stable=True)
+        # Not fewer where there are few rows: a row is read twice, and counts once.
+        groups = [part if len(part) else order[:1] for part in order.tensor_split(self.groups)]
+        scores, nll = mask.new_zeros(2, len(ids), dtype=torch.float32).unbind()
+        for part in groups:
+            used = mask[part].any(0).nonzero()
+            columns = slice(int(used.min()), int(used.max()) + 1)
+            of_labels = None if labels is None else labels[part][:, columns]
+            of_part = self._read(ids[part][:, columns], mask[part][:, columns], of_labels)
+            scores = scores.to(of_part[0]).index_copy(0, part, of_part[0])
+            nll = nll.to(of_part[1]).index_copy(0, part, of_part[1])
+        return scores, nll
+
+    def _read(
+        self, ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"], labels: Int[Tensor, "R L"] | None
+    ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
         given: list[Tensor] = []  # to the value head: the hidden states
         head = self.reward_model.score
         with head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
-            scores = self.reward_model(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
-        scores = rearrange(scores, "(pair side) -> pair side", side=2)
-        if chosen_labels is None:
-            return scores, torch.zeros_like(scores[:, 0])
-        targets = chosen_labels[:, 1:]
+            scores = self.reward_model(ids, mask)
+        if labels is None:
+            return scores, torch.zeros_like(scores)
+        targets = labels[:, 1:]
         counted = targets != IGNORED_LABEL
-        hidden = rearrange(given[0], "(pair side) length d -> pair side length d", side=2)
-        hidden = hidden[:, 0, :-1]  # of the chosen
-        nll = -self._logprobs(hidden[counted], targets[counted])
+        nll = -self._logprobs(given[0][:, :-1][counted], targets[counted])
         return scores, nll.new_zeros(targets.shape).masked_scatter(counted, nll).sum(1)
 
     def _logprobs(self, hidden: Float[Tensor, "N D"], ids: Int[Tensor, " N"]) -> Tensor:

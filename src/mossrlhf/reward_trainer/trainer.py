@@ -1,7 +1,6 @@
 """`RewardTrainer`: what a reward model adds to the trainer of transformers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from mossrlhf.data import PairCollator
+from mossrlhf.data import PairCollator, TokenBatches
 from mossrlhf.models import SCORE_MOMENTS, RewardModel
 from mossrlhf.reward_trainer import storage
+from mossrlhf.reward_trainer.loader import PairLoader
 from mossrlhf.reward_trainer.pairs import (
     PairModel,
     PairRows,
@@ -27,8 +27,11 @@ from mossrlhf.reward_trainer.parts import check_records, load_model, output_head
 from mossrlhf.reward_trainer.report import RewardReport
 from mossrlhf.roles import disable_dropout as without_dropout
 
+GROUPS = 4
+"""In how many groups the sequences of a batch by token count are computed."""
 
-class RewardTrainer(Trainer):
+
+class RewardTrainer(PairLoader):
     """Trains a reward model on preference pairs, on transformers' `Trainer`.
 
     Schedules, resuming, evaluation, the best checkpoint, early stopping, trackers and sharding
@@ -50,6 +53,9 @@ class RewardTrainer(Trainer):
         eval_dataset: the same, or a dict of several by name.
         data_collator: from records to what `PairCollator` returns; None for
             ``PairCollator(processing_class)``, which knows no limit of length.
+        batches: batches by token count, in place of ``per_device_train_batch_size`` pairs each;
+            they are micro-batches, of which ``gradient_accumulation_steps`` make a step. Sequences
+            of a batch are then computed in a few groups of like length.
         loss: what is minimized; None for ``RankingLoss()``.
         lm_head: the language model's output head, for ``lm_coef``: copied, and trained along.
             None where there is no such term, or where the configuration ties the output
@@ -80,6 +86,7 @@ class RewardTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Callable[..., Mapping[str, Tensor]] | None = None,
+        batches: TokenBatches | None = None,
         loss: RankingLoss | None = None,
         lm_head: nn.Module | None = None,
         margin_column: str | None = None,
@@ -104,8 +111,10 @@ class RewardTrainer(Trainer):
         reward_model = load_model(model, processing_class, peft_config)
         if disable_dropout:
             without_dropout(reward_model)
+        self.batches = batches
+        head = output_head(reward_model, lm_head, self.loss)
         super().__init__(
-            model=PairModel(reward_model, output_head(reward_model, lm_head, self.loss)),
+            model=PairModel(reward_model, head, groups=1 if batches is None else GROUPS),
             args=args,
             data_collator=rows,
             train_dataset=train_dataset,
@@ -282,41 +291,6 @@ class RewardTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             self._shares = {}
         super().log(logs, start_time)
-
-    # Pairs that are held out may do without margins and α.
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the batches of an evaluation.
-
-        Args:
-            eval_dataset: pairs, or the name of those; None for the trainer's.
-        """
-        with self._evaluating():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the batches of `predict`.
-
-        Args:
-            test_dataset: pairs.
-        """
-        with self._evaluating():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        rows: Any = getattr(self, "data_collator")  # noqa: B009  (mypy has not seen it yet)
-        self.data_collator = replace(rows, optional=True)
-        try:
-            yield
-        finally:
-            self.data_collator = rows
-
-    # What `remove_unused_columns` asks for is done by the collator, which takes what it needs.
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        return dataset
-
-    def _get_collator_with_removed_columns(self, data_collator: Any, *_: Any, **__: Any) -> Any:
-        return data_collator
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as transformers' classifiers are written, its adapters merged.
