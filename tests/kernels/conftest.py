@@ -1,4 +1,5 @@
-"""Who computes, and where: triton's kernels run on CUDA, or in its interpreter where there is none.
+"""Who computes, and where: triton's kernels run on CUDA, or in its interpreter where there is none;
+those in C on a CPU with a compiler.
 
 The interpreter computes with numpy, which warns of what floating-point numbers are for (−∞ times
 zero in a lane that is masked afterwards): those warnings say nothing of the kernels.
@@ -6,6 +7,8 @@ zero in a lane that is masked afterwards): those warnings say nothing of the ker
 
 import sys
 from collections.abc import Iterator
+from ctypes import CDLL
+from functools import cache
 from importlib.util import find_spec
 
 import heads
@@ -15,7 +18,7 @@ import torch
 from scored import BLOCK, drawn
 from torch import Tensor
 
-from mossrlhf.kernels import head, torch_rows, use_backend
+from mossrlhf.kernels import c_library, c_rows, head, torch_rows, use_backend
 
 
 @pytest.fixture
@@ -35,15 +38,34 @@ def triton_rows():
     return triton_rows
 
 
+def need_c() -> None:
+    """Skip where rows are not computed in C: everything else is the same there."""
+    if torch.cuda.is_available():
+        pytest.skip("C computes on a CPU, and the logits are on CUDA")
+    if c_rows.why_not() is not None:
+        pytest.skip(c_rows.why_not())
+
+
+@cache
+def in_small_blocks() -> CDLL:
+    """What C computes with, in blocks as small as triton's."""
+    flags = (*c_library.FLAGS, f"-DBLOCK={BLOCK}")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(c_library, "FLAGS", flags)
+        return c_library.load.__wrapped__()
+
+
 # What numpy says in words of its own, whatever errstate() is.
 SILENT = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=SILENT)])
+@pytest.fixture(params=["torch", "c", pytest.param("triton", marks=SILENT)])
 def real_blocks(request) -> Iterator[str]:
     """Each backend in turn, by name."""
     if request.param == "triton":
         triton_rows()
+    if request.param == "c":
+        need_c()
     with use_backend(request.param), np.errstate(all="ignore"):
         yield request.param
 
@@ -53,6 +75,8 @@ def backend(real_blocks, monkeypatch) -> str:
     """Each backend in turn, by name, in blocks so small that there are several."""
     if real_blocks == "triton":
         monkeypatch.setattr(triton_rows(), "BLOCK", BLOCK)
+    if real_blocks == "c":
+        monkeypatch.setattr(c_rows, "_library", in_small_blocks)
     monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 2 * 4 * (2 * BLOCK + 5))  # two rows
     return real_blocks
 

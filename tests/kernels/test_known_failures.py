@@ -1,4 +1,4 @@
-"""What goes wrong in other libraries' kernels, one test for each, on both backends."""
+"""What goes wrong in other libraries' kernels, one test for each, on all backends."""
 
 import pytest
 import torch

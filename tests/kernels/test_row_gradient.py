@@ -65,13 +65,16 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_writes_what_it_owes_and_nothing_else(given, device, place):
+def test_writes_what_it_owes_and_nothing_else(given, backend, device, place):
     """All of a slice poisoned with NaN, and not a number beside it: past V, above or below."""
     field = torch.full((12, V if place == "rows" else 2 * V + 7), CANARY, device=device)
     out = field[PLACES[place]]
     out.fill_(torch.nan)
     slope(*given, out=out)
-    assert torch.equal(out, slope(*given))
+    if backend == "c" and place == "every other column":  # torch's, and so rounded elsewhere
+        assert off(out, slope(*given)) <= 1e-6
+    else:
+        assert torch.equal(out, slope(*given))
     out.fill_(CANARY)
     assert (field == CANARY).all()
 

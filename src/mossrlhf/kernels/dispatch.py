@@ -11,7 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
+from mossrlhf.kernels import c_rows
+
+BACKENDS = {"triton": "triton_rows", "c": "c_rows", "torch": "torch_rows"}
 """Names of the backends, and the modules they live in: two functions each, of one signature."""
 
 _forced: list[str] = []
@@ -39,18 +41,31 @@ class Backend:
 
 
 @cache
-def _chosen(device_type: str, double: bool) -> Backend:
+def _chosen(device_type: str, dtype: torch.dtype) -> Backend:
+    if device_type == "cpu":
+        return _chosen_on_cpu(dtype)
     if device_type != "cuda":
         return Backend("torch", f"the device is {device_type!r}, and triton's kernels need CUDA")
     if find_spec("triton") is None:
         return Backend("torch", "triton is not installed")
-    if double:
+    if dtype == torch.float64:
         return Backend("torch", "float64 is scored in float64, which triton's kernels do not")
     return Backend("triton", "the device is CUDA, and triton is installed")
 
 
+def _chosen_on_cpu(dtype: torch.dtype) -> Backend:
+    if dtype not in c_rows.KINDS:
+        return Backend("torch", f"rows of {dtype} are not computed in C")
+    why_not = c_rows.why_not()
+    if why_not is not None:
+        return Backend("torch", f"the device is 'cpu', and {why_not}")
+    return Backend("c", "the device is 'cpu', and there is a C compiler")
+
+
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
-    """Return who computes on a device: on CUDA triton's kernels, else torch in blocks.
+    """Return who computes on a device: triton on CUDA, C on a CPU, else torch in blocks.
+
+    C is compiled when it is first asked for, and kept for the processes to come.
 
     Args:
         device: where the logits live.
@@ -60,7 +75,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> B
     """
     if _forced:
         return Backend(_forced[-1], "use_backend() says so")
-    return _chosen(torch.device(device).type, dtype == torch.float64)
+    return _chosen(torch.device(device).type, dtype)
 
 
 def backend_of(logits: Tensor) -> ModuleType:

@@ -1,17 +1,14 @@
 """Rows of logits with torch alone, a few at a time: what is made of a block stays in the cache.
 
-On a CPU each thread has blocks of its own, and computes them alone: were the threads to share every
-small operation, they would wait for each other after each, and on a busy machine do little else.
+On a CPU each thread has blocks of its own, and computes them alone.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
 
 import torch
 from torch import Tensor
+
+from mossrlhf.kernels.threads import on_threads
 
 BLOCK_BYTES = 2**20
 """Of one block of rows, in float32; each thread has three or four of them."""
@@ -141,38 +138,7 @@ def _for_each_block(
             x, e, *rest = (block[: rows.stop - rows.start] for block in scratch[thread])
             work(rows, x, e, rest[0] if rest else e)
 
-    if threads <= 1:
-        for thread in range(threads):
-            share(thread)
-    else:
-        _on_threads(share, threads)
-
-
-def _on_threads(share: Callable[[int], None], threads: int) -> None:
-    """Let each thread do its share, in the caller's mode; a thread has a mode of its own."""
-    inference = torch.is_inference_mode_enabled()
-
-    def alone(thread: int) -> None:
-        with torch.inference_mode() if inference else torch.no_grad():
-            share(thread)
-
-    list(_pool(os.getpid(), threads).map(alone, range(threads)))
-
-
-def _work_alone() -> None:
-    torch.get_num_threads()  # at first sight a thread takes the default, whatever it was told
-    torch.set_num_threads(1)
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads whose operations are not divided any further; of a process: a fork has none."""
-    before, all_there = torch.get_num_threads(), Barrier(threads)
-    # What a thread is told is the default of threads to come as well, so all are told at once.
-    pool = ThreadPoolExecutor(threads, initializer=_work_alone)
-    list(pool.map(lambda _: all_there.wait(), range(threads)))
-    torch.set_num_threads(before)
-    return pool
+    on_threads(share, threads)
 
 
 def _may_differ_from_one(temperature: Tensor) -> bool:
