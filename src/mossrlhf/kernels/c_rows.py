@@ -19,7 +19,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The types that C reads and writes, by `enum kind`."""
 
 THREAD_NUMBERS = 2**17
-"""Logits that are worth another thread: it takes about as long to wake as to compute a tenth."""
+"""Logits that are worth waking another thread for."""
 
 CHECKED = (5, 1100)
 """Rows and words the library is tried on: more than one block, and no whole number of them."""
@@ -116,18 +116,15 @@ def _library() -> ctypes.CDLL:
     return built
 
 
-def _is_read(ids: Tensor, temperature: Tensor, *matrices: Tensor | None) -> bool:
-    """Whether C reads what is given, and every label is one."""
-    rows, width = matrices[0].shape if matrices[0] is not None else (0, 0)
+def _is_read(ids: Tensor, temperature: Tensor, logits: Tensor, *others: Tensor | None) -> bool:
+    """Whether C reads what is given, and every label is one: others are for torch to refuse."""
+    width = logits.shape[1]
+    matrices = [x for x in (logits, *others) if x is not None]
     return (
-        rows > 0
-        and width > 0
+        logits.numel() > 0
         and temperature.dtype == torch.float32
-        and all(
-            x is None
-            or (x.device.type == "cpu" and x.dtype in KINDS and (x.stride(1) == 1 or width == 1))
-            for x in matrices
-        )
+        and all(x.device.type == "cpu" and x.dtype in KINDS for x in matrices)
+        and all(x.stride(1) == 1 or width == 1 for x in matrices)
         and int(ids.max()) < width
     )
 
@@ -194,6 +191,7 @@ def _run(function: Callable[..., object], work: Rows) -> None:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def _wrong(library: ctypes.CDLL) -> str | None:
     """Return what a library gets wrong on a few rows, as a clause; None where it agrees."""
     draw = torch.Generator("cpu").manual_seed(0)
@@ -208,9 +206,10 @@ def _wrong(library: ctypes.CDLL) -> str | None:
     coefs = normal(4, CHECKED[0])
     for dtype, cap in product(KINDS, (None, 20.0)):
         z, r = (x.clamp(min=-(cap or torch.inf)).to(dtype) for x in (logits, ref))
+        z = torch.cat([z, z], 1)[:, : z.shape[1]]  # rows apart
         *ours, our_norms = _stats(library, z, ids, taus, r, True)
         *theirs, norms = torch_rows.stats(z, ids, taus, r, True)
-        mine, other = torch.empty_like(z), torch.empty_like(z)
+        mine, other = torch.empty_like(r), torch.empty_like(r)
         _gradient(library, mine, z, ids, taus, r, norms, coefs, cap)
         torch_rows.gradient(other, z, ids, taus, r, norms, coefs, cap)
         counted = ids >= 0  # of other rows no norms are kept

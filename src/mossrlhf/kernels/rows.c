@@ -13,7 +13,7 @@ taken in lanes. Infinite and undefined numbers mean what they mean: no -ffast-ma
 #include <string.h>
 
 #ifndef BLOCK /* tests have smaller ones */
-#define BLOCK 1024
+#define BLOCK 512
 #endif
 #define INLINE static inline __attribute__((always_inline))
 

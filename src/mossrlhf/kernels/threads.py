@@ -13,7 +13,7 @@ from threading import Barrier
 import torch
 
 
-def on_threads(share: Callable[[int], None], threads: int) -> None:
+def on_threads(share: Callable[[int], object], threads: int) -> None:
     """Let each thread do its share, in the caller's mode; a thread has a mode of its own.
 
     Args:
