@@ -6,7 +6,7 @@ from threading import current_thread
 
 import pytest
 import torch
-from scored import BLOCK, GRADED, V, check, drawn, gradient, off, oracle, score
+from scored import BLOCK, GRADED, V, check, drawn, gradient, oracle, score
 
 from mossrlhf.kernels import c_rows, token_stats, torch_rows
 
@@ -90,20 +90,21 @@ class TestExponential:
 
 
 class TestSums:
-    def test_over_blocks_are_double(self, alone):
-        """150 000 numbers whose float32 sum is off by 1e-5, each addition rounded the same way."""
-        logits = torch.full((2, 151_936), -0.1)
+    @pytest.mark.parametrize("level", [-0.1, -5.0])
+    def test_over_blocks_are_double(self, alone, level):
+        """150 000 equal numbers: of sums in float32 each addition is rounded the same way."""
+        logits = torch.full((2, 151_936), level)
         logits[:, 0] = 0
-        ids = torch.tensor([0, 5])
-        stats, expected = token_stats(logits, ids), oracle(logits, ids)
-        for name in GRADED[:3]:
-            assert off(getattr(stats, name), getattr(expected, name)) <= 2e-7
+        ids, ref = torch.tensor([0, 5]), logits / 2
+        stats, expected = token_stats(logits, ids, ref_logits=ref), oracle(logits, ids, ref=ref)
+        for name in (*GRADED, "ref_logprob"):
+            assert (getattr(stats, name) - getattr(expected, name)).abs().max() <= 1.5e-6, name
 
-    @pytest.mark.parametrize("width", [511, 512, 513, 2 * 512, 3 * 512 + 1])
+    @pytest.mark.parametrize("width", [255, 256, 257, 2 * 256, 3 * 256 + 1])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_of_whole_blocks_and_one_more(self, alone, width, dtype):
         logits, ids, ref = drawn("cpu", 3, width=width, dtype=dtype)
-        ids[1] = min(512, width - 1)
+        ids[1] = min(256, width - 1)
         check(logits, ids, 0.7, ref, slope_within=1e-6 if dtype == torch.float32 else 8e-3)
 
     @pytest.mark.parametrize("start", [1, 3, 4, 7])
@@ -157,6 +158,17 @@ class TestHalf:
         _, slope = gradient(own, score(ids, 0.7, ref, in_place=True))
         assert slope.data_ptr() == own.data_ptr()
         assert torch.equal(slope, expected)
+
+    @pytest.mark.parametrize("ids", [[0, 3, -100], [-100, -1, -100]])
+    def test_is_written_where_it_belongs(self, alone, ids):
+        """The last row ignored, and nothing behind it touched."""
+        logits, _, _ = drawn("cpu", 3, dtype=torch.bfloat16)
+        field = torch.full((5, V), 7.0, dtype=torch.bfloat16)
+        coefs = coefficients(3, g=1.0, alpha=-1.0)
+        given = (torch.tensor(ids), torch.ones(3), None, norms(3), coefs, None)
+        c_rows.gradient(field[1:4], logits, *given)
+        assert (field[[0, 4]] == 7).all()
+        assert [bool((row == 0).all()) for row in field[1:4]] == [label < 0 for label in ids]
 
 
 class TestWhatIsHandedToTorch:

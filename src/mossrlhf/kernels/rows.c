@@ -13,7 +13,7 @@ taken in lanes. Infinite and undefined numbers mean what they mean: no -ffast-ma
 #include <string.h>
 
 #ifndef BLOCK /* tests have smaller ones */
-#define BLOCK 512
+#define BLOCK 256
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
