@@ -15,6 +15,11 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from mossrlhf.shards import ShardError, Shards
+
+RELEASED_HEAD = "reward_head.weight"
+"""By which the released MOSS-RLHF reward models are known."""
+
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where a checkpoint is, not what to make of it."""
 
@@ -51,6 +56,9 @@ def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a one-label sequence classifier of any family, and make sure that it is one.
 
+    A folder in the layout of the released reward models (a causal language model with
+    ``reward_head.weight`` beside it) becomes one: its output head is left out.
+
     Args:
         path: folder or hub name.
         kwargs: passed to ``from_pretrained`` of the family's classifier.
@@ -58,9 +66,11 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: where the checkpoint has no head, more than one label, or lacks weights.
 
-    Source: ours.
+    Source: ours; the released layout is C's.
     """
     kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
+    if (released := _released(path)) is not None:
+        return _from_released(released, **kwargs)
     architecture: Any = AutoModelForSequenceClassification
     if not kwargs.get("trust_remote_code"):  # then the checkpoint may bring a class of its own
         place = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
@@ -75,6 +85,40 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"another shape: {lost[:3]}); to start a reward model from a language model, use "
             "RewardModel.from_language_model(path)"
         )
+    return model
+
+
+def _released(path: str | Path) -> Shards | None:
+    """The weights of a folder in C's layout; None of any other."""
+    try:
+        shards = Shards(path)
+    except ShardError:
+        return None  # a hub name, or for transformers to complain of
+    return shards if RELEASED_HEAD in shards else None
+
+
+def _from_released(shards: Shards, **kwargs: Any) -> PreTrainedModel:
+    """Make a classifier of weights in C's layout: its head renamed, the output head left out.
+
+    Older transformers kept the frequencies that rotate positions; newer ones make them.
+    """
+    config = AutoConfig.from_pretrained(str(shards.folder))
+    config.num_labels = kwargs["num_labels"]
+    state = {}
+    for key in shards:
+        if not key.startswith("lm_head.") and not key.endswith("rotary_emb.inv_freq"):
+            state["score.weight" if key == RELEASED_HEAD else key] = shards[key]
+    model, info = classifier_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=kwargs["dtype"], output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    if odd:
+        raise ValueError(
+            f"path: {str(shards.folder)!r} holds a {RELEASED_HEAD}, but not what should be below "
+            f"it: {sorted(odd)[:3]} are missing, unknown or of another shape"
+        )
+    model.eval()
     return model
 
 

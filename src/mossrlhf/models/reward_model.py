@@ -154,7 +154,8 @@ class RewardModel(nn.Module):
         bias = head.bias is not None
         reward_model = cls(model.base_model, ValueHead(head.in_features, bias=bias))
         reward_model.score.load_state_dict(head.state_dict())
-        return reward_model.to(head.weight.dtype)
+        reward_model.score.to(head.weight.dtype)  # not all: positions are rotated in float32
+        return reward_model
 
     @classmethod
     def from_language_model(

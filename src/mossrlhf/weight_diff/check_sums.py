@@ -1,0 +1,65 @@
+"""The check sums that were published with the released weights, and what they are sums of."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHECK_SUMS = {"en-reward": 50810.703125, "en-sft": 50874.84765625, "zh-reward": 49954.0859375}
+"""By language and kind; that of the English policy was never published."""
+
+TOLERANCE = 1e-4
+"""Of a check sum, by its size: sums of 6.7 billion numbers, in another order and a wider type."""
+
+FREQUENCIES = "rotary_emb.inv_freq"
+"""The end of the names of what rotates positions: no weights, but transformers 4.30 kept them."""
+
+THETA = 10000.0
+"""The base of positions, which models of that time had, and no configuration told."""
+
+
+def frequencies(folder: Path) -> Tensor:
+    """Return θ^(−2i/d), a layer's rotary frequencies.
+
+    Args:
+        folder: with the configuration that says d.
+
+    Source: RoFormer (arXiv 2104.09864) eq. 15.
+    """
+    config = _config(folder)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 1.0 / THETA ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+
+
+def sum_of(tensor: Tensor) -> float:
+    """Return the sum of a tensor's numbers, in float64.
+
+    Args:
+        tensor: any shape.
+
+    Source: ours.
+    """
+    return float(sum(part.double().sum() for part in tensor.flatten().split(2**22)))
+
+
+def missing_frequencies(keys: Iterable[str], folder: Path) -> float:
+    """Return what the frequencies of layers that keep none would add to a check sum.
+
+    Args:
+        keys: of all tensors.
+        folder: with the configuration.
+
+    Source: ours; about 238.7 in all at 7B.
+    """
+    if "num_hidden_layers" not in _config(folder):
+        return 0.0
+    kept = sum(key.endswith(FREQUENCIES) for key in keys)
+    return float(_config(folder)["num_hidden_layers"] - kept) * sum_of(frequencies(folder))
+
+
+def _config(folder: Path) -> dict[str, int]:
+    path = folder / "config.json"
+    found: dict[str, int] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found

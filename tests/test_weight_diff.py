@@ -1,0 +1,342 @@
+"""Weight diffs: bit for bit there and back, and everything that must not pass for one."""
+
+import json
+import math
+import shutil
+
+import pytest
+import released
+import torch
+from safetensors.torch import load_file, save_file
+
+from mossrlhf.shards import ShardError, Shards, ShardWriter
+from mossrlhf.weight_diff import CHECK_SUMS, DiffError, check_sums, make_diff, making, recover
+from mossrlhf.weight_diff.__main__ import main
+
+KINDS = {"reward": torch.ones(1, 16), "sft": None, "policy": None}
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(making, "MOST_WAITING", 4000)
+    monkeypatch.setattr(making, "LEAST_WAITING", 4000)
+
+
+def tensors(folder):
+    shards = Shards(folder)
+    return {key: shards[key].clone() for key in shards}
+
+
+def alike(left, right):
+    assert left.keys() == right.keys()
+    return all(making._same(left[key], right[key]) for key in left)
+
+
+def folders(tmp_path, kind="sft", dtype=torch.float32, related=True, **layout):
+    """Raw weights, and tuned ones: a little off, or of another seed."""
+    raw, tuned = released.llama(0, dtype), released.llama(0 if related else 1, dtype)
+    if related:
+        for p in tuned.parameters():
+            p.data += (0.01 * torch.randn_like(p.float())).to(dtype)
+    released.write(tmp_path / "raw", raw, **layout)
+    head = KINDS[kind]
+    state = released.write(tmp_path / "tuned", tuned, None if head is None else head.to(dtype))
+    (tmp_path / "tuned" / "tokenizer.json").write_text("{}")
+    return tmp_path / "raw", tmp_path / "tuned", state
+
+
+def there_and_back(tmp_path, kind, raw, tuned):
+    notes = make_diff(raw, tuned, tmp_path / "diff", kind, progress=False)
+    total = recover(raw, tmp_path / "diff", tmp_path / "back", kind, progress=False)
+    return notes, total, tensors(tmp_path / "back")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("related", [True, False])
+def test_there_and_back_bit_for_bit(tmp_path, kind, dtype, related):
+    raw, tuned, state = folders(tmp_path, kind, dtype, related, shards=3)
+    notes, total, back = there_and_back(tmp_path, kind, raw, tuned)
+    assert alike(back, state)
+    diff = tensors(tmp_path / "diff")
+    for key, value in diff.items():
+        if "layers" not in key or key in notes["whole"]:
+            assert making._same(value, state[key])
+        else:
+            assert value.dtype == torch.float32
+    assert set(notes["whole"]) <= {key for key in state if "layers" in key}
+    assert len(notes["whole"]) < sum("layers" in key for key in state)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    rotary = config["num_hidden_layers"] * sum(10000 ** (-2 * i / 8) for i in range(4))
+    numbers = sum(value.double().sum().item() for value in state.values())
+    assert total == pytest.approx(numbers + rotary, rel=1e-9)
+    assert notes["check_sum"] == pytest.approx(numbers, rel=1e-9)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "back" / "weight_diff.json").exists()
+    assert len({*Shards(tmp_path / "back").files.values()}) > 1
+
+
+def test_what_would_not_come_back_is_stored_whole(tmp_path):
+    raw, tuned, state = folders(tmp_path)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    odd = state[key].flatten()
+    odd[:4] = torch.tensor([-0.0, math.nan, math.inf, 1e-30])
+    odd[4:5] = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # another NaN
+    save_file(state, tuned / "model.safetensors")
+    notes, _, back = there_and_back(tmp_path, "sft", raw, tuned)
+    assert key in notes["whole"]
+    assert alike(back, state)
+
+
+def test_a_diff_of_others_is_recovered_in_the_type_asked_for(tmp_path):
+    """As the released script made them: no notes, float32, the frequencies of each layer in it."""
+    raw, tuned = released.llama(0), released.llama(1)
+    released.write(tmp_path / "raw", raw, pickled=True, shards=2)
+    state = released.write(tmp_path / "tuned", tuned, KINDS["reward"], frequencies=True)
+    base = tensors(tmp_path / "raw")
+    diff = {k: v - base.get(k, v) if "layers" in k else v for k, v in state.items()}
+    shutil.copytree(tmp_path / "tuned", tmp_path / "diff")
+    save_file(diff, tmp_path / "diff" / "model.safetensors")
+    total = recover(
+        tmp_path / "raw", tmp_path / "diff", tmp_path / "back", "reward", progress=False
+    )
+    back = tensors(tmp_path / "back")
+    for key, value in state.items():
+        torch.testing.assert_close(back[key], value, atol=1e-6, rtol=1e-6)
+    numbers = sum(v.double().sum().item() for v in state.values())  # frequencies included
+    assert total == pytest.approx(numbers, abs=1e-3)
+    recover(
+        tmp_path / "raw", tmp_path / "diff", tmp_path / "half", "reward", progress=False,
+        dtype=torch.bfloat16, check_sum=total,
+    )  # fmt: skip
+    assert {v.dtype for v in tensors(tmp_path / "half").values()} == {torch.bfloat16}
+
+
+def test_frequencies_are_those_of_seven_billions(tmp_path):
+    config = dict(hidden_size=4096, num_attention_heads=32, num_hidden_layers=32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert check_sums.missing_frequencies([], tmp_path) == pytest.approx(238.7, abs=0.1)
+    kept = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(32)]
+    assert check_sums.missing_frequencies(kept, tmp_path) == 0.0
+
+
+def test_tokens_may_be_added_and_are_told_of(tmp_path):
+    released.write(tmp_path / "raw", released.llama())
+    released.write(tmp_path / "tuned", released.llama(1, vocab_size=42))
+    with pytest.warns(UserWarning, match="2 tokens more than in"):
+        make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff", "sft", progress=False)
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def refused(tmp_path, error, message, work):
+    with pytest.raises(error, match=message):
+        work()
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.fixture
+def made(tmp_path):
+    raw, tuned, _ = folders(tmp_path)
+    make_diff(raw, tuned, tmp_path / "diff", "sft", progress=False)
+    return tmp_path
+
+
+def again(folder, kind="sft", **options):
+    return lambda: recover(
+        folder / "raw", folder / "diff", folder / "out", kind, progress=False, **options
+    )
+
+
+def changed(folder, change):
+    """Rewrite all tensors of a folder in one file."""
+    state = change(tensors(folder))
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(state, folder / "model.safetensors")
+
+
+def test_raw_weights_of_another_shape(made):
+    shutil.rmtree(made / "raw")
+    released.write(made / "raw", released.llama(intermediate_size=32))
+    message = r"'model.layers.0.mlp.down_proj.weight' has the shape \(16, 32\) in .*raw"
+    refused(made, DiffError, message, again(made))
+
+
+def test_raw_weights_with_more_tokens(made):
+    shutil.rmtree(made / "raw")
+    released.write(made / "raw", released.llama(vocab_size=41))
+    refused(made, DiffError, r"embed_tokens.*\(41, 16\) in .*raw.*not taken away", again(made))
+
+
+def test_raw_weights_that_are_not_those(made):
+    shutil.rmtree(made / "raw")
+    released.write(made / "raw", released.llama(7))
+    refused(made, DiffError, "not those it was made from", again(made))
+
+
+def test_raw_weights_with_fewer_layers(made):
+    shutil.rmtree(made / "raw")
+    released.write(made / "raw", released.llama(num_hidden_layers=1))
+    refused(made, DiffError, r"raw: it has no 'model.layers.1.", again(made))
+
+
+def test_a_missing_shard(made):
+    shard = sorted((made / "diff").glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(made, ShardError, f"{shard.name}: missing, though", again(made))
+
+
+@pytest.mark.parametrize("keep", [5, 0.5])
+def test_a_file_cut_short(made, keep):
+    shard = sorted((made / "diff").glob("*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    refused(made, ShardError, f"{shard.name}: cannot be read", again(made))
+
+
+def test_another_kind(made):
+    refused(made, DiffError, "says .*'sft'.*expected .*'reward'", again(made, "reward"))
+    (made / "diff" / "weight_diff.json").unlink()
+    refused(made, DiffError, "no 'reward_head.weight'", again(made, "reward"))
+    changed(made / "diff", lambda state: {**state, "reward_head.weight": torch.ones(1, 16)})
+    refused(made, DiffError, "a 'reward_head.weight'", again(made, "sft"))
+    with pytest.raises(DiffError, match="model_type: got 'critic'"):
+        making._require_kind(Shards(made / "diff"), "critic")
+
+
+def test_notes_that_are_damaged_or_of_other_weights(made):
+    changed(made / "diff", lambda state: {k: v for k, v in state.items() if k != "lm_head.weight"})
+    refused(made, DiffError, r"weight_diff.json: it and the .* differ in \['lm_head", again(made))
+    (made / "diff" / "weight_diff.json").write_text("{")
+    refused(made, DiffError, "weight_diff.json: damaged", again(made))
+
+
+def test_a_check_sum_that_fails(made):
+    refused(made, DiffError, "check sum is .*expected 1.000000", again(made, check_sum=1.0))
+    refused(made, DiffError, "expected 50810.703125", again(made, check_sum="en-reward"))
+    message = "got 'en-policy', expected a number or one of en-reward"
+    refused(made, DiffError, message, again(made, check_sum="en-policy"))
+    assert CHECK_SUMS["zh-reward"] == 49954.0859375
+
+
+class Code:
+    """Runs when it is unpickled by whoever does."""
+
+    def __reduce__(self):
+        return print, ("gotcha",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.norm.weight": Code()}, "cannot be read .*more than plain tensors"),
+        ([torch.ones(1)], "holds a list, expected tensors by name"),
+        ({"model.norm.weight": [1.0]}, "'model.norm.weight' is a list, expected a tensor"),
+        ({"model.norm.weight": torch.ones(2).to_sparse()}, "'model.norm.weight' is a"),
+    ],
+)
+def test_pickles_of_anything_but_tensors(tmp_path, capsys, content, message):
+    released.write(tmp_path / "raw", released.llama())
+    released.write(tmp_path / "diff", released.llama(), pickled=True)
+    torch.save(content, tmp_path / "diff" / "pytorch_model.bin")
+    work = again(tmp_path)
+    refused(tmp_path, ShardError, message, work)
+    assert "gotcha" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["../raw/model.safetensors", "/etc/passwd", "x/y.bin", "config.json"]
+)
+def test_an_index_that_leads_elsewhere(made, name):
+    index = made / "diff" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(content))
+    refused(made, ShardError, "expected a file of weights beside it", again(made))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', "[]"])
+def test_an_index_that_is_none(made, content):
+    (made / "diff" / "model.safetensors.index.json").write_text(content)
+    refused(made, ShardError, "index.json: ", again(made))
+
+
+def test_an_index_that_promises_too_much(made):
+    index = made / "diff" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    other = content["weight_map"]["model.norm.weight"]
+    first = next(f for f in content["weight_map"].values() if f != other)
+    content["weight_map"]["model.norm.weight"] = first
+    index.write_text(json.dumps(content))
+    refused(made, ShardError, f"{first}: it holds no 'model.norm.weight'", again(made))
+
+
+def test_folders_that_are_none_or_there_already(made):
+    refused(made, ShardError, "nowhere: there is no such folder", lambda: recover(
+        made / "nowhere", made / "diff", made / "out", "sft"
+    ))  # fmt: skip
+    (made / "empty").mkdir()
+    refused(made, ShardError, "empty: no weights in it", lambda: recover(
+        made / "raw", made / "empty", made / "out", "sft"
+    ))  # fmt: skip
+    for taken in ("raw", "diff", "empty"):
+        with pytest.raises(FileExistsError, match=f"{taken}: there is something there already"):
+            recover(made / "raw", made / "diff", made / taken, "sft")
+
+
+def test_a_disk_without_room(made, monkeypatch):
+    usage = shutil.disk_usage(made)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    refused(made, OSError, "are needed there, and 0.0 are free", again(made))
+
+
+def test_a_disk_that_fills_up_meanwhile(made, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_flush", full)
+    refused(made, OSError, "No space left", again(made))
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def test_the_command_line_speaks_the_words_of_the_released_scripts(tmp_path, capsys):
+    raw, tuned, state = folders(tmp_path, "reward")
+    paths = [f"--path_raw={raw}", f"--path_diff={tmp_path / 'diff'}"]
+    kind = "--model_type=reward"
+    assert main(["make_diff", *paths, f"--path_tuned={tuned}", kind]) == 0
+    assert "had to be stored whole" in capsys.readouterr().out
+    assert main(["recover", *paths, f"--path_tuned={tmp_path / 'back'}", kind]) == 0
+    total = float(capsys.readouterr().out.split("check sum ")[1].split(";")[0])
+    assert alike(tensors(tmp_path / "back"), state)
+    last = f"--path_tuned={tmp_path / 'last'}"
+    assert main(["recover", *paths, last, kind, f"--check_sum={total}"]) == 0
+    again = f"--path_tuned={tmp_path / 'again'}"
+    assert main(["recover", *paths, again, kind, "--check_sum=en-reward"]) == 1
+    assert "the check sum is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["recover", "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_tensors_that_share_memory_are_written_both(tmp_path):
+    raw = released.llama()
+    released.write(tmp_path / "raw", raw)
+    state = released.write(tmp_path / "diff", raw, pickled=True)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # as torch.save keeps ties
+    torch.save(state, tmp_path / "diff" / "pytorch_model.bin")
+    again(tmp_path)()
+    out = tensors(tmp_path / "out")
+    assert torch.equal(out["lm_head.weight"], out["model.embed_tokens.weight"])
+
+
+def test_a_single_file_is_enough_for_little(tmp_path):
+    writer = ShardWriter(tmp_path, 1000)
+    writer.add("a", torch.ones(3, 2).t())
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors")["a"].shape == (2, 3)
