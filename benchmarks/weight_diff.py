@@ -104,7 +104,9 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def run(way: str, *given: Any) -> dict[str, Any]:
     """Measure one way in a process of its own."""
     command = [sys.executable, __file__, "--way", way, *map(str, given)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
