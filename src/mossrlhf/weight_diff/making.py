@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -82,12 +82,13 @@ def make_diff(
     _require_fit(raw, tuned)
     whole: list[str] = []
     dtypes: dict[str, str] = {}
-    digest, total = hashlib.blake2b(digest_size=32), 0.0
+    digests: dict[str, bytes] = {}
+    total = 0.0
     with _made(target, raw, tuned, size=2 * _bytes(tuned)) as (aside, writer):
         for key in tqdm(list(tuned), desc="make_diff", disable=not progress):
             value = tuned[key]
             dtypes[key] = str(value.dtype).removeprefix("torch.")
-            _take_in(digest, key, value)
+            digests[key] = _digest(value)
             total += sum_of(value)
             stored = value
             if _is_difference(key):
@@ -103,7 +104,7 @@ def make_diff(
             "model_type": model_type,
             "whole": whole,
             "dtypes": dtypes,
-            "digest": digest.hexdigest(),
+            "digest": _digest_of_all(digests),
             "check_sum": total,
         }
         (aside / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
@@ -152,7 +153,8 @@ def recover(
     _require_kind(diff, model_type)
     _require_fit(raw, diff)
     whole, dtypes = set(notes.get("whole", ())), notes.get("dtypes", {})
-    digest, total = hashlib.blake2b(digest_size=32), 0.0
+    digests: dict[str, bytes] = {}
+    total = 0.0
     with _made(target, raw, diff, size=_bytes(diff)) as (_, writer):
         for key in tqdm(list(diff), desc="recover", disable=not progress):
             value = diff[key]
@@ -163,9 +165,9 @@ def recover(
                 value = _added(_raw(raw, key, value.shape), value, exact)
             total += sum_of(value)
             value = value.to(wanted)
-            _take_in(digest, key, value)
+            digests[key] = _digest(value)
             writer.add(key, value)
-        if dtypes and digest.hexdigest() != notes["digest"]:
+        if dtypes and _digest_of_all(digests) != notes["digest"]:
             raise DiffError(
                 f"{raw.folder}: with these raw weights the diff in {diff.folder} gives other "
                 "weights than it was made of; they are not those it was made from, or a file is "
@@ -210,12 +212,21 @@ def _raw(raw: Shards, key: str, shape: torch.Size) -> Tensor:
     return found
 
 
-def _take_in(digest: Any, key: str, value: Tensor) -> None:
+def _digest(value: Tensor) -> bytes:
     """Hash a tensor, in parts: its bytes are a copy."""
-    digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+    digest = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)}".encode(), digest_size=32)
     flat = value.flatten().view(_SAME_BITS[value.element_size()])
     for part in flat.split(2**22):
         digest.update(part.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def _digest_of_all(digests: Mapping[str, bytes]) -> str:
+    """Hash all tensors by name: files may hold them in any order."""
+    digest = hashlib.blake2b(digest_size=32)
+    for key in sorted(digests):
+        digest.update(key.encode() + digests[key])
+    return digest.hexdigest()
 
 
 def _require_kind(shards: Shards, model_type: str) -> None:
