@@ -8,6 +8,7 @@ from mossrlhf.data.fit import overlong_prompts, require_fitting_prompts, without
 from mossrlhf.data.formats import DataError
 from mossrlhf.data.readers import load_pairs, load_prompts, load_sft
 from mossrlhf.data.records import require_record, require_records
+from mossrlhf.data.streams import LazyRecords, stream_pairs, stream_prompts, stream_sft
 from mossrlhf.data.templates import (
     dialogue_template,
     encode_prompt,
@@ -19,6 +20,7 @@ from mossrlhf.data.templates import (
 
 __all__ = [
     "DataError",
+    "LazyRecords",
     "PairCollator",
     "PromptBatch",
     "SFTCollator",
@@ -42,5 +44,8 @@ __all__ = [
     "require_record",
     "require_records",
     "set_dialogue_template",
+    "stream_pairs",
+    "stream_prompts",
+    "stream_sft",
     "without_overlong",
 ]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from heapq import nlargest
 from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
@@ -51,9 +52,11 @@ def overlong_prompts(
     """
     if max_length is None:
         return {}
-    candidates = sorted(_candidates(dataset, tokenizer, max_length), key=lambda pair: -pair[0])
+    candidates = _candidates(dataset, tokenizer, max_length)
+    # At most as many are held: those of a file larger than memory may be too many themselves.
+    count = len(dataset) if at_most is None else at_most
     found: dict[int, int] = {}
-    for _, index in candidates[:at_most]:
+    for _, index in nlargest(count, candidates, key=lambda pair: pair[0]):
         least = min(map(len, prompt_encodings(tokenizer, dataset[index]["prompt"])))
         if least > max_length:
             found[index] = least

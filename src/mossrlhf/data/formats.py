@@ -92,7 +92,7 @@ def hh_strings(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def moss_prompts(record: Sequence[str]) -> dict[str, Any]:
+def moss_prompts(record: Sequence[Any]) -> dict[str, Any]:
     """A list of utterances whose last is the human's; roles alternate backwards from it.
 
     Source: C (prompt files).
@@ -100,7 +100,7 @@ def moss_prompts(record: Sequence[str]) -> dict[str, Any]:
     return {"prompt": utterances(record, human_first=len(record) % 2 == 1)}
 
 
-def moss_dialogues(record: Sequence[str]) -> dict[str, Any]:
+def moss_dialogues(record: Sequence[Any]) -> dict[str, Any]:
     """A list of utterances whose first is the human's; a last one by the assistant is a response.
 
     Source: C (SFT and pre-training files).
@@ -163,7 +163,7 @@ def messages(turns: object) -> list[Message]:
             raise DataError(f"turn {index} is {turn!r:.80}, expected a message with role, content")
         speaker = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise DataError(f"turn {index} is by {speaker!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise DataError(f"turn {index} has content {content!r:.80}, expected a string")
@@ -192,16 +192,21 @@ def _assemble(
     """Put a prompt and the answers that `record` holds together, beside its other columns."""
     rest = {k: v for k, v in record.items() if k not in used and k not in _ANSWERS}
     if "chosen" in record or "rejected" in record:
-        sides = [record.get("chosen"), record.get("rejected")]
+        for key in ("chosen", "rejected"):
+            if record.get(key) is None:
+                got = f"is {record[key]}" if key in record else "is missing"
+                raise DataError(f"{key} {got}, expected the answer: a text, or messages")
+        sides = [record["chosen"], record["rejected"]]
         if all(isinstance(side, str) for side in sides):
             return {**rest, "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
         chosen, rejected = (_dialogue(prompt, side) for side in sides)
         shared = _shared_turns(chosen, rejected)
         answers = {"chosen": _only(chosen[shared:]), "rejected": _only(rejected[shared:])}
         return {**rest, "prompt": chosen[:shared], **answers}
-    response = next((record[key] for key in _ANSWERS if key in record), None)
+    given = [record[key] for key in _ANSWERS if key in record]
+    response = next((answer for answer in given if answer is not None), None)
     if response is None or isinstance(response, str):
-        answer = {} if response is None else {"response": response}
+        answer = {"response": response} if given else {}
         return {**rest, "prompt": prompt, **answer}
     return {**rest, **_split_last(_dialogue(prompt, response))}
 
