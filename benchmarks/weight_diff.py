@@ -1,6 +1,7 @@
 """Diffs of sharded Llamas of over 200 M parameters, there and back: exactness, memory, time.
 
-    python benchmarks/weight_diff.py
+    python benchmarks/weight_diff.py          # some ten minutes
+    python benchmarks/weight_diff.py --table  # into docs/weights.md
 
 Each way runs in a process of its own; its peak memory is held to twice the largest shard plus
 500 MB, above what Python takes with everything imported.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.shards import Shards, ShardWriter
 from mossrlhf.weight_diff import make_diff, recover
 
-FIGURES = Path(__file__).resolve().parent / "results" / "weight_diff.json"
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "benchmarks" / "results" / "weight_diff.json"
+PAGE = ROOT / "docs" / "weights.md"
+MARKS = ("<!-- written by: benchmarks/weight_diff.py --table -->\n", "<!-- end -->\n")
 KINDS, DTYPES = ("reward", "sft", "policy"), ("float32", "bfloat16")
 SIZES: dict[str, Any] = dict(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
@@ -36,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", default=str(FIGURES))
     parser.add_argument("--way", nargs=5, help="measure one way, in this process")
+    parser.add_argument("--table", action="store_true", help="write the page, measure nothing")
     args = parser.parse_args(argv)
+    if args.table:
+        figures = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        return
     if args.way:
         print(json.dumps(measured(*args.way)))
         return
@@ -48,6 +58,39 @@ def main(argv: list[str] | None = None) -> None:
                 rows += pair(Path(folder), dtype, related)
     kept = {"sizes": SIZES, "rows": rows, "versions": versions()}
     Path(args.json).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def with_table(page: str, figures: Mapping[str, Any]) -> str:
+    """Put the figures into a page, between the marks.
+
+    Args:
+        page: Markdown with both `MARKS`.
+        figures: as they are kept.
+
+    Returns:
+        the page.
+    """
+    lines = ["", "| kind | type | tuned weights | exact | stored whole | peak, MB | allowed, MB |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in figures["rows"]:
+        there, back = row["make_diff"], row["recover"]
+        lines.append(
+            f"| {row['kind']} | {row['dtype']} | {'related' if row['related'] else 'unrelated'} | "
+            f"{'yes' if row['exact'] else 'no'} | {there['whole']} of {there['of']} | "
+            f"{there['peak_mb']} / {back['peak_mb']} | {there['bound_mb']} / {back['bound_mb']} |"
+        )
+    largest = max(row["make_diff"]["largest_shard_mb"] for row in figures["rows"])
+    count = max(row["parameters"] for row in figures["rows"])
+    lines += [
+        "",
+        f"A Llama of {count / 1e6:.0f} M parameters in shards of up to {largest} MB. Peaks are",
+        "those of `make_diff` and `recover`, above Python's with everything imported; allowed are",
+        "two of the largest shard and 500 MB.",
+        "",
+    ]
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return "".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after])
 
 
 def pair(folder: Path, dtype: str, related: bool) -> list[dict[str, Any]]:

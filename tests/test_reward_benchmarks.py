@@ -1,0 +1,83 @@
+"""What the benchmarks of reward models and weights compute beside measuring."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def load(root):
+    def benchmark(name):
+        path = root / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return benchmark
+
+
+def test_the_page_of_weights_has_the_kept_figures(load):
+    benchmark = load("weight_diff")
+    figures = json.loads(benchmark.FIGURES.read_text())
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    assert benchmark.with_table(page, figures) == page
+    for row in figures["rows"]:
+        assert row["exact"]
+        assert row["parameters"] >= 200e6
+        for way in ("make_diff", "recover"):
+            assert row[way]["peak_mb"] <= row[way]["bound_mb"]
+
+
+def test_auc_is_the_share_of_pairs_in_order(load):
+    auc = load("preference_noise").auc
+    ours, theirs = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 0.0])
+    pairs = [(a > b) + 0.5 * (a == b) for a in ours.tolist() for b in theirs.tolist()]
+    assert auc(ours, theirs) == pytest.approx(sum(pairs) / 6)
+
+
+def test_noise_turns_as_many_pairs_as_it_says(load):
+    study = load("preference_noise")
+    pairs = [
+        {"chosen": f"good {i}", "rejected": f"bad {i}", "true_margin": 1.0 - 2 * (i % 2)}
+        for i in range(20)
+    ]
+    clean = study.truly_ordered([*pairs, {**pairs[0], "true_margin": 0.0}])
+    assert len(clean) == 20
+    assert all(pair["true_margin"] > 0 for pair in clean)
+    noisy = study.with_noise(clean, 0.3, seed=1)
+    assert sum(pair["wrong"] for pair in noisy) == 6
+    assert all((pair["true_margin"] < 0) is pair["wrong"] for pair in noisy)
+    assert noisy != study.with_noise(clean, 0.3, seed=2)
+    found = study.describe([{**p, "flipped": p["wrong"] or i < 2} for i, p in enumerate(noisy)])
+    assert found["recall"] == 1.0
+    assert found["precision"] == pytest.approx(6 / (20 * found["share"]))
+
+
+def test_the_table_of_methods_by_hand(load):
+    study = load("preference_noise")
+    seed = {"clean": 0.9, "none": 0.7, "flipping": 0.8, "auc": 0.85}
+    seed["flipped"] = {"share": 0.3, "precision": 0.75, "recall": 0.5}
+    settings = {"pairs": 10, "noise": 0.3, "models": 4, "folds": 2}
+    page = "before\n" + "old\n".join(study.MARKS) + "after\n"
+    new = study.with_table(page, {"seeds": {"0": seed, "1": seed}, "settings": settings})
+    assert "| flipping | 0.800 (0.800, 0.800) | 50% (50%, 50%) |" in new
+    assert "| labels without noise | 0.900 (0.900, 0.900) |  |" in new
+    assert "AUC of 0.850" in new
+    assert "old" not in new
+
+
+def test_padding_is_what_is_not_a_token(load):
+    benchmark = load("pair_batches")
+
+    def rows(records):
+        lengths = torch.tensor(records)
+        return {"attention_mask": torch.arange(int(lengths.max())) < lengths[..., None]}
+
+    records = [[1, 4], [2, 3], [8, 8]]
+    one = benchmark.measured_padding(rows, records, [[0, 1], [2]], 1)
+    assert one == {"padding": pytest.approx(1 - 26 / (16 + 16)), "batches": 2}
+    two = benchmark.measured_padding(rows, records, [[0, 1], [2]], 2)
+    assert two["padding"] == pytest.approx(1 - 26 / (2 * 2 + 2 * 4 + 16))
