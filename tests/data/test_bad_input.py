@@ -155,8 +155,8 @@ def test_what_is_no_fault(tmp_path, load):
     path.write_bytes(mark + GOOD + b"\r\n \t\r\n\n" + mark + GOOD[:-1] + b"\r\n" + good)
     records = [*[{"prompt": "a"}] * 2, {"prompt": "\0😀", "id": int("1" * MAX_DIGITS), "x": 1.5}]
     assert list(load(path)) == records
-    path.write_bytes(nested(MAX_DEPTH))
-    assert load(path)[0]["prompt"] == "a"
+    path.write_bytes(nested(MAX_DEPTH)[:-1] + b', "c": [1]}')  # more brackets than levels
+    assert load(path)[0]["c"] == [1]
 
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
@@ -300,8 +300,9 @@ def test_lines_as_long_as_may_be_and_longer(tmp_path, load):
         "name it .json"
     )
     assert refused(load, path) == f"{path}:2: {reason}{SKIP}"
-    with pytest.warns(UserWarning, match="skipped 1 of 3"):
-        assert list(load(path, skip_bad=True)) == [{"prompt": "a"}] * 2
+    path.write_bytes(b" " * 2**22 + fits + GOOD)  # read in several pieces
+    with pytest.warns(UserWarning, match="skipped 1 of 2"):
+        assert list(load(path, skip_bad=True)) == [{"prompt": "a"}]
 
 
 MEASURE = """
