@@ -61,12 +61,12 @@ def test_the_table_of_methods_by_hand(load):
     seed = {"clean": 0.9, "none": 0.7, "flipping": 0.8, "auc": 0.85}
     seed["flipped"] = {"share": 0.3, "precision": 0.75, "recall": 0.5}
     settings = {"pairs": 10, "noise": 0.3, "models": 4, "folds": 2}
-    page = "before\n" + "old\n".join(study.MARKS) + "after\n"
+    page = "before\n" + "stale\n".join(study.MARKS) + "after\n"
     new = study.with_table(page, {"seeds": {"0": seed, "1": seed}, "settings": settings})
     assert "| flipping | 0.800 (0.800, 0.800) | 50% (50%, 50%) |" in new
     assert "| labels without noise | 0.900 (0.900, 0.900) |  |" in new
     assert "AUC of 0.850" in new
-    assert "old" not in new
+    assert "stale" not in new
 
 
 def test_padding_is_what_is_not_a_token(load):
