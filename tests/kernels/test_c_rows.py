@@ -281,3 +281,12 @@ def test_a_reference_is_not_read_where_its_gradient_is_zero():
     given = (ids, torch.ones(3), ref, norms(3))
     c_rows.gradient(out, logits, *given, coefficients(3, g=1.0, alpha=-1.0), None)
     assert out.isfinite().all()
+
+
+def test_rows_that_share_memory_are_not_overwritten():
+    """Torch refuses to, and so does C: each row would read what the one before has written."""
+    logits = torch.randn(50, requires_grad=True)
+    rows = (logits * 1.0).expand(4, 50)
+    loss = token_stats(rows, torch.tensor([3, 1, 7, 9]), in_place=True).logprob.sum()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        loss.backward()

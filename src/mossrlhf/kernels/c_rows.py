@@ -88,7 +88,9 @@ def gradient(
     Source: ours.
     """
     rest = (ids, temperature, ref_logits, norms, coefs, softcap)
-    if _is_read(ids, temperature, logits, ref_logits, out):
+    # Rows that share memory, as expanded ones do, would overwrite what the next ones read.
+    apart = out.shape[0] < 2 or out.stride(0) >= out.shape[1]
+    if apart and _is_read(ids, temperature, logits, ref_logits, out):
         _gradient(_library(), out, logits, *rest)
     else:
         torch_rows.gradient(out, logits, *rest)
@@ -122,6 +124,8 @@ def _is_read(ids: Tensor, temperature: Tensor, logits: Tensor, *others: Tensor |
     matrices = [x for x in (logits, *others) if x is not None]
     return (
         logits.numel() > 0
+        and not (ids.is_floating_point() or ids.dtype == torch.bool)
+        and all(x.device.type == "cpu" for x in (ids, temperature))
         and temperature.dtype == torch.float32
         and all(x.device.type == "cpu" and x.dtype in KINDS for x in matrices)
         and all(x.stride(1) == 1 or width == 1 for x in matrices)

@@ -6,7 +6,7 @@ and on a busy machine do little else.
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from threading import Barrier
 
@@ -32,7 +32,13 @@ def on_threads(share: Callable[[int], object], threads: int) -> None:
         with torch.inference_mode() if inference else torch.no_grad():
             share(thread)
 
-    list(_pool(os.getpid(), threads).map(alone, range(threads)))
+    pool = _pool(os.getpid(), threads)
+    running = [pool.submit(alone, thread) for thread in range(threads)]
+    try:
+        for future in running:
+            future.result()
+    finally:
+        wait(running)  # interrupted or not: what they write to is let go of by the caller
 
 
 def _work_alone() -> None:
