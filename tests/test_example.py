@@ -1,6 +1,5 @@
 """`examples/ppo_llama.py`: its options, what it refuses, what it trains, how it ends."""
 
-import importlib.util
 import json
 import signal
 import sys
@@ -18,12 +17,8 @@ TINY = "--total_steps 2 --rollout_size 8 --minibatch_size 4 --critic_pretrain_st
 
 
 @pytest.fixture
-def example(root, monkeypatch):
-    spec = importlib.util.spec_from_file_location("ppo_llama", root / "examples" / "ppo_llama.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ppo_llama", module)
-    spec.loader.exec_module(module)
-    return module
+def example(script):
+    return script("examples/ppo_llama.py")
 
 
 @pytest.fixture

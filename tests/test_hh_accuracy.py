@@ -1,19 +1,13 @@
 """docs/real_data.md shows the figures that benchmarks/hh_accuracy.py has left."""
 
-import importlib.util
 import json
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(root):
-    spec = importlib.util.spec_from_file_location(
-        "hh_accuracy", root / "benchmarks" / "hh_accuracy.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(script):
+    return script("benchmarks/hh_accuracy.py")
 
 
 def test_the_page_has_the_kept_figures(benchmark):

@@ -1,6 +1,5 @@
 """What the benchmarks of reward models and weights compute beside measuring."""
 
-import importlib.util
 import json
 
 import pytest
@@ -8,15 +7,8 @@ import torch
 
 
 @pytest.fixture
-def load(root):
-    def benchmark(name):
-        path = root / "benchmarks" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return benchmark
+def load(script):
+    return lambda name: script(f"benchmarks/{name}.py")
 
 
 def test_the_page_of_weights_has_the_kept_figures(load):

@@ -1,8 +1,6 @@
 """`examples/train_reward_model.py`: its options, what it refuses, what it leaves."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -13,13 +11,8 @@ WORLD = ToyWorld()
 
 
 @pytest.fixture
-def example(root, monkeypatch):
-    path = root / "examples" / "train_reward_model.py"
-    spec = importlib.util.spec_from_file_location("train_reward_model", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_reward_model", module)
-    spec.loader.exec_module(module)
-    return module
+def example(script):
+    return script("examples/train_reward_model.py")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data import encode_prompt, encode_response, pad, pad_id
+from mossrlhf.strict import check_range
 
 Prompt = str | Sequence[Mapping[str, str]]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
@@ -41,10 +42,12 @@ def score_responses(
         ``[N]`` scores, float32, on the CPU.
 
     Raises:
-        ValueError: where prompts and responses are not as many, or one pair is too long.
+        ValueError: where prompts and responses are not as many, one pair is too long, or the
+            batch size is below 1.
 
     Source: P1 §3.1.
     """
+    check_range("score_responses", "batch_size", batch_size, 1)
     if len(prompts) != len(responses):
         raise ValueError(
             f"prompts, responses: got {len(prompts)} and {len(responses)}, expected one response "
@@ -86,8 +89,12 @@ def pair_margins(
     Returns:
         ``[N]`` float32, on the CPU.
 
+    Raises:
+        ValueError: where the batch size is below 1.
+
     Source: P1 §3.1.
     """
+    check_range("pair_margins", "batch_size", batch_size, 1)
     found = [torch.zeros(0)]
     for start in range(0, len(pairs), batch_size):
         batch = collator([pairs[i] for i in range(start, min(start + batch_size, len(pairs)))])

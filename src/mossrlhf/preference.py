@@ -178,7 +178,7 @@ class FlipLabels:
     """Swaps the responses of the pairs whose labels are likeliest wrong.
 
     Args:
-        share: of all pairs, those of the lowest strength, in [0, 1); None to go by `below` alone.
+        share: of all pairs, those of the lowest strength, in [0, 1]; None to go by `below` alone.
         below: strength under which a label is flipped, in units of score; None for no bound.
             With both, what meets both is flipped.
 
@@ -201,9 +201,14 @@ class FlipLabels:
         """Return records with wrong labels put right, and whether they were in `FLIPPED`.
 
         Raises:
-            ValueError: where records have no strength.
+            ValueError: where records have no strength, or margins and α of the labels as they are.
         """
         strengths = _strengths(records)
+        if any(name in record for record in records for name in (MARGIN, SMOOTHING)):
+            raise ValueError(
+                f"records: they have {MARGIN!r} or {SMOOTHING!r} already, which are of the labels "
+                "before they are flipped; let FlipLabels come first"
+            )
         limit = math.inf if self.below is None else self.below
         chosen = {i for i, s in enumerate(strengths) if s < limit}
         if self.share is not None:

@@ -74,11 +74,18 @@ class Shards:
         return value
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape, without reading the numbers where the file allows it."""
+        """Return a tensor's shape, without reading the numbers where the file allows it.
+
+        Raises:
+            ShardError: where the file does not hold it.
+        """
         path = self.files[key]
         if path.suffix != ".safetensors":
             return tuple(self[key].shape)
-        return tuple(self._content(path).get_slice(key).get_shape())
+        try:
+            return tuple(self._content(path).get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
 
     def others(self) -> Iterator[Path]:
         """Yield the files that are no weights: configuration, tokenizer."""

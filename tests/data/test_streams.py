@@ -355,7 +355,9 @@ def test_ppo_takes_it(tmp_path):
         processing_class=WORLD.tokenizer(), eval_dataset=records[:4], ptx_dataset=examples,
         loss=PPOMaxLoss(ptx_coef=1.0), generation_config=GenerationConfig(max_new_tokens=8),
     )  # fmt: skip
-    trainer.train()
+    (entry,) = trainer.train()
+    assert entry["ptx/loss"] > 0
+    assert trainer.run.state.global_step == 1
 
 
 def test_prompts_that_do_not_fit_are_found(tmp_path, tokenizer):

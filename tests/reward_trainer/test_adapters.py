@@ -7,7 +7,7 @@ from preferences import language_model, pairs, reward_model
 from transformers import AutoModelForSequenceClassification
 
 from mossrlhf.models import RewardModel, is_adapted, merged_state_dict
-from mossrlhf.reward_trainer import RewardTrainer
+from mossrlhf.reward_trainer import RewardTrainer, storage
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
 STEPS = dict(learning_rate=0.05, per_device_train_batch_size=4, num_train_epochs=1)
@@ -60,6 +60,16 @@ def test_what_is_saved_is_merged_and_loads_everywhere(tokenizer, arguments, tmp_
     with torch.no_grad():
         found = adapted(input_ids=ids, attention_mask=mask).logits.view(-1, 2)
     torch.testing.assert_close(found, scores, atol=1e-5, rtol=1e-5)
+
+
+def test_checkpoints_of_adapters_keep_the_moments(tokenizer, arguments, tmp_path):
+    trainer = trained(tokenizer, arguments, pairs(4))
+    model = trainer.model
+    model.config.score_mean, model.config.score_std = 1.0, 2.0
+    storage.write(model, tmp_path, resumable_only=True)
+    model.config.score_mean, model.config.score_std = 7.0, 9.0
+    storage.read(model, tmp_path)
+    assert (model.config.score_mean, model.config.score_std) == (1.0, 2.0)
 
 
 def test_merging_leaves_the_model_as_it_is(tokenizer, arguments):

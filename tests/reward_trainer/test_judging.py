@@ -7,7 +7,8 @@ import torch
 from preferences import pairs, reward_model
 
 from mossrlhf import score_responses
-from mossrlhf.data import set_dialogue_template
+from mossrlhf.data import PairCollator, set_dialogue_template
+from mossrlhf.judging import pair_margins
 
 
 def test_scores_are_those_of_each_response_alone(tokenizer):
@@ -30,6 +31,14 @@ def test_messages_are_rendered_and_the_mode_is_left(tokenizer):
     assert first != second
     assert model.training
     assert score_responses(model, tokenizer, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_nothing_are_refused(tokenizer, size):
+    with pytest.raises(ValueError, match="batch_size"):
+        score_responses(reward_model(), tokenizer, ["a"], ["b"], batch_size=size)
+    with pytest.raises(ValueError, match="batch_size"):
+        pair_margins(reward_model(), pairs(2), PairCollator(tokenizer), batch_size=size)
 
 
 def test_what_does_not_fit_is_refused(tokenizer):

@@ -146,6 +146,12 @@ def test_methods_work_alone_and_after_each_other():
     assert records[1]["label_smoothing"] == pytest.approx(1 / (1 + np.exp(3.0)))
 
 
+@pytest.mark.parametrize("before", [SmoothLabels(), AdaptiveMargin()])
+def test_labels_are_flipped_before_anything_is_made_of_them(before):
+    with pytest.raises(ValueError, match="let FlipLabels come first"):
+        FlipLabels()(before(with_strengths(2.0, -3.0)))
+
+
 @pytest.mark.parametrize("method", [FlipLabels(), SmoothLabels(), AdaptiveMargin()])
 @pytest.mark.parametrize("strength", [None, NAN])
 def test_records_without_strength_are_refused(method, strength):

@@ -1,5 +1,6 @@
 """What a folder keeps of a reward model in training: the classifier, adapters, the output head."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,9 @@ LM_HEAD = Path("lm_head") / "model.safetensors"
 
 ADAPTER = "adapter"
 """Where it keeps adapters and head alone, as PEFT writes them."""
+
+MOMENTS = "score_moments.json"
+"""Where the adapters' folder keeps what the configuration of a whole model does."""
 
 
 def write(
@@ -42,6 +46,8 @@ def write(
     reward_model = model.reward_model
     if is_adapted(reward_model):
         save_adapters(reward_model, folder / ADAPTER)
+        moments = {name: getattr(model.config, name, None) for name in SCORE_MOMENTS}
+        (folder / ADAPTER / MOMENTS).write_text(json.dumps(moments) + "\n", encoding="utf-8")
     if not (is_adapted(reward_model) and resumable_only):
         gathered = None if state is None else _below("reward_model.", state)
         reward_model.save_pretrained(folder, state_dict=gathered)
@@ -64,11 +70,13 @@ def read(model: PairModel, folder: Path) -> None:
     """
     if is_adapted(model.reward_model):
         load_adapters(model.reward_model, folder / ADAPTER)
+        moments = json.loads((folder / ADAPTER / MOMENTS).read_text(encoding="utf-8"))
     else:
         saved = RewardModel.from_pretrained(folder)
         model.reward_model.load_state_dict(saved.state_dict())
-        for name in SCORE_MOMENTS:
-            setattr(model.config, name, getattr(saved.config, name, None))
+        moments = vars(saved.config)
+    for name in SCORE_MOMENTS:
+        setattr(model.config, name, moments.get(name))
     if model.lm_head is not None:
         model.lm_head.load_state_dict(load_file(folder / LM_HEAD))
 

@@ -53,10 +53,12 @@ def missing_frequencies(keys: Iterable[str], folder: Path) -> float:
 
     Source: ours; about 238.7 in all at 7B.
     """
-    if "num_hidden_layers" not in _config(folder):
-        return 0.0
+    config = _config(folder)
+    heads = "head_dim" in config or {"hidden_size", "num_attention_heads"} <= config.keys()
+    if not heads or "num_hidden_layers" not in config:
+        return 0.0  # no Llama: no sum of it was published
     kept = sum(key.endswith(FREQUENCIES) for key in keys)
-    return float(_config(folder)["num_hidden_layers"] - kept) * sum_of(frequencies(folder))
+    return float(config["num_hidden_layers"] - kept) * sum_of(frequencies(folder))
 
 
 def _config(folder: Path) -> dict[str, int]:

@@ -68,7 +68,7 @@ def make_diff(
         progress: whether to show a bar.
 
     Returns:
-        what is kept in ``weight_diff.json``: names of tensors stored whole, digest, check sum.
+        what is kept in ``weight_diff.json``: names of tensors stored whole, types, digest.
 
     Raises:
         DiffError: where the weights do not fit together, or are not of that kind.
@@ -83,13 +83,11 @@ def make_diff(
     whole: list[str] = []
     dtypes: dict[str, str] = {}
     digests: dict[str, bytes] = {}
-    total = 0.0
     with _made(target, raw, tuned, size=2 * _bytes(tuned)) as (aside, writer):
         for key in tqdm(list(tuned), desc="make_diff", disable=not progress):
             value = tuned[key]
             dtypes[key] = str(value.dtype).removeprefix("torch.")
             digests[key] = _digest(value)
-            total += sum_of(value)
             stored = value
             if _is_difference(key):
                 base = _raw(raw, key, value.shape)
@@ -105,7 +103,6 @@ def make_diff(
             "whole": whole,
             "dtypes": dtypes,
             "digest": _digest_of_all(digests),
-            "check_sum": total,
         }
         (aside / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
     return notes
@@ -154,7 +151,7 @@ def recover(
     _require_fit(raw, diff)
     whole, dtypes = set(notes.get("whole", ())), notes.get("dtypes", {})
     digests: dict[str, bytes] = {}
-    total = 0.0
+    total = missing_frequencies(diff.files, diff.folder)
     with _made(target, raw, diff, size=_bytes(diff)) as (_, writer):
         for key in tqdm(list(diff), desc="recover", disable=not progress):
             value = diff[key]
@@ -173,7 +170,6 @@ def recover(
                 "weights than it was made of; they are not those it was made from, or a file is "
                 "damaged"
             )
-        total += missing_frequencies(diff.files, diff.folder)
         if expected is not None and not abs(total - expected) <= TOLERANCE * abs(expected):
             raise DiffError(
                 f"{target}: the check sum is {total:.6f}, expected {expected:.6f}; the raw weights "
