@@ -221,6 +221,42 @@ def test_notes_that_are_damaged_or_of_other_weights(made):
     refused(made, DiffError, "weight_diff.json: damaged", again(made))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dtypes", None, "not iterable"),
+        ("dtypes", "float32", ""),
+        ("whole", 3, "not iterable"),
+        ("whole", ["model.other"], "its list of whole tensors has others"),
+        ("digest", None, "its digest is no text"),
+        ("one dtype", "tensor", "the type of 'lm_head.weight' is 'tensor'"),
+        ("one dtype", None, "attribute name"),
+    ],
+)
+def test_notes_of_another_make(made, name, value, message):
+    path = made / "diff" / "weight_diff.json"
+    notes = json.loads(path.read_text())
+    if name == "one dtype":
+        notes["dtypes"]["lm_head.weight"] = value
+    else:
+        notes[name] = value
+    path.write_text(json.dumps(notes))
+    refused(made, DiffError, f"weight_diff.json: damaged .*{message}", again(made))
+
+
+def test_what_is_no_weights_comes_along_from_folders_too(tmp_path):
+    raw, tuned, _ = folders(tmp_path)
+    for name in ("templates/chat.jinja", "original/params.json", "original/consolidated.00.pth"):
+        (tuned / name).parent.mkdir(exist_ok=True)
+        (tuned / name).write_text(name)
+    (tuned / ".cache").mkdir()
+    (tuned / ".cache" / "lock.json").write_text("")
+    make_diff(raw, tuned, tmp_path / "diff", "sft", progress=False)
+    found = {str(path.relative_to(tmp_path / "diff")) for path in (tmp_path / "diff").rglob("*/*")}
+    assert found == {"templates/chat.jinja", "original/params.json"}
+    assert (tmp_path / "diff" / "templates" / "chat.jinja").read_text() == "templates/chat.jinja"
+
+
 def test_a_check_sum_that_fails(made):
     refused(made, DiffError, "check sum is .*expected 1.000000", again(made, check_sum=1.0))
     refused(made, DiffError, "expected 50810.703125", again(made, check_sum="en-reward"))

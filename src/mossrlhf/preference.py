@@ -215,7 +215,7 @@ class FlipLabels:
             order = sorted(range(len(strengths)), key=strengths.__getitem__)
             chosen &= set(order[: round(self.share * len(order))])
         return [
-            _flipped(r) if i in chosen else {**r, FLIPPED: False} for i, r in enumerate(records)
+            _flipped(r) if i in chosen else {FLIPPED: False, **r} for i, r in enumerate(records)
         ]
 
 
@@ -325,7 +325,8 @@ def _strengths(records: Records) -> list[float]:
 
 
 def _flipped(record: Mapping[str, Any]) -> dict[str, Any]:
-    turned = {"chosen": record["rejected"], "rejected": record["chosen"], FLIPPED: True}
+    again = not record.get(FLIPPED, False)  # flipped twice, a label is what it was
+    turned = {"chosen": record["rejected"], "rejected": record["chosen"], FLIPPED: again}
     return {**record, **turned, STRENGTH: -record[STRENGTH]}
 
 

@@ -88,10 +88,11 @@ class Shards:
             raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
 
     def others(self) -> Iterator[Path]:
-        """Yield the files that are no weights: configuration, tokenizer."""
-        for path in sorted(self.folder.iterdir()):
+        """Yield the files that are no weights, folders below included: configuration, tokenizer."""
+        for path in sorted(self.folder.rglob("*")):
             weights = path.name.endswith(WEIGHTS) or path.name in INDICES
-            if path.is_file() and not weights and not path.name.startswith("."):
+            hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            if path.is_file() and not weights and not hidden:
                 yield path
 
     def _content(self, path: Path) -> Any:

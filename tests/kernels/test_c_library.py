@@ -119,7 +119,9 @@ class TestWithout:
 
     def test_library(self, instead):
         instead('while test "$1" != -o; do shift; done', 'echo junk >"$2"')
-        assert self.said() == "rows.c cannot be compiled and loaded here (OSError)"
+        said = self.said()
+        assert said.startswith("rows.c cannot be compiled and loaded here (")
+        assert "rows.so" in said or ".so:" in said  # the loader's own words
 
     def test_functions(self, compiler, monkeypatch, tmp_path):
         empty = tmp_path / "rows.c"

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from mossrlhf.models import RewardModel, is_adapted, merged_state_dict
 from mossrlhf.reward_trainer import RewardTrainer, storage
+from mossrlhf.reward_trainer import trainer as trainer_module
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
 STEPS = dict(learning_rate=0.05, per_device_train_batch_size=4, num_train_epochs=1)
@@ -70,6 +71,22 @@ def test_checkpoints_of_adapters_keep_the_moments(tokenizer, arguments, tmp_path
     model.config.score_mean, model.config.score_std = 7.0, 9.0
     storage.read(model, tmp_path)
     assert (model.config.score_mean, model.config.score_std) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("by", ["fsdp", "zero3"])
+def test_weights_that_are_split_are_refused(tokenizer, arguments, monkeypatch, by):
+    begin = RewardTrainer.create_accelerator_and_postprocess
+
+    def split(self):
+        begin(self)
+        self.is_fsdp_enabled = True
+
+    if by == "fsdp":
+        monkeypatch.setattr(RewardTrainer, "create_accelerator_and_postprocess", split)
+    else:
+        monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"peft_config: .*FSDP and DeepSpeed's stage 3 split them"):
+        trained(tokenizer, arguments, pairs(4))
 
 
 def test_merging_leaves_the_model_as_it_is(tokenizer, arguments):

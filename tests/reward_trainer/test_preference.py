@@ -146,6 +146,18 @@ def test_methods_work_alone_and_after_each_other():
     assert records[1]["label_smoothing"] == pytest.approx(1 / (1 + np.exp(3.0)))
 
 
+def test_a_label_flipped_twice_is_what_it_was():
+    records = with_strengths(2.0, -3.0, 1.0)
+    once = FlipLabels(share=0.34, below=None)(records)
+    assert [r["flipped"] for r in once] == [False, True, False]
+    twice = FlipLabels(below=1.5)(once)
+    assert [r["flipped"] for r in twice] == [False, True, True]
+    back = FlipLabels(share=0.34, below=None)(FlipLabels(share=0.34, below=None)(once[1:2]))
+    assert FlipLabels(below=9.0)(once[1:2])[0]["flipped"] is False
+    assert FlipLabels(below=9.0)(once[1:2])[0]["chosen"] == records[1]["chosen"]
+    assert back == once[1:2]
+
+
 @pytest.mark.parametrize("before", [SmoothLabels(), AdaptiveMargin()])
 def test_labels_are_flipped_before_anything_is_made_of_them(before):
     with pytest.raises(ValueError, match="let FlipLabels come first"):

@@ -75,3 +75,9 @@ def test_a_head_of_another_width_is_named(tmp_path):
     released.write(tmp_path / "moss", released.llama(), torch.zeros(1, 7))
     with pytest.raises(ValueError, match=r"reward_head.weight, but not .*score.weight"):
         load_classifier(tmp_path / "moss")
+
+
+def test_keywords_get_to_the_model(tmp_path):
+    released.write(tmp_path / "moss", released.llama(), HEAD)
+    options = dict(attn_implementation="eager", revision="main", local_files_only=True)
+    assert load_classifier(tmp_path / "moss", **options).config._attn_implementation == "eager"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from preferences import pairs, reward_model
 
 from mossrlhf import RewardReport, RewardShaper, RewardTrainer, RunningMoments
@@ -113,3 +114,31 @@ def test_pictures_have_what_there_is(tmp_path):
     assert len(RewardReport.of(drawn(3)).plot(tmp_path / "new" / "r.svg").axes) == 3
     same = torch.ones(4, 2)  # an untrained head
     assert RewardReport.of(same).plot(tmp_path / "r.png").axes
+
+
+def test_of_several_sets_the_first_gives_the_moments(tokenizer, arguments):
+    trainer = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer,
+        eval_dataset={"one": pairs(6), "two": pairs(3)},
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_score_mean"] != metrics["eval_two_score_mean"]
+    assert trainer.reward_model.config.score_mean == metrics["eval_one_score_mean"]
+    assert trainer.reward_model.config.score_std == metrics["eval_one_score_std"]
+
+
+def test_the_best_model_has_its_own_moments_where_only_weights_are_loaded(
+    tokenizer, arguments, monkeypatch
+):
+    """FSDP and DeepSpeed load weights alone; the log knows the rest."""
+    trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    trainer.state.log_history = [
+        {"step": step, "eval_score_mean": float(step), "eval_score_std": 2.0 * step}
+        for step in (1, 2, 3)
+    ] + [{"step": 2, "loss": 0.5}]
+    trainer.state.best_global_step = 2
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(transformers.Trainer, "_load_best_model", lambda _: None)
+    trainer._load_best_model()
+    config = trainer.reward_model.config
+    assert (config.score_mean, config.score_std) == (2.0, 4.0)

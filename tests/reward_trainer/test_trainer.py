@@ -438,8 +438,11 @@ def test_margins_are_read_where_asked_for(tokenizer, arguments):
     )
     batch = trainer.data_collator([*pairs(1, lead=2), *pairs(1, lead=0.5)])
     assert batch["margin"].tolist() == [2.0, 0.5]
-    with pytest.raises(ValueError, match="margin_column: a record has no 'lead'"):
+    with pytest.raises(ValueError, match=r"margin_column: a record has no 'lead' .*'rejected'\]"):
         trainer.data_collator([*pairs(1, lead=2), *pairs(1)])
+    for wrong, kind in (("2", "str"), (True, "bool"), ([1.0], "list")):
+        with pytest.raises(ValueError, match=f"record's 'lead' is .*, a {kind}, expected a number"):
+            trainer.data_collator([*pairs(1, lead=2), *pairs(1, lead=wrong)])
 
 
 def test_alphas_of_pairs_take_the_place_of_the_losss():
@@ -484,6 +487,10 @@ def test_pairs_held_out_may_do_without_margins(tokenizer, arguments):
     trainer.train()
     plain = RewardTrainer(trainer.reward_model, arguments(), processing_class=tokenizer)
     assert trainer.evaluate()["eval_loss"] == plain.evaluate(pairs(3))["eval_loss"]
+    assert (
+        trainer.evaluate(pairs(3, lead=None, alpha=None))["eval_loss"]
+        == plain.evaluate(pairs(3))["eval_loss"]
+    )
     assert trainer.predict(pairs(2)).predictions.shape == (2, 2)
     assert trainer.evaluate(pairs(3, lead=5))["eval_loss"] > trainer.evaluate()["eval_loss"]
     with pytest.raises(ValueError, match="margin_column: a record has no 'lead'"):

@@ -53,7 +53,7 @@ def load() -> ctypes.CDLL | str:
     except subprocess.CalledProcessError as error:
         return f"the C compiler failed ({_complaint(error.stderr or '')})"
     except OSError as error:
-        why = error.strerror or type(error).__name__
+        why = error.strerror or str(error) or type(error).__name__
         return f"rows.c cannot be compiled and loaded here ({why})"
 
 

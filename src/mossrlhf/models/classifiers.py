@@ -70,7 +70,7 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
     if (released := _released(path)) is not None:
-        return _from_released(released, **kwargs)
+        return _from_released(released, **{k: v for k, v in kwargs.items() if k not in OF_THE_HUB})
     architecture: Any = AutoModelForSequenceClassification
     if not kwargs.get("trust_remote_code"):  # then the checkpoint may bring a class of its own
         place = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
@@ -97,20 +97,20 @@ def _released(path: str | Path) -> Shards | None:
     return shards if RELEASED_HEAD in shards else None
 
 
-def _from_released(shards: Shards, **kwargs: Any) -> PreTrainedModel:
+def _from_released(shards: Shards, num_labels: int, **kwargs: Any) -> PreTrainedModel:
     """Make a classifier of weights in C's layout: its head renamed, the output head left out.
 
     Older transformers kept the frequencies that rotate positions; newer ones make them.
     """
     config = AutoConfig.from_pretrained(str(shards.folder))
-    config.num_labels = kwargs["num_labels"]
+    config.num_labels = num_labels
     state = {}
     for key in shards:
         if not key.startswith("lm_head.") and not key.endswith("rotary_emb.inv_freq"):
             state["score.weight" if key == RELEASED_HEAD else key] = shards[key]
     model, info = classifier_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype=kwargs["dtype"], output_loading_info=True,
-        ignore_mismatched_sizes=True,
+        None, config=config, state_dict=state, output_loading_info=True,
+        ignore_mismatched_sizes=True, **kwargs,
     )  # fmt: skip
     odd = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if odd:

@@ -1,6 +1,6 @@
 """Pairs in training: a batch of them, the model that scores it, the loss of the scores."""
 
-import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,14 +75,22 @@ class PairRows:
         column = getattr(self, argument)
         if column is None:
             return torch.full((len(records),), default)
-        found = [record.get(column, default if self.optional else None) for record in records]
-        if None in found or (not self.optional and any(math.isnan(x) for x in found)):
-            record = records[0]
-            raise ValueError(
-                f"{argument}: a record has no {column!r}, only {sorted(record)}; give every "
-                "record its number (0 asks for nothing)"
-            )
-        return torch.tensor([float(x) for x in found])
+        found = []
+        for record in records:
+            value: Any = record.get(column)
+            absent = value is None or value != value
+            if absent and not self.optional:
+                raise ValueError(
+                    f"{argument}: a record has no {column!r} (or None, or NaN), only "
+                    f"{sorted(record)}; give every record its number (0 asks for nothing)"
+                )
+            if not absent and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise ValueError(
+                    f"{argument}: a record's {column!r} is {value!r}, a "
+                    f"{type(value).__name__}, expected a number"
+                )
+            found.append(default if absent else float(value))
+        return torch.tensor(found)
 
 
 class PairScores(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,10 +76,22 @@ def read(model: PairModel, folder: Path) -> None:
         saved = RewardModel.from_pretrained(folder)
         model.reward_model.load_state_dict(saved.state_dict())
         moments = vars(saved.config)
-    for name in SCORE_MOMENTS:
-        setattr(model.config, name, moments.get(name))
+    set_moments(model.config, moments)
     if model.lm_head is not None:
         model.lm_head.load_state_dict(load_file(folder / LM_HEAD))
+
+
+def set_moments(config: Any, moments: Mapping[str, Any]) -> None:
+    """Note mean and standard deviation of the scores in a model's configuration.
+
+    Args:
+        config: of the model.
+        moments: by name, beside whatever else; None what is not known.
+
+    Source: ours.
+    """
+    for name in SCORE_MOMENTS:
+        setattr(config, name, moments.get(name))
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

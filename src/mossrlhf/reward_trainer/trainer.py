@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mossrlhf.data import PairCollator, TokenBatches
 from mossrlhf.models import SCORE_MOMENTS, RewardModel
@@ -123,6 +124,11 @@ class RewardTrainer(PairLoader):
             callbacks=list(callbacks),
             optimizers=optimizers,
         )
+        if peft_config is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "peft_config: adapters are merged where their weights are whole, and FSDP and "
+                "DeepSpeed's stage 3 split them; use DDP or stage 2, or train without adapters"
+            )
 
     @property
     def reward_model(self) -> RewardModel:
@@ -234,12 +240,17 @@ class RewardTrainer(PairLoader):
         rows = output.predictions
         rows = np.concatenate(rows) if isinstance(rows, list) else rows
         metrics = self.pair_metrics(PairScores(*torch.tensor(rows).double().unbind(1)))
-        if metric_key_prefix.startswith("eval"):
-            for name in SCORE_MOMENTS:
-                setattr(self.reward_model.config, name, metrics[name])
+        if metric_key_prefix == self._first_evaluation:
+            storage.set_moments(self.reward_model.config, metrics)
         for name, value in metrics.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output._replace(predictions=rows[:, :2])
+
+    @property
+    def _first_evaluation(self) -> str:
+        """What the metrics of the set begin with whose moments the configuration keeps."""
+        several = isinstance(self.eval_dataset, Mapping) and len(self.eval_dataset) > 0
+        return f"eval_{next(iter(self.eval_dataset))}" if several else "eval"
 
     def pair_metrics(self, scores: PairScores) -> dict[str, float]:
         """Return what `evaluate` reports, by name; override it to report more.
@@ -319,6 +330,11 @@ class RewardTrainer(PairLoader):
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
+            prefix, best = f"{self._first_evaluation}_", self.state.best_global_step
+            for entry in self.state.log_history:  # weights alone were loaded
+                if entry["step"] == best and f"{prefix}{SCORE_MOMENTS[0]}" in entry:
+                    found = {name: entry[f"{prefix}{name}"] for name in SCORE_MOMENTS}
+                    storage.set_moments(self.reward_model.config, found)
         else:
             best = Path(self.state.best_model_checkpoint)
             storage.read(self.accelerator.unwrap_model(self.model), best)

@@ -273,7 +273,12 @@ def _notes(diff: Shards, model_type: str) -> dict[str, Any]:
         notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = notes["format"], notes["model_type"]
         complete = set(diff) == set(notes["dtypes"])
-    except (KeyError, TypeError, ValueError) as error:
+        for name, value in notes["dtypes"].items():
+            if not isinstance(getattr(torch, value, None), torch.dtype):
+                raise ValueError(f"the type of {name!r} is {value!r}")
+        if not isinstance(notes["digest"], str) or not set(notes["whole"]) <= set(diff):
+            raise ValueError("its digest is no text, or its list of whole tensors has others")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DiffError(f"{path}: damaged ({error!r})") from error
     if known != (FORMAT, model_type):
         raise DiffError(f"{path}: says {known}, expected {(FORMAT, model_type)}")
@@ -309,7 +314,9 @@ def _made(target: Path, *sources: Shards, size: int) -> Iterator[tuple[Path, Sha
         writer.close()
         for path in sources[-1].others():
             if path.name != NOTES:
-                shutil.copyfile(path, aside / path.name)
+                copy = aside / path.relative_to(sources[-1].folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
         aside.rename(target)
     except SafetensorError as error:
         raise OSError(f"{target}: could not be written ({error})") from error
