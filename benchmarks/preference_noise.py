@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from part_two import Method, Record, Records, between, columns, spread, treated
 from torch import Tensor
 
 from mossrlhf import (
@@ -37,9 +38,6 @@ from mossrlhf.data import PairCollator
 from mossrlhf.judging import pair_margins
 from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.recipes.stages import fine_tune, training_arguments
-
-Record = dict[str, Any]
-Method = Callable[[Sequence[Mapping[str, Any]]], list[Record]]
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "preference_noise.json"
@@ -88,9 +86,8 @@ class Study:
         self.noisy = with_noise(self.clean, NOISE, seed)
         self.held_out = truly_ordered(world.pairs(HELD_OUT, split="eval", seed=seed))
 
-    def train(self, records: Sequence[Mapping[str, Any]], seed: int) -> RewardModel:
+    def train(self, records: Records, seed: int) -> RewardModel:
         """Train a reward model with whatever columns the records have."""
-        known = {name for name in ("margin", "label_smoothing") if name in records[0]}
         trainer = RewardTrainer(
             RewardModel.from_language_model(self.policy),
             training_arguments(
@@ -104,8 +101,7 @@ class Study:
             processing_class=self.tokenizer,
             train_dataset=list(records),
             data_collator=PairCollator(self.tokenizer),
-            margin_column="margin" if "margin" in known else None,
-            smoothing_column="label_smoothing" if "label_smoothing" in known else None,
+            **columns(records),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -130,17 +126,14 @@ class Study:
             "clean": self.accuracy(self.train(self.clean, self.seed)),
         }
         for name, methods in arms.items():
-            records: Sequence[Mapping[str, Any]] = annotated
-            for method in methods:
-                records = method(records)
-            found[name] = self.accuracy(self.train(records, self.seed))
+            found[name] = self.accuracy(self.train(treated(annotated, methods), self.seed))
             print(f"  {name:24} {found[name]:.3f}", flush=True)
         return found
 
 
 def truly_ordered(pairs: Sequence[Record]) -> list[Record]:
     """Put pairs in the order of the true preference; leave ties out."""
-    kept = [pair for pair in pairs if pair["true_margin"]]
+    kept = [pair for pair in pairs if abs(pair["true_margin"]) > 1e-9]  # ties are sums, rounded
     return [pair if pair["true_margin"] > 0 else turned(pair) for pair in kept]
 
 
@@ -156,7 +149,7 @@ def with_noise(pairs: Sequence[Record], share: float, seed: int) -> list[Record]
     return [(turned(p) if i in wrong else p) | {"wrong": i in wrong} for i, p in enumerate(pairs)]
 
 
-def describe(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def describe(records: Records) -> dict[str, float]:
     """Say how many labels were flipped, and how many of those were wrong."""
     flipped = [record for record in records if record["flipped"]]
     right = sum(record["wrong"] for record in flipped)
@@ -242,14 +235,7 @@ def with_table(page: str, figures: Mapping[str, Any]) -> str:
         f"{mean(f['recall'] for f in flipped):.0%} of the wrong ones were found.",
         "",
     ]
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return "".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after])
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Lay out the values of all seeds."""
-    return ", ".join(format(value, form) for value in values)
+    return between(page, MARKS, lines)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def script(root, monkeypatch) -> Callable[[str], ModuleType]:
         spec = importlib.util.spec_from_file_location(Path(path).stem, root / path)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look names up
+        monkeypatch.syspath_prepend((root / path).parent)  # as Python does for a script
         spec.loader.exec_module(module)
         return module
 

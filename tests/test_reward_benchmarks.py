@@ -73,3 +73,27 @@ def test_padding_is_what_is_not_a_token(load):
     assert one == {"padding": pytest.approx(1 - 26 / (16 + 16)), "batches": 2}
     two = benchmark.measured_padding(rows, records, [[0, 1], [2]], 2)
     assert two["padding"] == pytest.approx(1 - 26 / (2 * 2 + 2 * 4 + 16))
+
+
+def test_the_table_of_methods_on_real_pairs_by_hand(load):
+    study = load("hh_part_two")
+    seeds = {str(i): dict.fromkeys(study.ARMS, 0.6 + 0.01 * i) | {"agrees": 0.7} for i in range(3)}
+    for i, gain in enumerate((0.01, 0.02, 0.03)):
+        seeds[str(i)]["adaptive margin"] += gain
+    settings = {"pairs": 10, "held_out": 600, "models": 4, "folds": 2}
+    page = "before\n" + "stale\n".join(study.MARKS) + "after\n"
+    new = study.with_table(page, {"seeds": seeds, "settings": settings})
+    assert "| none | 0.610 (0.600, 0.610, 0.620) |  |" in new
+    assert "| adaptive margin | 0.630 (0.610, 0.630, 0.650) | +0.020 ± 0.006 |" in new
+    assert "make for one of 0.020." in new
+    assert "agree with 70% of their labels" in new
+    assert "stale" not in new
+
+
+def test_methods_follow_each_other_and_columns_are_found(load):
+    shared = load("part_two")
+    add = lambda n: lambda records: [{**r, "margin": r.get("margin", 0) + n} for r in records]  # noqa: E731
+    records = shared.treated([{"prompt": ""}], (add(1), add(2)))
+    assert records == [{"prompt": "", "margin": 3}]
+    assert shared.columns(records) == {"margin_column": "margin"}
+    assert shared.columns([{"label_smoothing": 0.1}]) == {"smoothing_column": "label_smoothing"}

@@ -119,6 +119,13 @@ def test_configurations_of_other_families_add_nothing(tmp_path):
         assert check_sums.missing_frequencies([], tmp_path) == 0.0
 
 
+@pytest.mark.parametrize("config", ["{}", '{"hidden_size": 16}', "{", '{"head_dim": null}'])
+def test_frequencies_without_heads_are_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config.json: (expected head_dim|no JSON)"):
+        check_sums.frequencies(tmp_path)
+
+
 def test_frequencies_are_those_of_seven_billions(tmp_path):
     config = dict(hidden_size=4096, num_attention_heads=32, num_hidden_layers=32)
     (tmp_path / "config.json").write_text(json.dumps(config))

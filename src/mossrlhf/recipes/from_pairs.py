@@ -136,7 +136,11 @@ def train_policy(
 
 
 def train_judge(
-    corpus: Corpus, policy: LlamaForCausalLM, config: ScratchConfig
+    corpus: Corpus,
+    policy: LlamaForCausalLM,
+    config: ScratchConfig,
+    pairs: list[Record] | None = None,
+    **trainer_options: Any,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train the reward model, from the SFT model's backbone.
 
@@ -144,6 +148,8 @@ def train_judge(
         corpus: its training pairs are learned from, the held-out ones measured on.
         policy: the SFT model, which is copied.
         config: epochs and learning rate.
+        pairs: to learn from in place of all of the training pairs.
+        trainer_options: of `RewardTrainer`: its loss, columns of margins and α.
 
     Returns:
         the reward model; its ``accuracy`` on the held-out pairs and the binomial
@@ -155,10 +161,11 @@ def train_judge(
     model, metrics = train_reward_model(
         policy,
         corpus.tokenizer,
-        _alike(corpus.train, collate),
+        _alike(corpus.train if pairs is None else pairs, collate),
         _alike(corpus.held_out, collate),
         Path(config.output_dir) / "reward",
         max_length=config.pair_length,
+        trainer_options=trainer_options,
         **_options(config.reward, config.seed),
     )
     accuracy = metrics["accuracy"]

@@ -78,6 +78,7 @@ def train_reward_model(
     held_out: Records,
     folder: Path,
     max_length: int | None = None,
+    trainer_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train a reward model on preference pairs, from a language model's backbone.
@@ -89,6 +90,7 @@ def train_reward_model(
         held_out: more of them, to be reported on.
         folder: of the logs.
         max_length: tokens of prompt and response.
+        trainer_options: of `RewardTrainer`: its loss, columns of margins and α.
         options: of `training_arguments`.
 
     Returns:
@@ -107,6 +109,7 @@ def train_reward_model(
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=PairCollator(tokenizer, max_length=max_length),
+        **(trainer_options or {}),
     )
     trainer.remove_callback(_printer())
     trainer.train()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,17 @@ def frequencies(folder: Path) -> Tensor:
     Args:
         folder: with the configuration that says d.
 
+    Raises:
+        ValueError: where it does not.
+
     Source: RoFormer (arXiv 2104.09864) eq. 15.
     """
     config = _config(folder)
+    if not _has_heads(config):
+        raise ValueError(
+            f"{folder / 'config.json'}: expected head_dim, or hidden_size and num_attention_heads, "
+            "as layers here keep no rotary frequencies"
+        )
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return 1.0 / THETA ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
@@ -54,14 +63,21 @@ def missing_frequencies(keys: Iterable[str], folder: Path) -> float:
     Source: ours; about 238.7 in all at 7B.
     """
     config = _config(folder)
-    heads = "head_dim" in config or {"hidden_size", "num_attention_heads"} <= config.keys()
-    if not heads or "num_hidden_layers" not in config:
+    if not _has_heads(config) or "num_hidden_layers" not in config:
         return 0.0  # no Llama: no sum of it was published
     kept = sum(key.endswith(FREQUENCIES) for key in keys)
     return float(config["num_hidden_layers"] - kept) * sum_of(frequencies(folder))
 
 
-def _config(folder: Path) -> dict[str, int]:
+def _has_heads(config: dict[str, Any]) -> bool:
+    sizes = (config.get("hidden_size"), config.get("num_attention_heads"))
+    return bool(config.get("head_dim")) or all(sizes)
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    found: dict[str, int] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
     return found
