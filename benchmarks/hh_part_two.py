@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 import transformers
 from part_two import Method, Records, between, columns, spread, treated, with_error
 
@@ -50,7 +51,9 @@ def run(corpus: Corpus, config: ScratchConfig) -> dict[str, Any]:
     policy, _ = train_policy(corpus, config)
 
     def member(records: list[dict[str, Any]], seed: int) -> Any:
-        return train_judge(corpus, policy, replace(config, seed=seed), records)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return train_judge(corpus, policy, replace(config, seed=seed), records)[0]
 
     collator = PairCollator(corpus.tokenizer, max_length=config.pair_length)
     strength = PreferenceStrength.measure(
@@ -64,7 +67,8 @@ def run(corpus: Corpus, config: ScratchConfig) -> dict[str, Any]:
         options: dict[str, Any] = dict(columns(records))
         if name == "one α for all":
             options["loss"] = RankingLoss(label_smoothing=ONE_ALPHA)
-        _, judged = train_judge(corpus, policy, config, list(map(dict, records)), **options)
+        with torch.random.fork_rng(devices=[]):  # each begins as that of `hh_accuracy.py` does
+            _, judged = train_judge(corpus, policy, config, list(map(dict, records)), **options)
         found[name] = judged["accuracy"]
         print(f"  {name:28} {found[name]:.3f}", flush=True)
     return found
