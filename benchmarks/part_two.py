@@ -23,9 +23,9 @@ def columns(records: Records) -> dict[str, str]:
 
 
 def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:
-    """Put lines into a page, between two marks that it has once each."""
+    """Put lines into a page, between a mark that it has once and the next end."""
     before, rest = page.split(marks[0])
-    _, after = rest.split(marks[1])
+    _, after = rest.split(marks[1], 1)
     return "".join([before, marks[0], "\n".join(lines), "\n", marks[1], after])
 
 

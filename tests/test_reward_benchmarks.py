@@ -81,8 +81,10 @@ def test_the_table_of_methods_on_real_pairs_by_hand(load):
     for i, gain in enumerate((0.01, 0.02, 0.03)):
         seeds[str(i)]["adaptive margin"] += gain
     settings = {"pairs": 10, "held_out": 600, "models": 4, "folds": 2}
-    page = "before\n" + "stale\n".join(study.MARKS) + "after\n"
+    page = "before\n" + "stale\n".join(study.MARKS) + f"after\n{study.MARKS[1]}"
     new = study.with_table(page, {"seeds": seeds, "settings": settings})
+    assert new.startswith("before\n")
+    assert new.endswith(f"after\n{study.MARKS[1]}")
     assert "| none | 0.610 (0.600, 0.610, 0.620) |  |" in new
     assert "| adaptive margin | 0.630 (0.610, 0.630, 0.650) | +0.020 ± 0.006 |" in new
     assert "make for one of 0.020." in new
