@@ -44,7 +44,10 @@ FIGURES = ROOT / "benchmarks" / "results" / "preference_noise.json"
 PAGE = ROOT / "docs" / "reward_modeling.md"
 MARKS = ("<!-- written by: benchmarks/preference_noise.py table -->\n", "<!-- end -->\n")
 
-PAIRS, HELD_OUT, NOISE = 6000, 1000, 0.3
+PAIRS, HELD_OUT, NOISE = 4000, 1000, 0.3
+CLEAR = 2.0
+"""By how much the true qualities of a pair's responses differ at least, on a scale of -4 to 4."""
+
 MODELS, FOLDS = 10, 2
 JUDGED = {"learning_rate": 1e-3, "num_train_epochs": 4}
 """How the models that are compared learn: what serves best where labels have no noise."""
@@ -88,9 +91,10 @@ class Study:
             per_device_train_batch_size=32,
             seed=seed,
         )
-        self.clean = truly_ordered(world.pairs(PAIRS, seed=seed))
+        self.clean = truly_ordered(world.pairs(3 * PAIRS, seed=seed))[:PAIRS]
         self.noisy = with_noise(self.clean, NOISE, seed)
-        self.held_out = truly_ordered(world.pairs(HELD_OUT, split="eval", seed=seed))
+        held_out = truly_ordered(world.pairs(3 * HELD_OUT, split="eval", seed=seed))
+        self.held_out = held_out[:HELD_OUT]
 
     def member(self, records: Records, seed: int) -> RewardModel:
         """Train one of the ensemble."""
@@ -141,8 +145,8 @@ class Study:
 
 
 def truly_ordered(pairs: Sequence[Record]) -> list[Record]:
-    """Put pairs in the order of the true preference; leave ties out."""
-    kept = [pair for pair in pairs if abs(pair["true_margin"]) > 1e-9]  # ties are sums, rounded
+    """Put pairs in the order of the true preference; leave out those that are not `CLEAR`."""
+    kept = [pair for pair in pairs if abs(pair["true_margin"]) >= CLEAR]
     return [pair if pair["true_margin"] > 0 else turned(pair) for pair in kept]
 
 

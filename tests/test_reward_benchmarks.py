@@ -33,10 +33,10 @@ def test_auc_is_the_share_of_pairs_in_order(load):
 def test_noise_turns_as_many_pairs_as_it_says(load):
     study = load("preference_noise")
     pairs = [
-        {"chosen": f"good {i}", "rejected": f"bad {i}", "true_margin": 1.0 - 2 * (i % 2)}
+        {"chosen": f"good {i}", "rejected": f"bad {i}", "true_margin": 3.0 - 6 * (i % 2)}
         for i in range(20)
     ]
-    clean = study.truly_ordered([*pairs, {**pairs[0], "true_margin": 0.0}])
+    clean = study.truly_ordered([*pairs, {**pairs[0], "true_margin": -1.9}])
     assert len(clean) == 20
     assert all(pair["true_margin"] > 0 for pair in clean)
     noisy = study.with_noise(clean, 0.3, seed=1)
