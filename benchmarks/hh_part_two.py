@@ -10,7 +10,6 @@ are P2's, or those that the toy world chose, and none was tried here before::
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
@@ -20,11 +19,10 @@ from typing import Any
 
 import torch
 import transformers
-from part_two import Method, Records, between, columns, spread, treated, with_error
+from part_two import Method, Records, between, columns, run_seeds, spread, treated, with_error
 
 from mossrlhf import AdaptiveMargin, FlipLabels, PreferenceStrength, RankingLoss, SmoothLabels
 from mossrlhf.data import PairCollator
-from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.recipes.corpus import Corpus
 from mossrlhf.recipes.from_pairs import ScratchConfig, read_corpus, train_judge, train_policy
 
@@ -90,22 +88,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.file is None:
         parser.error("run needs a file of preference pairs")
     transformers.utils.logging.disable_progress_bar()
-    seeds: dict[str, Any] = {}
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        begun = time.perf_counter()
+    corpus = read_corpus(ScratchConfig(file=args.file))
+    settings = {
+        "pairs": len(corpus.train), "held_out": len(corpus.held_out), "models": MODELS,
+        "folds": FOLDS, "one_alpha": ONE_ALPHA,
+        "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
+    }  # fmt: skip
+
+    def work(seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            config = ScratchConfig(file=args.file, seed=seed, output_dir=folder)
-            corpus = read_corpus(config)
-            found = run(corpus, config)
-        seeds[str(seed)] = {**found, "seconds": round(time.perf_counter() - begun)}
-        settings = {
-            "pairs": len(corpus.train), "held_out": len(corpus.held_out), "models": MODELS,
-            "folds": FOLDS, "one_alpha": ONE_ALPHA,
-            "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
-        }  # fmt: skip
-        figures = {"settings": settings, "versions": versions(), "seeds": seeds}
-        kept.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            return run(corpus, ScratchConfig(file=args.file, seed=seed, output_dir=folder))
+
+    run_seeds(args.seeds, kept, settings, work)
 
 
 def with_table(page: str, figures: Mapping[str, Any]) -> str:

@@ -1,8 +1,13 @@
 """What the studies of Part II share: methods by name, columns, tables in pages."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from mossrlhf.recipes.bookkeeping import versions
 
 Record = dict[str, Any]
 Records = Sequence[Mapping[str, Any]]
@@ -20,6 +25,35 @@ def columns(records: Records) -> dict[str, str]:
     """Return the options of `RewardTrainer` for the columns that methods have written."""
     known = {"margin_column": "margin", "smoothing_column": "label_smoothing"}
     return {option: name for option, name in known.items() if name in records[0]}
+
+
+def run_seeds(
+    seeds: Iterable[int],
+    path: Path,
+    settings: Mapping[str, Any],
+    work: Callable[[int], dict[str, Any]],
+) -> None:
+    """Run seeds, keeping the figures of each; those kept with the same settings are not run again.
+
+    Args:
+        seeds: to run.
+        path: of the JSON.
+        settings: that the figures depend on.
+        work: from a seed to its figures.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    done = kept["seeds"] if kept.get("settings") == settings else {}
+    for seed in seeds:
+        if str(seed) in done:
+            print(f"seed {seed} is kept in {path.name}")
+            continue
+        print(f"seed {seed}", flush=True)
+        begun = time.perf_counter()
+        found = work(seed)
+        done[str(seed)] = {**found, "seconds": round(time.perf_counter() - begun)}
+        done = dict(sorted(done.items(), key=lambda item: int(item[0])))
+        figures = {"settings": settings, "versions": versions(), "seeds": done}
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def between(page: str, marks: tuple[str, str], lines: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ The settings of the methods were chosen on seed 10, which is not among those rep
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from part_two import Method, Record, Records, between, columns, spread, treated
+from part_two import Method, Record, Records, between, columns, run_seeds, spread, treated
 from torch import Tensor
 
 from mossrlhf import (
@@ -36,7 +35,6 @@ from mossrlhf import (
 )
 from mossrlhf.data import PairCollator
 from mossrlhf.judging import pair_margins
-from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.recipes.stages import fine_tune, training_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +123,7 @@ class Study:
         margins = pair_margins(model, self.held_out, PairCollator(self.tokenizer), 128)
         return ((margins > 0).double() + 0.5 * (margins == 0)).mean().item()
 
-    def run(self, arms: Mapping[str, tuple[Method, ...]]) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Measure the strengths, then train and ask each arm."""
         strength = PreferenceStrength.measure(
             self.member, self.noisy, PairCollator(self.tokenizer), models=MODELS, folds=FOLDS,
@@ -138,7 +136,7 @@ class Study:
             "flipped": describe(FLIP(annotated)),
             "clean": self.accuracy(self.train(self.clean, self.seed)),
         }
-        for name, methods in arms.items():
+        for name, methods in ARMS.items():
             found[name] = self.accuracy(self.train(treated(annotated, methods), self.seed))
             print(f"  {name:24} {found[name]:.3f}", flush=True)
         return found
@@ -187,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--json", default=str(FIGURES))
     args = parser.parse_args(argv)
     if args.command == "table":
@@ -195,24 +192,19 @@ def main(argv: list[str] | None = None) -> None:
         PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), figures), encoding="utf-8")
         return
     transformers.utils.logging.disable_progress_bar()
-    seeds: dict[str, Any] = {}
-    for seed in args.seeds:
-        print(f"seed {seed}")
-        begun = time.perf_counter()
+    settings = {
+        "pairs": PAIRS, "held_out": HELD_OUT, "clear": CLEAR, "noise": NOISE, "models": MODELS,
+        "folds": FOLDS, "judged": JUDGED, "member": MEMBER,
+        "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
+    }  # fmt: skip
+
+    def work(seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            study = Study(seed, Path(folder))
-            found = study.run({name: ARMS[name] for name in args.arms})
-        seeds[str(seed)] = {**found, "seconds": round(time.perf_counter() - begun)}
+            found = Study(seed, Path(folder)).run()
         print(f"  clean {found['clean']:.3f}, AUC {found['auc']:.3f}, {found['flipped']}")
-        figures = {
-            "settings": {
-                "pairs": PAIRS, "held_out": HELD_OUT, "noise": NOISE, "models": MODELS,
-                "folds": FOLDS, "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
-            },
-            "versions": versions(),
-            "seeds": seeds,
-        }  # fmt: skip
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        return found
+
+    run_seeds(args.seeds, Path(args.json), settings, work)
 
 
 def with_table(page: str, figures: Mapping[str, Any]) -> str:

@@ -99,3 +99,14 @@ def test_methods_follow_each_other_and_columns_are_found(load):
     assert records == [{"prompt": "", "margin": 3}]
     assert shared.columns(records) == {"margin_column": "margin"}
     assert shared.columns([{"label_smoothing": 0.1}]) == {"smoothing_column": "label_smoothing"}
+
+
+def test_seeds_that_are_kept_are_not_run_again(load, tmp_path, capsys):
+    run_seeds, path = load("part_two").run_seeds, tmp_path / "figures.json"
+    run_seeds([1], path, {"pairs": 3}, lambda seed: {"seed": seed})
+    run_seeds([1, 0], path, {"pairs": 3}, lambda seed: {"seed": 10 + seed})
+    kept = json.loads(path.read_text())
+    assert [(name, found["seed"]) for name, found in kept["seeds"].items()] == [("0", 10), ("1", 1)]
+    assert "seed 1 is kept in figures.json" in capsys.readouterr().out
+    run_seeds([0], path, {"pairs": 4}, lambda seed: {"seed": 20})
+    assert list(json.loads(path.read_text())["seeds"]) == ["0"]
