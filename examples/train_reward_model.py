@@ -123,10 +123,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     methods = chosen_methods(part_two)
     model, tokenizer, pairs, training = load(inputs, training)
+    if not 0 < inputs.held_out < len(pairs):
+        sys.exit(
+            f"--held_out: got {inputs.held_out} of {len(pairs)} pairs, expected some of them, and "
+            "fewer than there are"
+        )
     held_out = pairs[len(pairs) - inputs.held_out :]
     records: Sequence[Mapping[str, Any]] = pairs[: len(pairs) - inputs.held_out]
-    if not records:
-        sys.exit(f"--dataset: {len(pairs)} pairs, of which --held_out {inputs.held_out}")
     if part_two.ensemble is not None:
         records = with_strength(model, tokenizer, records, inputs, training, part_two)
     for method in methods:

@@ -74,6 +74,7 @@ def test_what_makes_no_sense_is_refused(example, given, message):
         example.main(given)
 
 
-def test_more_held_out_than_there_are_is_refused(example, words):
-    with pytest.raises(SystemExit, match="24 pairs, of which --held_out 24"):
-        example.main([*words, "--held_out=24"])
+@pytest.mark.parametrize("count", [-5, 0, 24, 30])
+def test_more_held_out_than_there_are_or_none_is_refused(example, words, count):
+    with pytest.raises(SystemExit, match=f"--held_out: got {count} of 24 pairs"):
+        example.main([*words, f"--held_out={count}"])

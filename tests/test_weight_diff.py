@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mossrlhf.shards import ShardError, Shards, ShardWriter
-from mossrlhf.weight_diff import CHECK_SUMS, DiffError, check_sums, make_diff, making, recover
+from mossrlhf.weight_diff import (
+    CHECK_SUMS,
+    DiffError,
+    check_sums,
+    fit,
+    make_diff,
+    making,
+    recover,
+)
 from mossrlhf.weight_diff.__main__ import main
 
 KINDS = {"reward": torch.ones(1, 16), "sft": None, "policy": None}
@@ -182,7 +190,70 @@ def test_raw_weights_of_another_shape(made):
 def test_raw_weights_with_more_tokens(made):
     shutil.rmtree(made / "raw")
     released.write(made / "raw", released.llama(vocab_size=41))
-    refused(made, DiffError, r"embed_tokens.*\(41, 16\) in .*raw.*not taken away", again(made))
+    refused(
+        made, DiffError, r"(lm_head|embed_tokens).*\(41, 16\) in .*raw.*not taken away", again(made)
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+)
+def test_tensors_outside_of_layers_of_another_shape(made, key):
+    changed(made / "raw", lambda state: {**state, key: torch.zeros(7)})
+    refused(made, DiffError, rf"'{key}' has the shape \(7,\) in .*raw", again(made))
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.", "lm_head.weight", "model.norm.weight"])
+def test_a_diff_that_lacks_what_raw_weights_have(made, lost):
+    (made / "diff" / "weight_diff.json").unlink()
+    changed(made / "diff", lambda s: {k: v for k, v in s.items() if not k.startswith(lost)})
+    refused(made, DiffError, f"diff: it has no '{lost}", again(made))
+
+
+def test_our_own_reward_models_are_published_as_such(tmp_path):
+    """Transformers' classifiers call the head `score`, and have no output head."""
+    raw, tuned, _ = folders(tmp_path)
+
+    def own(state):
+        rest = {key: value for key, value in state.items() if key != "lm_head.weight"}
+        return {**rest, "score.weight": torch.ones(1, 16)}
+
+    changed(tuned, own)
+    make_diff(raw, tuned, tmp_path / "diff", "reward", progress=False)
+    again(tmp_path, "reward")()
+    found, expected = tensors(tmp_path / "out"), tensors(tuned)
+    assert alike(found, expected)
+    with pytest.raises(DiffError, match=r"it has a 'score.weight', so it is a reward model"):
+        make_diff(raw, tuned, tmp_path / "other", "sft", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_configuration_says_the_type_that_is_written(made, dtype):
+    (made / "diff" / "weight_diff.json").unlink()
+    path = made / "diff" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "dtype": "float16", "torch_dtype": "float16"}))
+    again(made, dtype=dtype)()
+    said = json.loads((made / "out" / "config.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    assert (said["dtype"], said["torch_dtype"]) == (name, name)
+    assert {value.dtype for value in tensors(made / "out").values()} == {dtype}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:TypedStorage")
+@pytest.mark.parametrize("kind", ["quantized", "meta"])
+def test_tensors_without_numbers_in_pickles(tmp_path, kind):
+    released.write(tmp_path / "raw", released.llama())
+    released.write(tmp_path / "diff", released.llama(), pickled=True)
+    value = torch.randn(16)
+    if kind == "meta":
+        value = value.to("meta")
+    else:
+        value = torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+    path = tmp_path / "diff" / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "model.norm.weight": value}, path)
+    refused(tmp_path, ShardError, "'model.norm.weight' is a Tensor .*plain", again(tmp_path))
 
 
 def test_raw_weights_that_are_not_those(made):
@@ -218,7 +289,7 @@ def test_another_kind(made):
     changed(made / "diff", lambda state: {**state, "reward_head.weight": torch.ones(1, 16)})
     refused(made, DiffError, "a 'reward_head.weight'", again(made, "sft"))
     with pytest.raises(DiffError, match="model_type: got 'critic'"):
-        making._require_kind(Shards(made / "diff"), "critic")
+        fit.require_kind(Shards(made / "diff"), "critic")
 
 
 def test_notes_that_are_damaged_or_of_other_weights(made):
@@ -284,7 +355,7 @@ class Code:
     [
         ({"model.norm.weight": Code()}, "cannot be read .*more than plain tensors"),
         ([torch.ones(1)], "holds a list, expected tensors by name"),
-        ({"model.norm.weight": [1.0]}, "'model.norm.weight' is a list, expected a tensor"),
+        ({"model.norm.weight": [1.0]}, "'model.norm.weight' is a list .*expected a plain tensor"),
         ({"model.norm.weight": torch.ones(2).to_sparse()}, "'model.norm.weight' is a"),
     ],
 )

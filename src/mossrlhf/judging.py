@@ -1,5 +1,6 @@
 """What a reward model says of texts: of responses to prompts, and of pairs of them."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,12 +43,15 @@ def score_responses(
         ``[N]`` scores, float32, on the CPU.
 
     Raises:
-        ValueError: where prompts and responses are not as many, one pair is too long, or the
-            batch size is below 1.
+        ValueError: where prompts and responses are no lists or not as many, one pair is too
+            long, a score is not finite, or the batch size is below 1.
 
     Source: P1 §3.1.
     """
     check_range("score_responses", "batch_size", batch_size, 1)
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name}: got one text, expected a list of them: [{texts!r:.40}]")
     if len(prompts) != len(responses):
         raise ValueError(
             f"prompts, responses: got {len(prompts)} and {len(responses)}, expected one response "
@@ -90,7 +94,7 @@ def pair_margins(
         ``[N]`` float32, on the CPU.
 
     Raises:
-        ValueError: where the batch size is below 1.
+        ValueError: where a score is not finite, or the batch size is below 1.
 
     Source: P1 §3.1.
     """
@@ -104,12 +108,33 @@ def pair_margins(
     return torch.cat(found)
 
 
+def fingerprint(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what pairs are known by: their texts, in their order.
+
+    Args:
+        pairs: records of ``prompt``, ``chosen``, ``rejected``.
+
+    Source: ours.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(len(pairs)):
+        record = pairs[index]
+        digest.update(repr([record.get(k) for k in ("prompt", "chosen", "rejected")]).encode())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def _asked(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     device, modes = next(model.parameters()).device, [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return model(ids.to(device), mask.to(device)).float().cpu()
+        scores: Tensor = model(ids.to(device), mask.to(device)).float().cpu()
     finally:
         for module, training in modes:
             module.training = training
+    if broken := int((~scores.isfinite()).sum()):
+        raise ValueError(
+            f"model: {broken} of {len(scores)} scores are not finite; it has diverged in training "
+            "(a lower learning rate may help), or its weights are damaged"
+        )
+    return scores

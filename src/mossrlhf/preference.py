@@ -9,9 +9,9 @@ methods are functions from such records to records, each of them usable alone or
     RewardTrainer(..., margin_column="margin", smoothing_column="label_smoothing")
 """
 
-import hashlib
 import json
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mossrlhf.judging import Collate, pair_margins
+from mossrlhf.judging import Collate, fingerprint, pair_margins
 from mossrlhf.strict import check_range, strict
 
 Records = Sequence[Mapping[str, Any]]
@@ -117,6 +117,8 @@ class PreferenceStrength:
         """
         check_range("PreferenceStrength.measure", "models", models, 2)
         check_range("PreferenceStrength.measure", "folds", folds, 1)
+        if not len(pairs):
+            raise ValueError("pairs: got none, expected one at least")
         margins = torch.full((models, len(pairs)), torch.nan)
         for k, (learned, asked) in enumerate(_folds(len(pairs), models, folds, seed)):
             model = train([dict(pairs[i]) for i in learned.tolist()], seed + k)
@@ -165,7 +167,10 @@ class PreferenceStrength:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = [[math.nan if x is None else x for x in row] for row in content["margins"]]
-            return cls(torch.tensor(rows), str(content["fingerprint"]))
+            margins = torch.tensor(rows)
+            if margins.ndim != 2 or not len(margins):
+                raise ValueError(f"margins of the shape {tuple(margins.shape)}")
+            return cls(margins, str(content["fingerprint"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: expected what PreferenceStrength.save writes, got {error!r}"
@@ -299,24 +304,9 @@ class AdaptiveMargin:
         return [{**record, MARGIN: margin} for record, margin in known]
 
 
-def fingerprint(pairs: Records) -> str:
-    """Return what pairs are known by: their texts, in their order.
-
-    Args:
-        pairs: records of ``prompt``, ``chosen``, ``rejected``.
-
-    Source: ours.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for index in range(len(pairs)):
-        record = pairs[index]
-        digest.update(repr([record.get(k) for k in ("prompt", "chosen", "rejected")]).encode())
-    return digest.hexdigest()
-
-
 def _strengths(records: Records) -> list[float]:
     found = [record.get(STRENGTH) for record in records]
-    if any(not isinstance(x, int | float) or math.isnan(x) for x in found):
+    if any(not isinstance(x, numbers.Real) or math.isnan(x) for x in found):
         raise ValueError(
             f"records: not all have a number in {STRENGTH!r}; call "
             "PreferenceStrength.annotate(pairs) first"

@@ -69,8 +69,12 @@ class Shards:
             value = content.get_tensor(key) if path.suffix == ".safetensors" else content[key]
         except (KeyError, SafetensorError) as error:
             raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
-        if type(value) is not Tensor or value.layout is not torch.strided:
-            raise ShardError(f"{path}: {key!r} is a {type(value).__name__}, expected a tensor")
+        if not _is_plain(value):
+            kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else "none"
+            raise ShardError(
+                f"{path}: {key!r} is a {type(value).__name__} ({kind}), expected a plain tensor "
+                "with its numbers"
+            )
         return value
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -123,6 +127,12 @@ class Shards:
         if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
             raise ShardError(f"{index}: it names {name!r}, expected a file of weights beside it")
         return self.folder / name
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose memory holds its numbers."""
+    known = type(value) is Tensor and value.layout is torch.strided
+    return known and not value.is_quantized and not value.is_meta
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

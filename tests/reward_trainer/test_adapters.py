@@ -145,3 +145,17 @@ def test_dropout_is_off_where_it_is_said(tokenizer, arguments):
         trainer.model.train()
         losses = {trainer.compute_loss(trainer.model, batch).item() for _ in range(3)}
         assert (len(losses) == 1) is disabled
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lora_bias=True), "peft_config: these adapters cannot be merged"),
+        (dict(trainable_token_indices=[1]), "peft_config: got trainable_token_indices"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_training(tokenizer, arguments, options, message):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match=message):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, peft_config=config)

@@ -46,3 +46,9 @@ def test_what_does_not_fit_is_refused(tokenizer):
         score_responses(reward_model(), tokenizer, ["a"], ["b", "c"])
     with pytest.raises(ValueError, match=r"number 1 takes 4 tokens.*at most 3"):
         score_responses(reward_model(), tokenizer, ["a", "a b"], ["c", "c"], max_length=3)
+
+
+def test_a_text_in_place_of_a_list_is_refused(tokenizer):
+    for prompts, responses, name in (("hi", ["yo"], "prompts"), (["hi"], "yo", "responses")):
+        with pytest.raises(ValueError, match=f"{name}: got one text, expected a list"):
+            score_responses(reward_model(), tokenizer, prompts, responses)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from preferences import pairs
+from preferences import pairs, reward_model
 
 from mossrlhf import AdaptiveMargin, FlipLabels, PreferenceStrength, SmoothLabels
 from mossrlhf.data import PairCollator
-from mossrlhf.preference import fingerprint
+from mossrlhf.judging import fingerprint
 
 NAN = math.nan
 
@@ -185,3 +185,24 @@ def test_records_without_strength_are_refused(method, strength):
 def test_numbers_out_of_range_are_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
         method(**options)
+
+
+def test_models_that_have_diverged_are_no_opinion(tokenizer):
+    broken = reward_model()
+    torch.nn.init.constant_(broken.score.weight, float("nan"))
+    collator = PairCollator(tokenizer)
+    with pytest.raises(ValueError, match="6 of 6 scores are not finite"):
+        PreferenceStrength.of([broken, reward_model()], pairs(3), collator)
+    with pytest.raises(ValueError, match="pairs: got none"):
+        PreferenceStrength.measure(lambda *_: broken, [], collator)
+
+
+def test_strengths_may_be_numbers_of_numpy():
+    records = [{**pairs(1)[0], "strength": np.float32(-1.5)}]
+    assert FlipLabels()(records)[0]["strength"] == 1.5
+
+
+def test_a_file_without_margins_is_refused(tmp_path):
+    (tmp_path / "s.json").write_text('{"margins": [], "fingerprint": "x"}')
+    with pytest.raises(ValueError, match=r"s.json: expected what PreferenceStrength.save"):
+        PreferenceStrength.load(tmp_path / "s.json")

@@ -142,3 +142,27 @@ def test_the_best_model_has_its_own_moments_where_only_weights_are_loaded(
     trainer._load_best_model()
     config = trainer.reward_model.config
     assert (config.score_mean, config.score_std) == (2.0, 4.0)
+
+
+def test_the_curve_is_that_of_the_first_of_several_sets(tokenizer, arguments):
+    trainer = RewardTrainer(
+        reward_model(), arguments(eval_strategy="steps", eval_steps=1, num_train_epochs=1),
+        processing_class=tokenizer, train_dataset=pairs(4),
+        eval_dataset={"one": pairs(6), "two": pairs(3)},
+    )  # fmt: skip
+    trainer.train()
+    curve = trainer.report(pairs(3)).accuracy_by_step
+    logged = [e for e in trainer.state.log_history if "eval_one_accuracy" in e]
+    assert curve == [(e["step"], e["eval_one_accuracy"]) for e in logged]
+    assert curve
+
+
+def test_moments_of_an_untrained_model_are_forgotten(tokenizer, arguments):
+    trainer = RewardTrainer(
+        reward_model(), arguments(num_train_epochs=1), processing_class=tokenizer,
+        train_dataset=pairs(4), eval_dataset=pairs(3),
+    )  # fmt: skip
+    trainer.evaluate()
+    assert trainer.reward_model.config.score_mean is not None
+    trainer.train()
+    assert trainer.reward_model.config.score_mean is None

@@ -19,6 +19,7 @@ from transformers import (
 from mossrlhf.data import PairCollator, TokenBatches
 from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer
 from mossrlhf.reward_trainer.pairs import PairRows
+from mossrlhf.reward_trainer.parts import check_arguments
 
 
 def weights(trainer):
@@ -604,3 +605,35 @@ def test_a_score_that_is_not_finite_stops_the_step(tokenizer, arguments):
     with pytest.raises(FloatingPointError, match=r"2 pairs are not finite.*good"):
         trainer.train()
     assert torch.equal(model.score.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("train_dataset", "pairs.jsonl", r"train_dataset: .*load_pairs\('pairs.jsonl'\)"),
+        ("train_dataset", ["one"], "train_dataset: record 0 is of type str, expected a dict"),
+        ("train_dataset", {"train": pairs(2)}, "train_dataset: .*pick one of its parts"),
+        ("eval_dataset", {"one": "x.json"}, "eval_dataset: .*read the file"),
+    ],
+)
+def test_datasets_of_other_types_are_refused_by_name(
+    tokenizer, arguments, argument, value, message
+):
+    given = {"args": arguments(), argument: value}
+    with pytest.raises(TypeError, match=message):
+        RewardTrainer(reward_model(), processing_class=tokenizer, **given)
+
+
+@pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
+def test_datasets_without_records_are_refused(tokenizer, arguments, argument):
+    with pytest.raises(ValueError, match=f"{argument}: it is empty"):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{argument: []})
+
+
+def test_arguments_of_other_types_are_refused_by_name():
+    check_arguments(None, None, TokenBatches())
+    for place, (value, name) in enumerate([({}, "args"), ("ranking", "loss"), (4096, "batches")]):
+        given: list = [None, None, None]
+        given[place] = value
+        with pytest.raises(TypeError, match=f"{name}: got {value!r}, expected a "):
+            check_arguments(*given)

@@ -11,13 +11,16 @@ OF_OTHER_FORMATS = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """Names of roles that chat templates do not know, and theirs."""
 
 
-def require_records(dataset: Any, name: str, *, prompts: bool = True) -> None:
+def require_records(
+    dataset: Any, name: str, *, prompts: bool = True, reader: str = "load_prompts"
+) -> None:
     """Refuse what is no dataset of records, and prompts that no response can follow.
 
     Args:
         dataset: a sequence of dicts, a `datasets.Dataset`, a map-style dataset of torch.
         name: what the error calls it.
         prompts: whether its records are prompts, whose columns reach the rewards.
+        reader: of `mossrlhf.data`, for who gives the name of a file.
 
     Raises:
         TypeError: where it is something else; the error says what to make of it.
@@ -25,7 +28,7 @@ def require_records(dataset: Any, name: str, *, prompts: bool = True) -> None:
 
     Source: ours.
     """
-    if remedy := _remedy(dataset):
+    if remedy := _remedy(dataset, reader):
         raise TypeError(
             f"{name}: got {type(dataset).__name__}, expected a sequence of records (dicts); "
             f"{remedy}"
@@ -114,10 +117,10 @@ def _prompts(dataset: Any) -> Iterator[Mapping[str, Any]]:
         yield from (dataset[index] for index in range(len(dataset)))
 
 
-def _remedy(dataset: Any) -> str:
+def _remedy(dataset: Any, reader: str) -> str:
     """Say what to make of something that is no dataset of records; "" where it is one."""
     if isinstance(dataset, str | Path):
-        return f"read the file: mossrlhf.data.load_prompts({str(dataset)!r})"
+        return f"read the file: mossrlhf.data.{reader}({str(dataset)!r})"
     if isinstance(dataset, Mapping):
         return (
             f"pick one of its parts, of {list(dataset)[:5]}: dataset[{next(iter(dataset), '')!r}]"

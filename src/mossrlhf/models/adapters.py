@@ -27,7 +27,8 @@ def add_adapters(model: Any, peft_config: Any) -> None:
             is copied.
 
     Raises:
-        ValueError: where there are adapters already, or modules to be saved beside them.
+        ValueError: where there are adapters already, modules or tokens to be saved beside them,
+            or these cannot be merged.
 
     Source: LoRA (arXiv 2106.09685); put in by PEFT.
     """
@@ -38,6 +39,11 @@ def add_adapters(model: Any, peft_config: Any) -> None:
             "peft_config: the reward model has adapters inside already; train those on "
             "(peft_config=None), or save it, which merges them, and load it again"
         )
+    if getattr(peft_config, "trainable_token_indices", None):
+        raise ValueError(
+            f"peft_config: got trainable_token_indices={peft_config.trainable_token_indices}, "
+            "which are kept apart from adapters; leave them out"
+        )
     if getattr(peft_config, "modules_to_save", None):
         raise ValueError(
             f"peft_config: got modules_to_save={peft_config.modules_to_save}; the head is trained "
@@ -45,6 +51,14 @@ def add_adapters(model: Any, peft_config: Any) -> None:
         )
     model.backbone.requires_grad_(False)
     inject_adapter_in_model(copy.deepcopy(peft_config), model.backbone)
+    kinds = {type(layer): layer for layer in _adapted_layers(model).values()}
+    for layer in kinds.values():
+        try:
+            copy.deepcopy(layer).merge()
+        except Exception as error:  # whatever a kind of adapter raises: said before training
+            raise ValueError(
+                f"peft_config: these adapters cannot be merged, as saving does ({error})"
+            ) from error
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from mossrlhf.data import PairCollator, require_fitting_prompts
+from mossrlhf.data import PairCollator, TokenBatches, require_fitting_prompts, require_records
 from mossrlhf.models import RewardModel, add_adapters
 from mossrlhf.reward_trainer.pairs import PairRows, RankingLoss
 
@@ -83,6 +84,31 @@ def output_head(
     return None
 
 
+def check_arguments(args: Any, loss: Any, batches: Any) -> None:
+    """Refuse arguments of another type, and a smoothing that is not of pairs.
+
+    Args:
+        args: of transformers.
+        loss: what is minimized.
+        batches: by token count.
+
+    Raises:
+        TypeError: where one is neither None nor of its type.
+        ValueError: where `args` ask to smooth labels of tokens.
+
+    Source: ours.
+    """
+    expected = {"args": TrainingArguments, "loss": RankingLoss, "batches": TokenBatches}
+    for (name, kind), value in zip(expected.items(), (args, loss, batches), strict=True):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: got {value!r:.60}, expected a {kind.__name__}")
+    if args is not None and args.label_smoothing_factor:
+        raise ValueError(
+            f"args.label_smoothing_factor: got {args.label_smoothing_factor}, which is for "
+            "labels of tokens; use loss=RankingLoss(label_smoothing=)"
+        )
+
+
 def check_records(rows: PairRows, **datasets: Any) -> None:
     """Try the first record of each dataset, and its longest prompts: an error now, not later.
 
@@ -97,7 +123,11 @@ def check_records(rows: PairRows, **datasets: Any) -> None:
     """
     collator = rows.collator
     for name, dataset in datasets.items():
-        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        several = isinstance(dataset, Mapping) and name == "eval_dataset"
+        for part in dataset.values() if several else [dataset]:
+            if part is None or isinstance(part, IterableDataset):
+                continue
+            require_records(part, name, prompts=False, reader="load_pairs")
             if isinstance(part, Sized) and len(part):
                 record = part[0]  # type: ignore[index]
                 if isinstance(collator, PairCollator):

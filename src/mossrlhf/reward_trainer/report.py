@@ -66,6 +66,7 @@ class RewardReport:
         cls,
         scores: Float[Tensor, "P 2"],
         log_history: Sequence[Mapping[str, Any]] = (),
+        evaluation: str = "eval",
         bins: int = 10,
     ) -> "RewardReport":
         """Make a report of scores.
@@ -73,6 +74,7 @@ class RewardReport:
         Args:
             scores: ``[P, 2]`` of the preferred response and of the other.
             log_history: of the trainer (``trainer.state.log_history``).
+            evaluation: what the names of its metrics begin with, before ``_accuracy``.
             bins: of the calibration, at most; each has ten pairs at least, where there are ten.
 
         Raises:
@@ -101,9 +103,9 @@ class RewardReport:
             calibration_error=error,
             scores=[(chosen, rejected) for chosen, rejected in scores.tolist()],
             accuracy_by_step=[
-                (int(entry["step"]), float(entry["eval_accuracy"]))
+                (int(entry["step"]), float(entry[f"{evaluation}_accuracy"]))
                 for entry in log_history
-                if "eval_accuracy" in entry
+                if f"{evaluation}_accuracy" in entry
             ],
         )
 

@@ -24,7 +24,7 @@ from mossrlhf.reward_trainer.pairs import (
     count_tokens,
     totals,
 )
-from mossrlhf.reward_trainer.parts import check_records, load_model, output_head
+from mossrlhf.reward_trainer.parts import check_arguments, check_records, load_model, output_head
 from mossrlhf.reward_trainer.report import RewardReport
 from mossrlhf.roles import disable_dropout as without_dropout
 
@@ -97,14 +97,10 @@ class RewardTrainer(PairLoader):
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        check_arguments(args, loss, batches)
         self.loss = loss or RankingLoss()
         self._shares: dict[str, Tensor] = {}
         self._resumable_only = False
-        if args is not None and args.label_smoothing_factor:
-            raise ValueError(
-                f"args.label_smoothing_factor: got {args.label_smoothing_factor}, which is for "
-                "labels of tokens; use loss=RankingLoss(label_smoothing=)"
-            )
         collator = data_collator or PairCollator(processing_class)
         rows = PairRows(collator, margin_column, smoothing_column)
         check_records(rows, train_dataset=train_dataset)
@@ -134,6 +130,16 @@ class RewardTrainer(PairLoader):
     def reward_model(self) -> RewardModel:
         """The model in training."""
         return self.accelerator.unwrap_model(self.model).reward_model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; moments of the scores before that are forgotten.
+
+        Args:
+            args: as it takes them.
+            kwargs: likewise.
+        """
+        storage.set_moments(self.reward_model.config, {})
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Return the batches of an optimizer step, and what its loss is to be divided by.
@@ -285,7 +291,7 @@ class RewardTrainer(PairLoader):
                 "RewardTrainer(eval_dataset=pairs)"
             )
         scores = torch.tensor(self.predict(dataset).predictions)
-        return RewardReport.of(scores, self.state.log_history)
+        return RewardReport.of(scores, self.state.log_history, self._first_evaluation)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with the training loss its statistics since it was last logged.

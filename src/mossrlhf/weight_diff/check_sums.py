@@ -63,15 +63,16 @@ def missing_frequencies(keys: Iterable[str], folder: Path) -> float:
     Source: ours; about 238.7 in all at 7B.
     """
     config = _config(folder)
-    if not _has_heads(config) or "num_hidden_layers" not in config:
+    if not _has_heads(config) or not isinstance(config.get("num_hidden_layers"), int):
         return 0.0  # no Llama: no sum of it was published
     kept = sum(key.endswith(FREQUENCIES) for key in keys)
     return float(config["num_hidden_layers"] - kept) * sum_of(frequencies(folder))
 
 
 def _has_heads(config: dict[str, Any]) -> bool:
-    sizes = (config.get("hidden_size"), config.get("num_attention_heads"))
-    return bool(config.get("head_dim")) or all(sizes)
+    sizes = [config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")]
+    known = [isinstance(size, int) and size > 0 for size in sizes]
+    return known[0] or all(known[1:])
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -80,4 +81,6 @@ def _config(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: no JSON of a configuration, but a {type(found).__name__}")
     return found

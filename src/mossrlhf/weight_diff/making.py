@@ -6,12 +6,12 @@ tensors whole. Where raw + diff would not give the tuned tensor back bit for bit
 
 import hashlib
 import json
+import math
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +28,13 @@ from mossrlhf.weight_diff.check_sums import (
     missing_frequencies,
     sum_of,
 )
-
-ModelType = Literal["reward", "sft", "policy"]
-HEAD = "reward_head.weight"
-"""What reward models have, and others have not."""
+from mossrlhf.weight_diff.fit import (
+    DiffError,
+    ModelType,
+    is_difference,
+    require_fit,
+    require_kind,
+)
 
 NOTES = "weight_diff.json"
 """What a diff of ours says of itself; those made by others lack it."""
@@ -41,10 +44,6 @@ LEAST_WAITING, MOST_WAITING = 2**24, 2**30
 """Bounds on the bytes that wait to be written."""
 
 _SAME_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class DiffError(ValueError):
-    """Weights that do not fit together: which file or key, and why."""
 
 
 def make_diff(
@@ -63,8 +62,8 @@ def make_diff(
         path_raw: folder of the weights that everyone has.
         path_tuned: folder of the weights to be published.
         path_diff: folder to be made.
-        model_type: "reward" (``model.*``, ``lm_head.*``, ``reward_head.weight``), "sft" or
-            "policy".
+        model_type: "reward" (with ``reward_head.weight``, or ``score.weight`` as transformers
+            names it), "sft" or "policy".
         progress: whether to show a bar.
 
     Returns:
@@ -78,8 +77,8 @@ def make_diff(
     Source: C's ``merge_weight_*.py``; storing whole what would not come back exactly is ours.
     """
     raw, tuned, target = Shards(path_raw), Shards(path_tuned), Path(path_diff)
-    _require_kind(tuned, model_type)
-    _require_fit(raw, tuned)
+    require_kind(tuned, model_type)
+    require_fit(raw, tuned, model_type)
     whole: list[str] = []
     dtypes: dict[str, str] = {}
     digests: dict[str, bytes] = {}
@@ -89,7 +88,7 @@ def make_diff(
             dtypes[key] = str(value.dtype).removeprefix("torch.")
             digests[key] = _digest(value)
             stored = value
-            if _is_difference(key):
+            if is_difference(key):
                 base = _raw(raw, key, value.shape)
                 stored = value.float() - base.float()
                 if not _same(_added(base, stored, value.dtype), value):
@@ -142,21 +141,22 @@ def recover(
     Source: C's ``merge_weight_*.py``.
     """
     expected = CHECK_SUMS.get(check_sum) if isinstance(check_sum, str) else check_sum
-    if check_sum is not None and expected is None:
+    if check_sum is not None and (expected is None or not math.isfinite(expected)):
         known = ", ".join(CHECK_SUMS)
         raise DiffError(f"check_sum: got {check_sum!r}, expected a number or one of {known}")
     raw, diff, target = Shards(path_raw), Shards(path_diff), Path(path_tuned)
     notes = _notes(diff, model_type)
-    _require_kind(diff, model_type)
-    _require_fit(raw, diff)
+    require_kind(diff, model_type)
+    require_fit(raw, diff, model_type)
     whole, dtypes = set(notes.get("whole", ())), notes.get("dtypes", {})
     digests: dict[str, bytes] = {}
     total = missing_frequencies(diff.files, diff.folder)
-    with _made(target, raw, diff, size=_bytes(diff)) as (_, writer):
+    kept = None if dtypes else dtype  # ours say what they are of in their configuration
+    with _made(target, raw, diff, size=_bytes(diff), dtype=kept) as (_, writer):
         for key in tqdm(list(diff), desc="recover", disable=not progress):
             value = diff[key]
             wanted = getattr(torch, dtypes[key]) if dtypes else dtype
-            if _is_difference(key) and key not in whole:
+            if is_difference(key) and key not in whole:
                 # Published check sums are of float32: rounded only once it is summed.
                 exact = wanted if dtypes else torch.float32
                 value = _added(_raw(raw, key, value.shape), value, exact)
@@ -176,10 +176,6 @@ def recover(
                 f"in {raw.folder} or the diff in {diff.folder} are not the right ones"
             )
     return total
-
-
-def _is_difference(key: str) -> bool:
-    return "layers" in key
 
 
 def _added(raw: Tensor, difference: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,46 +221,6 @@ def _digest_of_all(digests: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _require_kind(shards: Shards, model_type: str) -> None:
-    if model_type not in ("reward", "sft", "policy"):
-        raise DiffError(f"model_type: got {model_type!r}, expected 'reward', 'sft' or 'policy'")
-    if (HEAD in shards) != (model_type == "reward"):
-        has, kind = ("no ", "a reward model") if model_type == "reward" else ("a ", "this kind")
-        raise DiffError(
-            f"{shards.folder}: it has {has}{HEAD!r}, so it is not what model_type={model_type!r} "
-            f"says ({kind} {'has one' if model_type == 'reward' else 'has none'})"
-        )
-
-
-def _require_fit(raw: Shards, other: Shards) -> None:
-    """Refuse raw weights of another model before anything is written."""
-    for key in other:
-        if _is_difference(key) and not key.endswith(FREQUENCIES):
-            if key not in raw:
-                raise DiffError(f"{raw.folder}: it has no {key!r}, which {other.folder} has")
-            if raw.shape(key) != other.shape(key):
-                raise DiffError(
-                    f"{key!r} has the shape {raw.shape(key)} in {raw.folder}, and "
-                    f"{other.shape(key)} in {other.folder}; the raw weights are of another model"
-                )
-    embedding = "model.embed_tokens.weight"
-    if embedding in raw and embedding in other:
-        (old, width), (new, other_width) = raw.shape(embedding), other.shape(embedding)
-        if new < old or width != other_width:
-            raise DiffError(
-                f"{embedding!r} has the shape {(old, width)} in {raw.folder}, and "
-                f"{(new, other_width)} in {other.folder}; tokens may be added to a vocabulary, not "
-                "taken away"
-            )
-        if new > old:
-            warnings.warn(
-                f"{other.folder}: {new - old} tokens more than in {raw.folder}; right where tokens "
-                "were added to the tuned model",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
 def _notes(diff: Shards, model_type: str) -> dict[str, Any]:
     path = diff.folder / NOTES
     if not path.is_file():
@@ -288,12 +244,23 @@ def _notes(diff: Shards, model_type: str) -> dict[str, Any]:
     return notes
 
 
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Have a configuration say of which type the weights are: transformers loads them by it."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in {"dtype", "torch_dtype"} & config.keys():
+        config[name] = str(dtype).removeprefix("torch.")
+    if config:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _bytes(shards: Shards) -> int:
     return sum(path.stat().st_size for path in set(shards.files.values()))
 
 
 @contextmanager
-def _made(target: Path, *sources: Shards, size: int) -> Iterator[tuple[Path, ShardWriter]]:
+def _made(
+    target: Path, *sources: Shards, size: int, dtype: torch.dtype | None = None
+) -> Iterator[tuple[Path, ShardWriter]]:
     """Lend a writer to a folder that takes its name once everything is in it."""
     if target.exists():
         raise FileExistsError(f"{target}: there is something there already; choose another folder")
@@ -317,6 +284,8 @@ def _made(target: Path, *sources: Shards, size: int) -> Iterator[tuple[Path, Sha
                 copy = aside / path.relative_to(sources[-1].folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
+        if dtype is not None:
+            _say_dtype(aside / "config.json", dtype)
         aside.rename(target)
     except SafetensorError as error:
         raise OSError(f"{target}: could not be written ({error})") from error
