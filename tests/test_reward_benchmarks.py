@@ -110,3 +110,14 @@ def test_seeds_that_are_kept_are_not_run_again(load, tmp_path, capsys):
     assert "seed 1 is kept in figures.json" in capsys.readouterr().out
     run_seeds([0], path, {"pairs": 4}, lambda seed: {"seed": 20})
     assert list(json.loads(path.read_text())["seeds"]) == ["0"]
+
+
+@pytest.mark.parametrize("name", ["preference_noise", "hh_part_two"])
+def test_the_page_has_a_place_for_the_table(load, name):
+    study = load(name)
+    page = study.PAGE.read_text(encoding="utf-8")
+    rest = page.split(study.MARKS[0])[1]
+    between = load("part_two").between(page, study.MARKS, ["| new |"])
+    assert between == page.replace(
+        study.MARKS[0] + rest.split(study.MARKS[1])[0], study.MARKS[0] + "| new |\n"
+    )

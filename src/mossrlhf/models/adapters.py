@@ -51,7 +51,9 @@ def add_adapters(model: Any, peft_config: Any) -> None:
         )
     model.backbone.requires_grad_(False)
     inject_adapter_in_model(copy.deepcopy(peft_config), model.backbone)
-    kinds = {type(layer): layer for layer in _adapted_layers(model).values()}
+    kinds = {}
+    for layer in _adapted_layers(model).values():  # one of each kind: copies take time
+        kinds[type(layer), getattr(layer.get_base_layer(), "bias", None) is None] = layer
     for layer in kinds.values():
         try:
             copy.deepcopy(layer).merge()

@@ -1,7 +1,7 @@
 """What a `RewardTrainer` is made of, looked at before anything is trained."""
 
 import copy
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,9 @@ def check_records(rows: PairRows, **datasets: Any) -> None:
             if part is None or isinstance(part, IterableDataset):
                 continue
             require_records(part, name, prompts=False, reader="load_pairs")
-            if isinstance(part, Sized) and len(part):
-                record = part[0]  # type: ignore[index]
-                if isinstance(collator, PairCollator):
-                    _check_texts(name, record)
-                rows([record])
+            if isinstance(collator, PairCollator):
+                _check_texts(name, part[0])
+            rows([part[0]])
         if isinstance(collator, PairCollator) and collator.max_length is not None:
             room = collator.max_length - 1  # beside a token of the response
             require_fitting_prompts(dataset, collator.tokenizer, room, name=name)
