@@ -41,16 +41,20 @@ def run_seeds(
         settings: that the figures depend on.
         work: from a seed to its figures.
     """
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    done = kept["seeds"] if kept.get("settings") == settings else {}
+
+    def kept() -> dict[str, Any]:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return dict(found["seeds"]) if found.get("settings") == settings else {}
+
     for seed in seeds:
-        if str(seed) in done:
+        if str(seed) in kept():
             print(f"seed {seed} is kept in {path.name}")
             continue
         print(f"seed {seed}", flush=True)
         begun = time.perf_counter()
         found = work(seed)
-        done[str(seed)] = {**found, "seconds": round(time.perf_counter() - begun)}
+        found = {**found, "seconds": round(time.perf_counter() - begun)}
+        done = {**kept(), str(seed): found}  # read again: other seeds may run beside this one
         done = dict(sorted(done.items(), key=lambda item: int(item[0])))
         figures = {"settings": settings, "versions": versions(), "seeds": done}
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

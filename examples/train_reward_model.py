@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for part in defaults
     )
     methods = chosen_methods(part_two)
-    model, tokenizer, pairs, training = load(inputs, training)
+    try:
+        model, tokenizer, pairs, training = load(inputs, training)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     if not 0 < inputs.held_out < len(pairs):
         sys.exit(
             f"--held_out: got {inputs.held_out} of {len(pairs)} pairs, expected some of them, and "
@@ -171,6 +174,11 @@ def chosen_methods(part_two: PartTwo) -> list[Any]:
     methods = [method() for method, on in switches.items() if on]
     if bool(methods) != (part_two.ensemble is not None):
         sys.exit("--ensemble: needed by --flip, --smooth and --margin, and of no use without one")
+    models, folds = part_two.ensemble, part_two.folds
+    if models is not None and (folds < 1 or models % folds or models < 2 * folds):
+        sys.exit(
+            f"--ensemble, --folds: got {models} and {folds}, expected 2, 3, … models to each fold"
+        )
     return methods
 
 

@@ -313,7 +313,7 @@ class TestRewardModel:
         )
         assert abs(theirs(finished).logits.item() - ours(finished, ones).item()) > 1e-3
 
-    @pytest.mark.parametrize(("pad", "ends"), [(PAD, 5), (None, None), (None, 5), (0, [5, PAD])])
+    @pytest.mark.parametrize(("pad", "ends"), [(PAD, 5), (PAD, None), (0, [5, PAD])])
     def test_any_other_pad_token_is_not(self, pad, ends, tmp_path):
         ours = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]())
         ours.config.pad_token_id, ours.config.eos_token_id = pad, ends
@@ -321,6 +321,16 @@ class TestRewardModel:
             warnings.simplefilter("always")
             ours.save_pretrained(tmp_path)
         assert not [str(w.message) for w in caught if "pad_token_id" in str(w.message)]
+
+    def test_no_pad_token_is_warned_of(self, tmp_path):
+        """Then transformers takes one sequence at a time."""
+        ours = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).eval()
+        ours.config.pad_token_id = None
+        with pytest.warns(UserWarning, match="pad_token_id is None, .* one sequence at a time"):
+            ours.save_pretrained(tmp_path)
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        with pytest.raises(ValueError, match="batch sizes > 1"):
+            theirs(torch.tensor([[1, 2], [3, 4]]))
 
     def test_the_dtype_comes_back(self, tmp_path):
         model = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).bfloat16()

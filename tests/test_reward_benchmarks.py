@@ -108,6 +108,9 @@ def test_seeds_that_are_kept_are_not_run_again(load, tmp_path, capsys):
     kept = json.loads(path.read_text())
     assert [(name, found["seed"]) for name, found in kept["seeds"].items()] == [("0", 10), ("1", 1)]
     assert "seed 1 is kept in figures.json" in capsys.readouterr().out
+    beside = lambda seed: run_seeds([5], path, {"pairs": 3}, lambda s: {"seed": s}) or {}  # noqa: E731
+    run_seeds([6], path, {"pairs": 3}, beside)
+    assert list(json.loads(path.read_text())["seeds"]) == ["0", "1", "5", "6"]
     run_seeds([0], path, {"pairs": 4}, lambda seed: {"seed": 20})
     assert list(json.loads(path.read_text())["seeds"]) == ["0"]
 

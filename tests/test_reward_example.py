@@ -67,11 +67,29 @@ def test_it_leaves_a_model_and_a_report(example, words, tmp_path, capsys, more):
         (["--model_name_or_path=x"], "a JSON or JSONL file"),
         (["--flip=true"], "--ensemble: needed by --flip"),
         (["--ensemble=4"], "of no use without one"),
+        (["--ensemble=3", "--flip=true"], "got 3 and 2, expected 2, 3, … models to each fold"),
+        (["--ensemble=2", "--flip=true"], "got 2 and 2"),
+        (["--ensemble=2", "--folds=0", "--flip=true"], "got 2 and 0"),
+        (["--model_name_or_path=/no/such", "--dataset=x.jsonl"], "/no/such"),
     ],
 )
 def test_what_makes_no_sense_is_refused(example, given, message):
     with pytest.raises(SystemExit, match=message):
         example.main(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--dataset={}/bad.jsonl", r"bad.jsonl:2: .*skip_bad"),
+        ("--lang=fr", "got 'fr', expected 'en'"),
+    ],
+)
+def test_what_cannot_be_loaded_ends_in_a_line(example, words, tmp_path, given, message):
+    good = json.dumps(WORLD.pairs(1)[0])
+    (tmp_path / "bad.jsonl").write_text(f'{good}\n{{"prompt": "a"}}\n')
+    with pytest.raises(SystemExit, match=message):
+        example.main([*words, given.format(tmp_path)])
 
 
 @pytest.mark.parametrize("count", [-5, 0, 24, 30])

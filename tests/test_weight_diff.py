@@ -355,6 +355,7 @@ class Code:
     [
         ({"model.norm.weight": Code()}, "cannot be read .*more than plain tensors"),
         ([torch.ones(1)], "holds a list, expected tensors by name"),
+        ({3: torch.ones(1), "a": torch.ones(1)}, "holds a dict by int, str, expected tensors by"),
         ({"model.norm.weight": [1.0]}, "'model.norm.weight' is a list .*expected a plain tensor"),
         ({"model.norm.weight": torch.ones(2).to_sparse()}, "'model.norm.weight' is a"),
     ],
@@ -453,6 +454,22 @@ def test_tensors_that_share_memory_are_written_both(tmp_path):
     again(tmp_path)()
     out = tensors(tmp_path / "out")
     assert torch.equal(out["lm_head.weight"], out["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_that_overlap_are_written_both(tmp_path, zipped):
+    numbers = torch.arange(20.0)
+    torch.save(
+        {"a": numbers[:10], "b": numbers[5:15]}, tmp_path / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )  # fmt: skip
+    read, writer = Shards(tmp_path), ShardWriter(tmp_path, 1000)
+    for key in read:
+        writer.add(key, read[key])
+    writer.close()
+    out = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(out["a"], numbers[:10])
+    assert torch.equal(out["b"], numbers[5:15])
 
 
 def test_a_single_file_is_enough_for_little(tmp_path):

@@ -4,6 +4,7 @@ Nothing is unpickled but plain tensors, and no name in an index is followed out 
 """
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,15 +151,21 @@ def _opened(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        zipped = zipfile.is_zipfile(path)  # before torch 1.6 they were not, and can't be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a truncated zip, a header of nonsense, a pickle with code in it
         raise ShardError(
             f"{path}: cannot be read ({type(error).__name__}: {error!s:.150}); it is cut short, or "
             "holds more than plain tensors"
         ) from error
-    if not isinstance(content, dict):
-        raise ShardError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ShardError(f"{path}: holds a {_described(content)}, expected tensors by name")
     return content
+
+
+def _described(content: Any) -> str:
+    kinds = {type(key).__name__ for key in content} if isinstance(content, dict) else set()
+    return type(content).__name__ + (f" by {', '.join(sorted(kinds))}" if kinds else "")
 
 
 class ShardWriter:
@@ -188,9 +195,9 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._bytes + size > self.budget:
             self._flush()
-        taken = {waiting.data_ptr() for waiting in self._waiting.values()}
+        taken = {_memory(waiting) for waiting in self._waiting.values()}
         # Tied weights of older files share their memory, which safetensors does not write.
-        tensor = tensor.clone() if tensor.data_ptr() in taken else tensor
+        tensor = tensor.clone() if _memory(tensor) in taken else tensor
         self._waiting[key] = tensor.contiguous()
         self._bytes += size
         self.total += size
@@ -216,3 +223,7 @@ class ShardWriter:
         save_file(self._waiting, self._aside(len(self.shards)), metadata={"format": "pt"})
         self.shards.append(list(self._waiting))
         self._waiting, self._bytes = {}, 0
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

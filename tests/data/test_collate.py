@@ -160,6 +160,16 @@ def test_answers_that_are_no_text_are_refused(english, collator, record, message
         collator(english)([good, record])
 
 
+def test_pairs_that_become_alike_are_told_of_once(english):
+    collator = PairCollator(english, max_length=16)
+    record = {"prompt": "q", "chosen": "a " * 30 + "yes", "rejected": "a " * 30 + "no"}
+    with pytest.warns(UserWarning, match=r"both responses to 'q' have the same 1\d tokens") as seen:
+        collator([record])
+    assert len(seen) == 1
+    batch = collator([record, {**record, "prompt": "p"}])  # not again, or it would be an error
+    assert torch.equal(batch["input_ids"][:2], batch["input_ids"][2:])
+
+
 def test_real_pairs_fit(shared, english):
     pairs = load_pairs(shared / "data" / "llama-factory" / "dpo_en_demo.json")
     pairs = [pair for pair in pairs if len(encode_prompt(english, pair["prompt"][-1:])) < 256][:32]

@@ -146,6 +146,35 @@ def test_pairs_of_messages(record):
     assert json.dumps(record) == before
 
 
+def test_hh_strings_beside_a_prompt_carry_it_themselves():
+    prompt = "\n\nHuman: hi\n\nAssistant:"
+    record = {"chosen": f"{prompt} hello", "rejected": f"{prompt} go away"}
+    expected = {"prompt": [user("hi")], "chosen": "hello", "rejected": "go away"}
+    for given in (record, {"prompt": prompt, **record}, {"prompt": [user("hi")], **record}):
+        assert load_pairs([given]) == [expected]
+    [alone] = load_pairs([{"prompt": prompt, "chosen": " hello", "rejected": " go away"}])
+    assert alone["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [user("hi")], "chosen": "hello", "rejected": "no"},
+        {"chosen": [user("hi"), assistant("hello")], "rejected": [user("hi"), assistant("no")]},
+    ],
+)
+def test_a_system_column_opens_messages(record):
+    kind = system("Be kind.")
+    [read] = load_pairs([{"system": "Be kind.", **record}])
+    assert read == {"prompt": [kind, user("hi")], "chosen": "hello", "rejected": "no"}
+    [known] = load_prompts([{"system": "Another.", "prompt": [kind, user("hi")]}])
+    assert known == {"prompt": [kind, user("hi")], "system": "Another."}
+    [string] = load_prompts([{"system": "Be kind.", "prompt": "hi"}])
+    assert string == {"prompt": "hi", "system": "Be kind."}
+    with pytest.raises(DataError, match="system is 3"):
+        load_pairs([{"system": 3, **record}])
+
+
 def test_moss_prompts_end_with_the_human():
     assert load_prompts([["Hi", "Yes?", "Help"]]) == [
         {"prompt": [user("Hi"), assistant("Yes?"), user("Help")]}

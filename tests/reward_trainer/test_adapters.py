@@ -1,5 +1,8 @@
 """LoRA in reward-model training: what learns, what is saved, who can load it."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -130,6 +133,49 @@ def test_a_checkpoint_of_other_adapters_is_refused(tokenizer, arguments, tmp_pat
     )  # fmt: skip
     with pytest.raises(ValueError, match="the model's adapters differ in"):
         other.train(resume_from_checkpoint=str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(peft_config=replace(LORA, lora_alpha=8)), "lora_alpha 16 there, 8 here"),
+        (dict(peft_config=replace(LORA, use_rslora=True)), "use_rslora False there, True here"),
+        (dict(model=reward_model(seed=5)), "trained on other weights than the model has"),
+        (dict(peft_config=None), "holds adapters alone, and the model in training has none"),
+        (dict(peft_config=None, whole=True), None),
+        (dict(damage="adapter_config.json"), "adapter.*cannot be read"),
+        (dict(damage="adapter_model.safetensors"), "cannot be read .SafetensorError"),
+        (dict(damage="score_moments.json"), "cannot be read .JSONDecodeError"),
+        (dict(remove="score_moments.json"), "cannot be read .FileNotFoundError"),
+        ({}, None),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tokenizer, arguments, tmp_path, change, message):
+    before = trained(tokenizer, arguments, pairs(4))
+    storage.write(before.model, tmp_path, resumable_only="whole" not in change)
+    if name := change.get("damage"):
+        (tmp_path / "adapter" / name).write_bytes(b"{")
+    if name := change.get("remove"):
+        (tmp_path / "adapter" / name).unlink()
+    now = RewardTrainer(
+        change.get("model") or reward_model(), arguments(), processing_class=tokenizer,
+        peft_config=change.get("peft_config", LORA),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        storage.read(now.model, tmp_path)
+
+
+def test_a_base_in_half_precision_is_the_same_base(tokenizer, arguments, tmp_path):
+    storage.write(trained(tokenizer, arguments, pairs(4)).model, tmp_path, resumable_only=True)
+    half = trained(tokenizer, arguments, pairs(4), model=reward_model().to(torch.bfloat16))
+    storage.read(half.model, tmp_path)
+
+
+def test_a_checkpoint_without_adapters_is_not_for_a_model_with(tokenizer, arguments, tmp_path):
+    plain = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
+    storage.write(plain.model, tmp_path)
+    with pytest.raises(ValueError, match="it holds no adapters, and the model in training has som"):
+        storage.read(trained(tokenizer, arguments, pairs(4)).model, tmp_path)
 
 
 def test_dropout_is_off_where_it_is_said(tokenizer, arguments):

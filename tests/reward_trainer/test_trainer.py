@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mossrlhf.data import PairCollator, TokenBatches
-from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer
+from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer, storage
 from mossrlhf.reward_trainer.pairs import PairRows
 from mossrlhf.reward_trainer.parts import check_arguments
 
@@ -305,6 +305,18 @@ def test_a_checkpoint_without_a_weight_is_refused(tokenizer, arguments, tmp_path
     save_file(state, weights)
     with pytest.raises(ValueError, match="score"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "lm_head/model.safetensors"])
+def test_a_damaged_checkpoint_is_named(tokenizer, arguments, tmp_path, name):
+    trainer = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=0.5),
+        lm_head=language_model().lm_head,
+    )  # fmt: skip
+    storage.write(trainer.model, tmp_path)
+    (tmp_path / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*missing or damaged, resume from"):
+        storage.read(trainer.model, tmp_path)
 
 
 def test_saved_folder_serves_as_a_classifier(tokenizer, arguments, tmp_path):

@@ -1,5 +1,6 @@
 """Collation: canonical records in, padded tensors with masks from lengths out."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +116,8 @@ class PairCollator:
     """Turn preference pairs into a batch for a reward model.
 
     Both responses of a pair follow the same prompt ids: it loses as many of its oldest exchanges
-    as the longer response asks for; if that is not enough, responses lose their ends.
+    as the longer response asks for; if that is not enough, responses lose their ends. Of two that
+    become the same nothing can be learned, which is said, once.
 
     Args:
         tokenizer: with an eos token, and a chat template where prompts are messages.
@@ -155,10 +157,20 @@ class PairCollator:
     def _encode(self, record: Mapping[str, Any]) -> list[list[int]]:
         _require(record, "prompt", "chosen", "rejected")
         prompt, answers = record["prompt"], [record["chosen"], record["rejected"]]
-        return self._known(
+        found = self._known(
             (prompt, answers),
             lambda: _encode(self.tokenizer, prompt, answers, self.max_length),
         )
+        if found[1] == found[2] and not self._known.told:
+            self._known.told = True
+            warnings.warn(
+                f"both responses to {str(prompt)[-80:]!r} have the same {len(found[1])} tokens "
+                f"within max_length={self.max_length}, so the pair teaches nothing, and counts as "
+                "half right. Raise max_length, or leave such pairs out; of others nothing is said",
+                UserWarning,
+                stacklevel=2,
+            )
+        return found
 
 
 def _encode(

@@ -40,15 +40,24 @@ def plain_text(record: Mapping[str, Any]) -> dict[str, Any]:
 def standard(record: Mapping[str, Any]) -> dict[str, Any]:
     """``prompt`` with ``response`` / ``completion``, or ``chosen`` and ``rejected``, or alone.
 
-    Each is a string or a list of messages. Answers that are whole dialogues carry the prompt
-    themselves: it is what they share. Source: ours, after the datasets on the hub.
+    Each is a string or a list of messages. Answers that are whole dialogues, of messages or in
+    the strings of HH-RLHF, carry the prompt themselves: it is what they share. ``system`` opens
+    messages that have no such turn, and is left alone beside a string. Source: ours, after the
+    datasets on the hub.
     """
     prompt = record.get("prompt")
     if prompt is None and "chosen" not in record:
         raise DataError(f"got keys {sorted(record)}, expected a prompt")
+    if all(_opens_hh(record.get(side)) for side in ("chosen", "rejected")):
+        return hh_strings(record)
     if not isinstance(prompt, str | None):
         prompt = messages(prompt)
-    return _assemble(record, prompt, used=("prompt",))
+    canonical = _assemble(record, prompt, used=("prompt",))
+    turns = canonical["prompt"]
+    if isinstance(turns, list) and turns[0]["role"] != "system" and (lead := _system(record)):
+        del canonical["system"]
+        canonical["prompt"] = [*lead, *turns]
+    return canonical
 
 
 def alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +254,10 @@ def _only(turns: list[Message]) -> str:
             "the assistant's: the two dialogues part before their last turn"
         )
     return turns[0]["content"]
+
+
+def _opens_hh(text: object) -> bool:
+    return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 
 def _hh_turns(text: str) -> list[Message]:

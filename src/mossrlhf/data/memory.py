@@ -26,12 +26,17 @@ class Encodings:
     Args:
         size: bytes, about; None or 0 remembers nothing.
 
+    Attributes:
+        used: bytes, about.
+        told: whether its collator has warned of what it does once.
+
     Source: ours.
     """
 
     def __init__(self, size: int | None = DEFAULT_BYTES) -> None:
         self.size = size
         self.used = 0
+        self.told = False
         self._rows: dict[bytes, tuple[array[int], ...]] = {}
         self._state: tuple[Any, ...] = ()
 

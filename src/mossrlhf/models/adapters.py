@@ -1,12 +1,13 @@
 """Adapters inside of a reward model's backbone: put there, saved alone, merged for everyone."""
 
 import copy
-from collections.abc import Mapping
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WEIGHTS = "adapter_model.safetensors"
@@ -14,6 +15,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 _OUTSIDE = "base_model.model."
 """What PEFT puts before the names of a model that it is wrapped around."""
+
+_BASE = "base"
+"""The entry of the file's metadata that tells the weights beneath the adapters."""
+
+_WRITTEN = ("task_type", "modules_to_save", "inference_mode", "base_model_name_or_path")
+"""What `save_adapters` puts into the configuration for those who read it, and no more."""
 
 
 def add_adapters(model: Any, peft_config: Any) -> None:
@@ -112,7 +119,8 @@ def save_adapters(model: Any, folder: Path) -> None:
     state = {f"{before}{name}": weight for name, weight in inside.items()}
     for name, weight in model.score.state_dict().items():
         state[f"{_OUTSIDE}score.{name}"] = weight
-    save_file({name: w.detach().cpu().contiguous() for name, w in state.items()}, folder / WEIGHTS)
+    weights = {name: w.detach().cpu().contiguous() for name, w in state.items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", _BASE: _base_of(model)})
     config: PeftConfig = copy.deepcopy(model.backbone.peft_config["default"])
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     config.inference_mode = True
@@ -128,13 +136,17 @@ def load_adapters(model: Any, folder: Path) -> None:
         folder: where they are.
 
     Raises:
-        ValueError: where a weight is missing there or not known here.
+        ValueError: where a weight is missing there or not known here, the adapters were made
+            otherwise (another α, another rank), or the base is another.
+        SafetensorError: where the file is damaged.
 
     Source: ours.
     """
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-    state: Mapping[str, Tensor] = load_file(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        base = (file.metadata() or {}).get(_BASE)
     before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
     head = {k.removeprefix(f"{_OUTSIDE}score."): v for k, v in state.items() if ".score." in k}
     inside = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
@@ -145,9 +157,45 @@ def load_adapters(model: Any, folder: Path) -> None:
             f"{folder / WEIGHTS}: it and the model's adapters differ in {different[:3]}; train on "
             "with the peft_config it was trained with"
         )
+    _require_alike(model.backbone.peft_config["default"], folder)
+    if base not in (None, _base_of(model)):
+        raise ValueError(
+            f"{folder / WEIGHTS}: these adapters were trained on other weights than the model has "
+            "beneath them; begin with the model that training began with"
+        )
     with torch.no_grad():
         set_peft_model_state_dict(model.backbone, inside)
     model.score.load_state_dict(head)
+
+
+def _require_alike(own: Any, folder: Path) -> None:
+    from peft import PeftConfig
+
+    saved = PeftConfig.from_pretrained(str(folder)).to_dict()
+    given = own.to_dict()
+    passed = (*_WRITTEN, "auto_mapping", "revision", "peft_version")
+    differing = [
+        f"{name} {saved[name]} there, {value} here"
+        for name, value in given.items()
+        if name not in passed and name in saved and saved[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder}: its adapters are made otherwise: {'; '.join(differing)}; train on with the "
+            "peft_config it was trained with"
+        )
+
+
+@torch.no_grad()
+def _base_of(model: Any) -> str:
+    """Tell the frozen weights by a few numbers of each, in a precision that all types have."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.backbone.named_parameters()):
+        if not weight.requires_grad:
+            numbers = weight.detach().flatten()
+            some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
+            digest.update(repr((name, tuple(weight.shape), some)).encode())
+    return digest.hexdigest()
 
 
 def _names(module: nn.Module) -> list[str]:

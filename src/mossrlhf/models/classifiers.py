@@ -122,8 +122,8 @@ def _from_released(shards: Shards, num_labels: int, **kwargs: Any) -> PreTrained
     return model
 
 
-def warn_where_an_end_pads(config: PreTrainedConfig) -> None:
-    """Tell of a padding token that also ends responses, which transformers then passes over.
+def warn_of_padding(config: PreTrainedConfig) -> None:
+    """Tell of a padding token that ends responses too, or is none: transformers go by its id.
 
     Args:
         config: of the model that is about to be written.
@@ -138,6 +138,14 @@ def warn_where_an_end_pads(config: PreTrainedConfig) -> None:
             "classifiers read the score at the last token that is not this one, so what is saved "
             "here would score a finished response one token early (as a RewardModel it does not). "
             "Set config.pad_token_id to a token that no response contains, and pad with it",
+            UserWarning,
+            stacklevel=3,
+        )
+    if pad is None:
+        warnings.warn(
+            "config.pad_token_id is None, without which transformers' sequence classifiers score "
+            "one sequence at a time and refuse several (as a RewardModel it scores them). Set it "
+            "to a token that no response contains",
             UserWarning,
             stacklevel=3,
         )

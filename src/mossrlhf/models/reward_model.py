@@ -19,7 +19,7 @@ from mossrlhf.models.adapters import merged_state_dict
 from mossrlhf.models.classifiers import (
     classifier_class,
     load_classifier,
-    warn_where_an_end_pads,
+    warn_of_padding,
 )
 from mossrlhf.signature import accepts
 
@@ -187,14 +187,14 @@ class RewardModel(nn.Module):
 
         Warns:
             UserWarning: where the token that pads also ends responses, so that transformers would
-                read the score one token early.
+                read the score one token early, or where none pads, and they take no batches.
 
         Raises:
             ValueError: where transformers does not know this family, or has no classifier with a
                 head like this one.
         """
         if scores:
-            warn_where_an_end_pads(self.config)
+            warn_of_padding(self.config)
         state = kwargs.pop("state_dict", None) or merged_state_dict(self)
         self._shell(state).save_pretrained(str(path), state_dict=state, **kwargs)
 
@@ -205,7 +205,7 @@ class RewardModel(nn.Module):
             repo_id: ``owner/name``.
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
-        warn_where_an_end_pads(self.config)
+        warn_of_padding(self.config)
         state = merged_state_dict(self)
         shell = self._shell(state).to_empty(device="cpu")
         shell.load_state_dict(state)

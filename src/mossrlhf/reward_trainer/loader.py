@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
@@ -38,8 +39,9 @@ class PairLoader(Trainer):
                 f"train_dataset: got a {type(dataset).__name__}, which does not say how many pairs "
                 "it has, so batches cannot be cut by length; leave batches=None, or read it first"
             )
+        quiet = args.disable_tqdm or not self.is_world_process_zero()
         sampler = TokenBatchSampler(
-            pair_lengths(self.data_collator, dataset),  # type: ignore[arg-type]
+            pair_lengths(self.data_collator, dataset, quiet),  # type: ignore[arg-type]
             self.batches,
             seed=args.seed if args.data_seed is None else args.data_seed,
             processes=args.world_size,
@@ -95,14 +97,18 @@ class PairLoader(Trainer):
         return data_collator
 
 
-def pair_lengths(rows: PairRows, dataset: Sequence[Mapping[str, Any]]) -> list[int]:
+def pair_lengths(
+    rows: PairRows, dataset: Sequence[Mapping[str, Any]], quiet: bool = True
+) -> list[int]:
     """Return the tokens of each pair's longer sequence.
 
     Args:
         rows: what is made of records.
         dataset: the pairs.
+        quiet: whether to show no bar.
 
     Source: ours; encoded one by one, which the collator remembers.
     """
-    masks = (rows.collator([dataset[i]])["attention_mask"] for i in range(len(dataset)))
+    indices = tqdm(range(len(dataset)), "measuring pairs", disable=quiet, leave=False)
+    masks = (rows.collator([dataset[i]])["attention_mask"] for i in indices)
     return [int(mask.sum(1).max()) for mask in masks]

@@ -1,12 +1,15 @@
 """What a folder keeps of a reward model in training: the classifier, adapters, the output head."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from mossrlhf.models import (
     SCORE_MOMENTS,
@@ -65,20 +68,44 @@ def read(model: PairModel, folder: Path) -> None:
         folder: where it is.
 
     Raises:
-        ValueError: where something is missing.
+        ValueError: where something is missing or damaged, or there are adapters on one side only.
 
     Source: ours.
     """
-    if is_adapted(model.reward_model):
-        load_adapters(model.reward_model, folder / ADAPTER)
-        moments = json.loads((folder / ADAPTER / MOMENTS).read_text(encoding="utf-8"))
+    adapted = is_adapted(model.reward_model)
+    kept = (folder / ADAPTER).is_dir()
+    if kept < adapted or kept > max(adapted, (folder / CONFIG_NAME).is_file()):
+        has = ("adapters alone", "none") if kept else ("no adapters", "some")
+        raise ValueError(
+            f"{folder}: it holds {has[0]}, and the model in training has {has[1]}; give "
+            "RewardTrainer the peft_config that the checkpoint was trained with"
+        )
+    if adapted:
+        with _named(folder / ADAPTER):
+            load_adapters(model.reward_model, folder / ADAPTER)
+        with _named(folder / ADAPTER / MOMENTS) as path:
+            moments = dict(json.loads(path.read_text(encoding="utf-8")))
     else:
-        saved = RewardModel.from_pretrained(folder)
+        with _named(folder):
+            saved = RewardModel.from_pretrained(folder)
         model.reward_model.load_state_dict(saved.state_dict())
         moments = vars(saved.config)
     set_moments(model.config, moments)
     if model.lm_head is not None:
-        model.lm_head.load_state_dict(load_file(folder / LM_HEAD))
+        with _named(folder / LM_HEAD) as path:
+            model.lm_head.load_state_dict(load_file(path))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Say which part of a checkpoint it is that cannot be read."""
+    try:
+        yield path
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({type(error).__name__}: {error!s:.200}); it is missing or "
+            "damaged, resume from another checkpoint"
+        ) from error
 
 
 def set_moments(config: Any, moments: Mapping[str, Any]) -> None:
