@@ -56,7 +56,9 @@ SOONER = {"learning_rate": 1e-3, "num_train_epochs": 4}
 MEMBER = {"learning_rate": 5e-4, "num_train_epochs": 2}
 """How those of the ensemble learn: stopped before they know labels by heart."""
 
-FLIP, SMOOTH, MARGIN = FlipLabels(), SmoothLabels(), AdaptiveMargin(scale=0.5)
+FLIP = FlipLabels(below=-0.2)
+SMOOTH = SmoothLabels(scale=4.0)
+MARGIN = AdaptiveMargin(scale=0.5)
 ARMS: dict[str, tuple[Method, ...]] = {
     "none": (),
     "flipping": (FLIP,),
