@@ -98,7 +98,7 @@ def trained(dtype, rate, steps):
     config = ToyWorld().model_config(hidden_size=16, num_layers=1)
     model = LlamaForCausalLM(config).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    watch = StillWatch(model, patience=3)
+    watch = StillWatch(model.parameters(), patience=3)
     ids = torch.arange(120).view(4, 30)
     for _ in range(steps):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -124,7 +124,7 @@ def test_bfloat16_moves_at_a_large_rate():
 
 def test_patience_is_for_steps_in_a_row():
     model = nn.Linear(4, 4)
-    watch = StillWatch(model, patience=3)
+    watch = StillWatch(model.parameters(), patience=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [watch(1.0), watch(1.0)] == [0, 0]
@@ -137,16 +137,16 @@ def test_patience_is_for_steps_in_a_row():
 
 
 def test_at_rate_zero_nothing_is_expected():
-    watch = StillWatch(nn.Linear(4, 4), patience=1)
+    watch = StillWatch(nn.Linear(4, 4).parameters(), patience=1)
     assert watch(0.0) == 0
 
 
 def test_frozen_parameters_are_not_looked_at():
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4))
-    watch = StillWatch(model, patience=1)
+    watch = StillWatch(model.parameters(), patience=1)
     with torch.no_grad():
         for parameter in model[1].parameters():
             parameter.add_(1.0)
     assert watch(1.0) == 1
-    nothing = StillWatch(nn.Linear(4, 4).requires_grad_(False), patience=1)
+    nothing = StillWatch(nn.Linear(4, 4).requires_grad_(False).parameters(), patience=1)
     assert nothing(1.0) == 1  # no place to see it from: nothing is claimed

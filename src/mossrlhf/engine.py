@@ -56,20 +56,22 @@ class Engine:
         self.accelerator = accelerator
         self.bare = model
         self._asked: tuple[PPOMaxLoss, str | None] | None = None
-        parts: dict[str, nn.Module] = {"policy": model.policy}
+        rates = {"policy": args.learning_rate}
         if model.critic is not None:
-            parts["critic"] = model.critic
-        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
-        self.optimizers = {role: self._optimizer(m, rates[role]) for role, m in parts.items()}
+            rates["critic"] = args.critic_learning_rate
+        self.optimizers = {
+            role: self._optimizer(model.trained_parameters(role), rate)
+            for role, rate in rates.items()
+        }
         self.schedulers = {role: self._scheduler(role, o) for role, o in self.optimizers.items()}
         prepared = accelerator.prepare(model, *self.optimizers.values())
         self.model = prepared[0]
-        self.optimizers = dict(zip(parts, prepared[1:], strict=True))
+        self.optimizers = dict(zip(rates, prepared[1:], strict=True))
 
-    def _optimizer(self, module: nn.Module, rate: float) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         args = self.args
         return torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
+            parameters,
             lr=rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -151,7 +153,8 @@ class Engine:
             if role in self.optimizers:
                 self.optimizers[role].step()
                 self.schedulers[role].step()
-                self.optimizers[role].zero_grad()
+        for optimizer in self.optimizers.values():  # a head on the policy has reached beneath it
+            optimizer.zero_grad()
         return StepOutput(stats, norms, weights)
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:

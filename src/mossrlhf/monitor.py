@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class StillWatch:
     nothing fails. A sample of the parameters is compared before and after each iteration.
 
     Args:
-        policy: the trained policy.
+        parameters: of the policy; those that are trained are looked at.
         patience: iterations in a row before it warns.
         least: share of the sampled weights that must change.
         sample: weights looked at in each parameter.
@@ -98,9 +98,13 @@ class StillWatch:
     """
 
     def __init__(
-        self, policy: nn.Module, patience: int = 3, least: float = 0.05, sample: int = 256
+        self,
+        parameters: Iterable[nn.Parameter],
+        patience: int = 3,
+        least: float = 0.05,
+        sample: int = 256,
     ) -> None:
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.patience, self.least, self.sample = patience, least, sample
         self.still = 0
         self.before = self._look()

@@ -56,7 +56,7 @@ class Run:
         self.console = ConsoleTable()
         self.completions = Completions(trainer.output_dir / "completions.jsonl")
         self.collapse: CollapseWatch | None = None
-        self.still = StillWatch(trainer.policy)
+        self.still = StillWatch(trainer.model.trained_parameters("policy"))
         self.clock: dict[str, float] = {}
         self.bar: tqdm | None = None
         self.interrupted = False

@@ -66,7 +66,8 @@ class Stages:
         train_dataset: records with ``prompt`` (string or messages); further columns reach the
             reward.
         critic: a `RewardModel`; None for a copy of the reward model where it reads the policy's
-            tokens, else the policy's backbone under a zero head; False for none.
+            tokens, else the policy's backbone under a zero head; False for none. On the policy's
+            own base: a `peft.PeftConfig` for a further adapter, or a `ValueHead` alone.
         ref_model: the reference; None for a copy of the policy as it is now (or the policy with
             its adapters off).
         args: how long, how much at a time, how fast.
@@ -97,7 +98,7 @@ class Stages:
         *,
         reward: Any,
         train_dataset: Dataset,
-        critic: nn.Module | str | Path | bool | None = None,
+        critic: Any = None,
         ref_model: nn.Module | str | Path | None = None,
         args: TrainerConfig | None = None,
         eval_dataset: Dataset | None = None,
@@ -137,9 +138,9 @@ class Stages:
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
-        self.rewards = self._reward_set(reward)
+        self.rewards = self._reward_set(reward, policy)
         self.ref_model = load_reference(ref_model, policy)
-        made = load_critic(critic, policy, self.rewards.same_tokenizer())
+        made = load_critic(critic, policy, self.rewards.same_tokenizer(), seed=self.args.seed)
         actor_critic = ActorCritic(policy, made, self.sampler.temperature)
         for module in (actor_critic, self.ref_model):
             if module is not None and self.args.disable_dropout:
@@ -333,9 +334,11 @@ class Stages:
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         return Shuffled(dataset, self.args.seed, index, count)
 
-    def _reward_set(self, rewards: Any) -> RewardSet:
+    def _reward_set(self, rewards: Any, policy: nn.Module | None = None) -> RewardSet:
         pairs = reward_pairs(rewards)
-        loaded = [(load_reward(r, self.processing_class), weight) for r, weight in pairs]
+        loaded = [
+            (load_reward(r, self.processing_class, policy=policy), weight) for r, weight in pairs
+        ]
         return RewardSet(loaded, self.processing_class).to(self.accelerator.device)
 
     def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:

@@ -17,7 +17,7 @@ from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
-from mossrlhf.roles import as_reference, count_parameters
+from mossrlhf.roles import as_reference, count_parameters, only_its_own
 from mossrlhf.run import Run
 from mossrlhf.stages import Stages
 from mossrlhf.types import Rollout
@@ -239,7 +239,8 @@ class Trainer(Stages):
         if not self.accelerator.is_main_process:
             return
         with no_progress_bars():
-            self.policy.save_pretrained(folder / "policy")  # type: ignore[operator]
+            own = only_its_own(self.policy)
+            self.policy.save_pretrained(folder / "policy", **own)  # type: ignore[operator]
             self.processing_class.save_pretrained(folder / "policy")
             if self.critic is not None:
                 self.critic.save_pretrained(folder / "critic", scores=False)

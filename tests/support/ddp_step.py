@@ -38,6 +38,12 @@ def main(folder: Path) -> None:
     )
     ptx = os.environ.get("PTX", "1") == "1"
     options["gradient_checkpointing"] = on("CHECKPOINTS")
+    adapters = {}
+    if on("ADAPTERS"):  # policy and critic on one base
+        from peft import LoraConfig
+
+        settings = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapters = dict(peft_config=LoraConfig(r=4, **settings), critic=LoraConfig(r=2, **settings))
     trainer = Trainer(
         policy,
         reward=world.reward,
@@ -52,13 +58,14 @@ def main(folder: Path) -> None:
             output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
             rollout_size=8,
             minibatch_size=int(os.environ.get("MINI", "8")),
-            num_ppo_epochs=3,
+            num_ppo_epochs=5,
             learning_rate=1e-3,
             critic_learning_rate=1e-3,
             warmup_steps=0,
             disable_tqdm=True,
             **options,
         ),
+        **adapters,
     )
     accelerator = trainer.accelerator
     rollout = torch.load(folder / "rollout.pt", weights_only=False)

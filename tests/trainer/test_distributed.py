@@ -50,7 +50,8 @@ def folder(tmp_path_factory) -> Path:
 # Without the PTX term the policy is the last to exchange gradients. At 34 padded tokens one process
 # has three micro-batches, the other two.
 @pytest.mark.parametrize(
-    ("ptx", "splits"), [("1", [{}, {"MICRO": "1"}, {"TOKENS": "34"}]), ("0", [{}, {"MICRO": "1"}])]
+    ("ptx", "splits"),
+    [("1", [{}, {"MICRO": "1"}, {"MICRO": "2"}, {"TOKENS": "34"}]), ("0", [{}, {"MICRO": "1"}])],
 )
 def test_two_processes_equal_one(folder, ptx, splits):
     one = launch(folder, 1, PTX=ptx)
@@ -62,6 +63,23 @@ def test_two_processes_equal_one(folder, ptx, splits):
         for name, value in one["metrics"].items():
             if not name.startswith(local):
                 assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize("recomputed", ["0", "1"])
+def test_two_processes_equal_one_where_roles_share_a_base(folder, recomputed):
+    settings = dict(ADAPTERS="1", CHECKPOINTS=recomputed)
+    one = launch(folder, 1, **settings)
+    two = launch(folder, 2, MICRO="2", **settings)
+    for name in ("parameters", "gradient"):
+        difference = torch.norm(one[name] - two[name])
+        assert difference <= 1e-12 * torch.norm(one[name]), name
+
+
+def test_in_single_precision_two_processes_equal_one(folder):
+    one = launch(folder, 1, DTYPE="float32")
+    two = launch(folder, 2, DTYPE="float32", MICRO="2")
+    difference = torch.norm(one["parameters"] - two["parameters"])
+    assert difference <= 1e-6 * torch.norm(one["parameters"])
 
 
 def test_kernels_on_two_processes_equal_whole_logits_on_one(folder):

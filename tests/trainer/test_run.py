@@ -111,9 +111,9 @@ def test_watches_are_resumed(make, policy):
     assert fresh({"kl/ref_per_sequence": 2.0, "response/distinct_2": 0.1})
 
     model = policy()
-    still = StillWatch(model)
+    still = StillWatch(model.parameters())
     still(1.0), still(1.0)
-    fresh = StillWatch(model)
+    fresh = StillWatch(model.parameters())
     fresh.load_state_dict(still.state_dict())
     with pytest.warns(UserWarning, match="not moving"):
         fresh(1.0)

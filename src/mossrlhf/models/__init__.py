@@ -2,8 +2,10 @@
 
 from mossrlhf.models.actor_critic import ActorCritic
 from mossrlhf.models.adapters import (
+    adapter_folder,
     add_adapters,
     is_adapted,
+    is_over,
     load_adapters,
     merged_state_dict,
     save_adapters,
@@ -16,6 +18,14 @@ from mossrlhf.models.scoring import (
     policy_loss,
     policy_stats,
 )
+from mossrlhf.models.shared import (
+    SharedRewardModel,
+    as_it_spoke,
+    beside,
+    load_shared,
+    share_base,
+    speaking_as,
+)
 from mossrlhf.models.token_path import TokenPath, announce, logit_scaling, token_path, whole_logits
 
 __all__ = [
@@ -23,19 +33,27 @@ __all__ = [
     "SCORE_MOMENTS",
     "ActorCritic",
     "RewardModel",
+    "SharedRewardModel",
     "TokenPath",
     "ValueHead",
+    "adapter_folder",
     "add_adapters",
     "announce",
+    "as_it_spoke",
+    "beside",
     "is_adapted",
+    "is_over",
     "language_model_loss",
     "load_adapters",
     "load_classifier",
+    "load_shared",
     "logit_scaling",
     "merged_state_dict",
     "policy_loss",
     "policy_stats",
     "save_adapters",
+    "share_base",
+    "speaking_as",
     "token_path",
     "whole_logits",
 ]

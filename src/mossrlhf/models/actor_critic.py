@@ -76,6 +76,20 @@ class ActorCritic(nn.Module):
                 return loss_fn(self._values(batch))
         raise ValueError(f"role: got {role!r}, expected 'policy', 'critic', 'ptx' or 'values'")
 
+    def trained_parameters(self, role: str) -> list[nn.Parameter]:
+        """Return the parameters that a role's optimizer moves; two on one base are told apart.
+
+        Args:
+            role: "policy" or "critic".
+
+        Source: ours.
+        """
+        found = {} if self.critic is None else self.critic.own_parameters()
+        if role == "policy":
+            others = {id(parameter) for parameter in found.values()}
+            found = {n: p for n, p in self.policy.named_parameters() if id(p) not in others}
+        return [parameter for parameter in found.values() if parameter.requires_grad]
+
     def score(
         self, batch: Rollout, entropy: bool = False, policy: nn.Module | None = None
     ) -> TokenStats:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mossrlhf.signature import inside
 
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name for them."""
@@ -81,6 +84,45 @@ def is_adapted(model: nn.Module) -> bool:
     return bool(_adapted_layers(model))
 
 
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Return the layers of a model that have adapters, and those that PEFT keeps copies of.
+
+    Args:
+        model: any.
+
+    Source: ours.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def adapter_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter, by their names without the adapter's.
+
+    Args:
+        model: with adapters inside.
+        adapter: which; None for those of all, by their whole names.
+
+    Source: ours.
+    """
+    found = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in adapter_layers(model):
+        for kind in layer.adapter_layer_names:
+            for name, part in getattr(layer, kind).items():
+                if adapter not in (None, name):
+                    continue
+                parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+                for parameter in parameters:
+                    whole = names[id(parameter)]
+                    short = whole.replace(f"{kind}.{name}", kind)
+                    found[whole if adapter is None else short] = parameter
+    return found
+
+
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's weights by the names they had before adapters, with those merged in.
 
@@ -101,12 +143,13 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapters(model: Any, folder: Path) -> None:
+def save_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
     """Write adapters and head as PEFT does for a sequence classifier, and the base not at all.
 
     Args:
         model: a `RewardModel` with adapters inside.
         folder: made where absent.
+        adapter: which of them.
 
     Source: PEFT's layout: ``PeftModel.from_pretrained(classifier, folder)`` reads it.
     """
@@ -114,26 +157,27 @@ def save_adapters(model: Any, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    inside = get_peft_model_state_dict(model.backbone)
+    inside = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
     before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
     state = {f"{before}{name}": weight for name, weight in inside.items()}
     for name, weight in model.score.state_dict().items():
         state[f"{_OUTSIDE}score.{name}"] = weight
     weights = {name: w.detach().cpu().contiguous() for name, w in state.items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", _BASE: _base_of(model)})
-    config: PeftConfig = copy.deepcopy(model.backbone.peft_config["default"])
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", _BASE: _digest(model.backbone)})
+    config: PeftConfig = copy.deepcopy(model.backbone.peft_config[adapter])
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     config.inference_mode = True
     config.base_model_name_or_path = model.config.name_or_path or None
     config.save_pretrained(str(folder))
 
 
-def load_adapters(model: Any, folder: Path) -> None:
+def load_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
     """Put back what `save_adapters` wrote.
 
     Args:
         model: a `RewardModel` with adapters of the same kind inside.
         folder: where they are.
+        adapter: which of the model's they become.
 
     Raises:
         ValueError: where a weight is missing there or not known here, the adapters were made
@@ -150,22 +194,64 @@ def load_adapters(model: Any, folder: Path) -> None:
     before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
     head = {k.removeprefix(f"{_OUTSIDE}score."): v for k, v in state.items() if ".score." in k}
     inside = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
-    own = get_peft_model_state_dict(model.backbone)
+    own = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
     different = sorted(own.keys() ^ inside.keys()) + sorted(head.keys() ^ {*_names(model.score)})
     if different:
         raise ValueError(
             f"{folder / WEIGHTS}: it and the model's adapters differ in {different[:3]}; train on "
             "with the peft_config it was trained with"
         )
-    _require_alike(model.backbone.peft_config["default"], folder)
-    if base not in (None, _base_of(model)):
+    _require_alike(model.backbone.peft_config[adapter], folder)
+    if base not in (None, _digest(model.backbone)):
         raise ValueError(
             f"{folder / WEIGHTS}: these adapters were trained on other weights than the model has "
             "beneath them; begin with the model that training began with"
         )
     with torch.no_grad():
-        set_peft_model_state_dict(model.backbone, inside)
+        set_peft_model_state_dict(model.backbone, inside, adapter_name=adapter)
     model.score.load_state_dict(head)
+
+
+def adapter_folder(name: str | Path) -> Path | None:
+    """Return the folder of adapters alone that a name stands for; None where it is none.
+
+    Args:
+        name: a folder, or anything else.
+
+    Source: the layout of PEFT.
+    """
+    folder = Path(name)
+    alone = not (folder / "config.json").is_file()
+    return folder if alone and (folder / "adapter_config.json").is_file() else None
+
+
+def is_over(model: Any, folder: Path) -> bool:
+    """Whether the adapters in a folder were trained over what a model has beneath its own.
+
+    Args:
+        model: the policy.
+        folder: of a sequence classifier's adapters.
+
+    Warns:
+        UserWarning: where the model is adapted, but they were trained over something else.
+
+    Source: ours; by the digest that `save_adapters` writes.
+    """
+    if not is_adapted(model):
+        return False
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        trained_over = (file.metadata() or {}).get(_BASE)
+    if trained_over == _digest(inside(model).base_model):
+        return True
+    found = "does not say over what" if trained_over is None else "was trained over other weights"
+    warnings.warn(
+        f"{folder}: this adapter {found} than the policy has beneath its own, so it gets a base to "
+        "itself, which costs the memory of one; train it over the model the policy starts from, "
+        "with RewardTrainer(peft_config=)",
+        UserWarning,
+        stacklevel=4,
+    )
+    return False
 
 
 def _require_alike(own: Any, folder: Path) -> None:
@@ -187,14 +273,19 @@ def _require_alike(own: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _base_of(model: Any) -> str:
-    """Tell the frozen weights by a few numbers of each, in a precision that all types have."""
+def _digest(backbone: Any) -> str:
+    """Tell weights beneath adapters by a few numbers of each, in a precision all types have."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(model.backbone.named_parameters()):
-        if not weight.requires_grad:
-            numbers = weight.detach().flatten()
-            some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
-            digest.update(repr((name, tuple(weight.shape), some)).encode())
+    adapters = {id(parameter) for parameter in adapter_parameters(backbone).values()}
+    bare = {
+        name.replace(".base_layer", "").replace(".original_module", ""): weight
+        for name, weight in backbone.named_parameters()
+        if id(weight) not in adapters
+    }
+    for name, weight in sorted(bare.items()):
+        numbers = weight.detach().flatten()
+        some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
+        digest.update(repr((name, tuple(weight.shape), some)).encode())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from mossrlhf.models.adapters import adapter_folder
 from mossrlhf.shards import ShardError, Shards
 
 RELEASED_HEAD = "reward_head.weight"
@@ -57,7 +58,8 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a one-label sequence classifier of any family, and make sure that it is one.
 
     A folder in the layout of the released reward models (a causal language model with
-    ``reward_head.weight`` beside it) becomes one: its output head is left out.
+    ``reward_head.weight`` beside it) becomes one: its output head is left out. Adapters alone are
+    merged into the base that their configuration names.
 
     Args:
         path: folder or hub name.
@@ -69,6 +71,8 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Source: ours; the released layout is C's.
     """
     kwargs = {"num_labels": 1, "dtype": torch.float32, **kwargs}
+    if (folder := adapter_folder(path)) is not None:
+        return _from_adapters(folder, **kwargs)
     if (released := _released(path)) is not None:
         return _from_released(released, **{k: v for k, v in kwargs.items() if k not in OF_THE_HUB})
     architecture: Any = AutoModelForSequenceClassification
@@ -86,6 +90,20 @@ def load_classifier(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             "RewardModel.from_language_model(path)"
         )
     return model
+
+
+def _from_adapters(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """Load the base that adapters were trained over, and merge them in."""
+    from peft import AutoPeftModelForSequenceClassification, PeftConfig
+
+    if PeftConfig.from_pretrained(str(folder)).base_model_name_or_path is None:
+        raise ValueError(
+            f"path: {str(folder)!r} holds adapters, and does not say over which base; name it "
+            "as base_model_name_or_path in adapter_config.json"
+        )
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), **kwargs)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.eval()
 
 
 def _released(path: str | Path) -> Shards | None:

@@ -93,6 +93,10 @@ class RewardModel(nn.Module):
         """Where the head lives."""
         return self.score.weight.device
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are this model's alone, by name: here, all."""
+        return dict(self.named_parameters())
+
     def token_values(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]
     ) -> Float[Tensor, "B L"]:

@@ -12,6 +12,7 @@ from mossrlhf.roles.policy import (
     is_adapted,
     load_policy,
     load_reference,
+    only_its_own,
 )
 from mossrlhf.roles.reading import (
     load_tokenizer,
@@ -33,6 +34,7 @@ __all__ = [
     "load_reward",
     "load_tokenizer",
     "make_accelerator",
+    "only_its_own",
     "policy_context",
     "prompt_budget",
     "require_vocabulary",

@@ -7,32 +7,48 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from mossrlhf.models import RewardModel, load_classifier
+from mossrlhf.models import (
+    RewardModel,
+    SharedRewardModel,
+    ValueHead,
+    adapter_folder,
+    beside,
+    is_over,
+    load_classifier,
+    load_shared,
+    share_base,
+)
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
 from mossrlhf.roles.reading import vocabulary_size
+from mossrlhf.signature import inside
 
 
 def load_critic(
-    critic: nn.Module | str | Path | bool | None, policy: nn.Module, rewards: list[RewardModel]
+    critic: Any, policy: nn.Module, rewards: list[RewardModel], *, seed: int = 0
 ) -> RewardModel | None:
     """Make the critic: what was given, else a copy of the reward model, else of the policy.
 
     Args:
         critic: a `RewardModel`, a one-label classifier, a folder or hub name; False for no
             critic; None for a copy of the first reward model with the policy's vocabulary, else
-            of the policy's backbone with a zero `ValueHead`.
+            of the policy's backbone with a zero `ValueHead`. On the policy's own base: a
+            ``peft.PeftConfig`` for a further adapter and a head, a folder of such, or a
+            `ValueHead` to hear what the policy says.
         policy: the policy.
         rewards: reward models that read the policy's tokens.
+        seed: of a new adapter's first weights.
 
     Raises:
-        ValueError: where its vocabulary is not the policy's.
+        ValueError: where its vocabulary is not the policy's, or an adapter has no base to share.
 
     Source: P1 §5.3.1: the critic starts from the reward model.
     """
     if critic is False:
         return None
     vocabulary = vocabulary_size(policy)
+    if (shared := _shared_critic(critic, policy, rewards, seed)) is not None:
+        return shared
     if critic is None or critic is True:
         alike = [model for model in rewards if vocabulary_size(model) == vocabulary]
         if alike:
@@ -57,6 +73,24 @@ def load_critic(
     return made
 
 
+def _shared_critic(
+    critic: Any, policy: nn.Module, rewards: list[RewardModel], seed: int
+) -> SharedRewardModel | None:
+    """A critic on the policy's own base, where that is what was asked for."""
+    from peft import PeftConfig
+
+    if isinstance(critic, PeftConfig):
+        return share_base(policy, critic, "critic", seed=seed + 1)  # not the policy's over again
+    if isinstance(critic, ValueHead):
+        backbone: Any = inside(policy).base_model
+        return SharedRewardModel(backbone, critic)
+    if isinstance(critic, (str, Path)) and (folder := adapter_folder(critic)) is not None:
+        return load_shared(policy, folder, "critic") if is_over(policy, folder) else None
+    if critic in (None, True) and rewards and isinstance(rewards[0], SharedRewardModel):
+        return beside(policy, rewards[0], "critic")
+    return None
+
+
 def _without_adapters(policy: nn.Module) -> Any:
     """Return a copy of the policy's base, with what its adapters say by now."""
     base = policy
@@ -73,22 +107,34 @@ def _without_adapters(policy: nn.Module) -> Any:
     return copied
 
 
-def load_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Any:
+def load_reward(
+    reward: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "",
+    policy: nn.Module | None = None,
+) -> Any:
     """Load a reward model from its folder or hub name, with its tokenizer where it has another.
 
     Args:
         reward: a path or name is loaded; anything else is returned as it is, but a model with
-            a vocabulary other than the policy's is refused.
+            a vocabulary other than the policy's is refused. The folder of an adapter that was
+            trained over the policy's base becomes a further adapter of it.
         tokenizer: the policy's.
         name: what metrics call it; empty for "reward_model".
+        policy: whose base it may share; None to load it whole.
 
     Raises:
         ValueError: where a model cannot read the policy's tokens and has no tokenizer.
 
     Source: ours.
     """
+    folder = adapter_folder(reward) if isinstance(reward, (str, Path)) else None
+    if folder is not None and policy is not None and is_over(policy, folder):
+        shared = load_shared(policy, folder, name or "reward_model")
+        return ModelReward(model=shared, name=name or "reward_model")
     if isinstance(reward, (str, Path)):
-        other = _other_tokenizer(str(reward), tokenizer)
+        bare = folder is not None and not (folder / "tokenizer_config.json").is_file()
+        other = None if bare else _other_tokenizer(str(reward), tokenizer)
         model = load_classifier(reward)
         return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
     if isinstance(reward, nn.Module):

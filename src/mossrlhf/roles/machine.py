@@ -1,6 +1,7 @@
 """What the models run on, and switches that any of them has."""
 
 import os
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -9,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from mossrlhf.config import TrainerConfig
+from mossrlhf.models import as_it_spoke
 
 
 class OwnPrecision(Accelerator):
@@ -87,7 +89,8 @@ def checkpoint_activations(model: nn.Module) -> None:
     if not all(p.requires_grad for p in model.parameters()):
         model.enable_input_require_grads()  # type: ignore[operator]
     renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20
-    (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+    enable: Any = renamed or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": partial(as_it_spoke, model)})
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -227,6 +227,19 @@ def is_adapted(policy: nn.Module) -> bool:
     return isinstance(policy, PeftModel)
 
 
+def only_its_own(policy: nn.Module) -> dict[str, Any]:
+    """Return what keeps a policy's ``save_pretrained`` from writing other roles' adapters along.
+
+    Args:
+        policy: with or without adapters.
+
+    Source: ours.
+    """
+    if is_adapted(policy) and len(policy.peft_config) > 1:  # type: ignore[arg-type]
+        return {"selected_adapters": list(policy.active_adapters)}  # type: ignore[arg-type]
+    return {}
+
+
 @contextmanager
 def as_reference(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
     """Lend the reference: the model itself, or the policy with its adapters off.
@@ -240,5 +253,8 @@ def as_reference(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.
     if reference is not None:
         yield reference
     else:
+        trained = [(p, p.requires_grad) for p in policy.parameters()]
         with policy.disable_adapter():  # type: ignore[operator]
             yield policy
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)  # PEFT has left those of other roles frozen
