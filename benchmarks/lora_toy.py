@@ -30,7 +30,7 @@ MARKS = ("<!-- written by: benchmarks/lora_toy.py table -->\n", "<!-- end -->\n"
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 JUDGED = {"learning_rate": 4e-3, "num_train_epochs": 2}
 RATE = 4e-3
-"""Of policy and critic: adapters of a model of 0.2 M parameters take larger steps than all of it."""
+"""Of policy and critic: adapters of so small a model take larger steps than all of it."""
 
 
 def run(seed: int, rate: float = RATE) -> dict[str, Any]:
