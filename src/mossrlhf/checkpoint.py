@@ -233,7 +233,9 @@ def checkpoints(folder: Path) -> list[Path]:
         path = folder / old.name.removeprefix(".").removesuffix(".old")
         if not path.exists():
             old.rename(path)
-    found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
+    # Folders called checkpoint-old and the like are somebody's own.
+    named = (p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal())
+    found = [p for p in named if (p / STATE).is_file()]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 

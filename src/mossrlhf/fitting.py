@@ -11,6 +11,7 @@ from mossrlhf.config import TrainerConfig
 from mossrlhf.data import require_records
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.rewards import reward_pairs
+from mossrlhf.sampling import Sampler
 
 KINDS: dict[str, tuple[Any, str]] = {
     "args": (TrainerConfig, "TrainerConfig(...)"),
@@ -21,6 +22,11 @@ KINDS: dict[str, tuple[Any, str]] = {
     "generation_config": (GenerationConfig, "GenerationConfig(...)"),
     "processing_class": (PreTrainedTokenizerBase, "a tokenizer: AutoTokenizer.from_pretrained(…)"),
     "accelerator": (Accelerator, "an accelerate.Accelerator"),
+    "sampler": (
+        Sampler,
+        "an HFSampler, or an object with temperature and max_new_tokens that is called with "
+        "(model, prompts) and returns a Rollout",
+    ),
     "shaper": (Callable, "a RewardShaper, or a function rollout -> rewards [B, T]"),
     "advantage": (Callable, "an estimator, or a function (rewards, values, mask) -> Advantages"),
 }

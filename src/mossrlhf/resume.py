@@ -14,7 +14,6 @@ from mossrlhf.checkpoint import (
     pack_optimizer,
     prune,
     random_state,
-    read_json,
     save_tensors,
     set_random_state,
     trained_tensors,
@@ -22,6 +21,7 @@ from mossrlhf.checkpoint import (
     write_json,
     written_aside,
 )
+from mossrlhf.saved_state import read_state
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
@@ -151,12 +151,13 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
-        ValueError: where it was made by another model or shaper, or a file is damaged.
+        ValueError: where it was made by another model, shaper or library, or a file is damaged.
+        TypeError: where `source` names nothing.
 
     Source: ours.
     """
     path = _find(trainer.output_dir, source)
-    saved = read_json(path / STATE)
+    saved = read_state(path)
     _require_same_shaper(_shaper_state(trainer), saved["shaper"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
     for role, optimizer in trainer.engine.optimizers.items():
@@ -220,7 +221,12 @@ def _find(output_dir: Path, source: str | Path | bool) -> Path:
                 f"{str(output_dir)!r}; train from the start, or name a folder"
             )
         return found[-1]
-    path = Path(str(source))
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"resume_from_checkpoint: got {source!r}, expected the folder of a checkpoint, or True "
+            "for the newest"
+        )
+    path = Path(source)
     if not (path / STATE).is_file():
         raise FileNotFoundError(
             f"resume_from_checkpoint: {str(path)!r} is no finished checkpoint (it has no {STATE}); "

@@ -1,0 +1,96 @@
+"""What reward models cannot be trained on."""
+
+import torch
+from transformers import TrainingArguments
+
+from bad_inputs.room import Room
+from bad_inputs.shop import WORLD
+from mossrlhf import RewardTrainer
+from mossrlhf.judging import score_responses
+from mossrlhf.reward_trainer import RankingLoss
+
+room = Room("Reward-model training")
+row = room.row
+PAIR = {"prompt": "help", "chosen": "me", "rejected": "you"}
+
+
+def trainer(shop, data=(PAIR,), model=None, **parts):
+    arguments = TrainingArguments(output_dir=str(shop.fresh), use_cpu=True, report_to="none")
+    model = shop.reward_model() if model is None else model
+    given = dict(args=arguments, processing_class=WORLD.tokenizer(), train_dataset=data)
+    return RewardTrainer(model, **{**given, **parts})
+
+
+row(
+    "a record without a pair",
+    "ValueError: train_dataset: its first record has {'prompt': 'str'}, expected prompt, and "
+    "chosen "
+    "and rejected of type str",
+    lambda shop: trainer(shop, [{"prompt": "help"}]),
+)
+row(
+    "answers that are messages",
+    "ValueError: train_dataset: its first record has {…'chosen': 'list'…}, expected prompt, and "
+    "chosen and rejected of type str (the responses alone); read it with data.load_pairs",
+    lambda shop: trainer(shop, [{**PAIR, "chosen": [{"role": "assistant", "content": "me"}]}]),
+)
+row(
+    "no pairs",
+    "ValueError: train_dataset: it is empty, expected at least one record",
+    lambda shop: trainer(shop, []),
+)
+row(
+    "the path of a file",
+    "TypeError: train_dataset: got str, …read the file: mossrlhf.data.load_pairs('pairs.jsonl')",
+    lambda shop: trainer(shop, "pairs.jsonl"),
+)
+row(
+    "a margin that is a text",
+    "ValueError: margin_column: a record's 'margin' is 'much', a str, expected a number",
+    lambda shop: trainer(shop, [{**PAIR, "margin": "much"}], margin_column="margin"),
+)
+row(
+    "records without the margin that is asked for",
+    "ValueError: margin_column: a record has no 'margin' (or None, or NaN)",
+    lambda shop: trainer(shop, margin_column="margin"),
+)
+row(
+    "a smoothing of a half",
+    "ValueError: RankingLoss(label_smoothing=): got 0.5, expected a number in [0, 0.5)",
+    lambda shop: RankingLoss(label_smoothing=0.5),
+)
+row(
+    "a language model in place of a reward model",
+    "TypeError: model: got a LlamaForCausalLM, expected a RewardModel; make one of a language "
+    "model "
+    "with RewardModel.from_language_model(model)",
+    lambda shop: trainer(shop, model=shop.policy()),
+)
+row(
+    "a tokenizer with more tokens than the model",
+    "ValueError: processing_class: it has 185 tokens, the model's vocabulary only 100",
+    lambda shop: trainer(shop, model=shop.reward_model(vocab_size=100)),
+)
+row(
+    "a language-model term without an output head",
+    "ValueError: lm_head: got None, but RankingLoss(lm_coef=1.0) needs an output head",
+    lambda shop: trainer(shop, loss=RankingLoss(lm_coef=1.0)),
+)
+
+
+@row(
+    "a reward model whose scores are not finite",
+    "FloatingPointError: step 0: scores or log-probability of 1 pairs are not finite; the step was "
+    "not taken",
+)
+def diverged(shop):
+    model = shop.reward_model()
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    return trainer(shop, model=model, data=[PAIR]).train()
+
+
+row(
+    "fewer responses than prompts",
+    "ValueError: prompts, responses: got 2 and 1, expected one response to each prompt",
+    lambda shop: score_responses(shop.reward_model(), WORLD.tokenizer(), ["help", "me"], ["you"]),
+)
