@@ -56,7 +56,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if set(OURS) <= set(lacking):
         raise ValueError(
             f"resume_from_checkpoint: {str(file)!r} is not of this library (it lacks "
-            "{lacking[:3]}); "
+            f"{lacking[:3]}); "
             "resume it with what it was written by, or load its models by their folders"
         )
     if _numbers(str(state.get("version"))) > _numbers(__version__):

@@ -20,7 +20,7 @@ from mossrlhf.models import (
 )
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
-from mossrlhf.roles.reading import require_finite, vocabulary_size
+from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
 from mossrlhf.signature import inside
 
 
@@ -57,7 +57,8 @@ def load_critic(
         else:
             made = RewardModel.from_language_model(_without_adapters(policy))
     elif isinstance(critic, (str, Path)):
-        made = RewardModel.from_pretrained(critic)
+        with loading("critic", critic, (OSError,)):
+            made = RewardModel.from_pretrained(critic)
     else:
         made = as_reward_model(critic, "critic")
         if any(made.score.weight is model.score.weight for model in rewards):
@@ -137,8 +138,9 @@ def load_reward(
         return ModelReward(model=shared, name=name or "reward_model")
     if isinstance(reward, (str, Path)):
         bare = folder is not None and not (folder / "tokenizer_config.json").is_file()
-        other = None if bare else _other_tokenizer(str(reward), tokenizer)
-        model = load_classifier(reward)
+        with loading("reward", reward, (OSError,)):
+            other = None if bare else _other_tokenizer(str(reward), tokenizer)
+            model = load_classifier(reward)
         require_finite(model, "reward")
         return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
     if isinstance(reward, nn.Module):

@@ -15,12 +15,15 @@ from mossrlhf.models import RewardModel
 
 
 @contextmanager
-def loading(argument: str, name: Any) -> Iterator[None]:
+def loading(
+    argument: str, name: Any, errors: tuple[type[Exception], ...] = (OSError, ValueError)
+) -> Iterator[None]:
     """Say which argument it was, and what it named, where transformers cannot load it.
 
     Args:
         argument: of the trainer.
         name: the folder or hub name it was given.
+        errors: of whoever loads it, that do not say so themselves.
 
     Raises:
         OSError: where there is nothing of that kind.
@@ -28,9 +31,10 @@ def loading(argument: str, name: Any) -> Iterator[None]:
 
     Source: ours.
     """
+    caught: tuple[type[Exception], ...] = (*errors, SafetensorError)
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except caught as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f"{argument}: {str(name)!r} cannot be loaded ({type(error).__name__}: {error!s:.300}); "

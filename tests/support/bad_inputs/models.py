@@ -7,6 +7,7 @@ from transformers import (
     GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
 )
 
 from bad_inputs.room import Room
@@ -207,3 +208,27 @@ row(
 def language_model_as_reward(shop):
     shop.policy().save_pretrained(shop.folder / "policy")
     return RewardModel.from_pretrained(shop.folder / "policy")
+
+
+for part in ("critic", "reward", "ref_model"):
+    row(
+        f"`{part}=` a folder that is not there",
+        f"OSError: {part}: …gone' cannot be loaded (…); expected the folder or hub name of one "
+        "that save_pretrained wrote, all files of it",
+        lambda shop, part=part: shop.trainer(**{part: str(shop.folder / "gone")}),
+    )
+row(
+    "one callback, not a list of them",
+    "TypeError: callbacks: got <…, expected a list of transformers.TrainerCallback objects",
+    lambda shop: shop.trainer(callbacks=TrainerCallback()),
+)
+row(
+    "a function for a callback",
+    "TypeError: callbacks: got <function …>, expected a list of transformers.TrainerCallback objec",
+    lambda shop: shop.trainer(callbacks=[lambda state: None]),
+)
+row(
+    "an argument of another library",
+    "TypeError: Trainer has no option 'reward_funcs'; here that is Trainer(reward=)",
+    lambda shop: shop.trainer(reward_funcs=[]),
+)

@@ -1,15 +1,16 @@
-"""What reward models cannot be trained on."""
+"""What reward models cannot be trained on, and language models not by `SFTTrainer`."""
 
 import torch
 from transformers import TrainingArguments
 
 from bad_inputs.room import Room
 from bad_inputs.shop import WORLD
-from mossrlhf import RewardTrainer
+from mossrlhf import RewardTrainer, SFTTrainer
+from mossrlhf.data import PairCollator, SFTCollator, TokenBatches
 from mossrlhf.judging import score_responses
 from mossrlhf.reward_trainer import RankingLoss
 
-room = Room("Reward-model training")
+room = Room("Reward-model and supervised training")
 row = room.row
 PAIR = {"prompt": "help", "chosen": "me", "rejected": "you"}
 
@@ -93,4 +94,52 @@ row(
     "fewer responses than prompts",
     "ValueError: prompts, responses: got 2 and 1, expected one response to each prompt",
     lambda shop: score_responses(shop.reward_model(), WORLD.tokenizer(), ["help", "me"], ["you"]),
+)
+
+
+def sft(shop, data, **parts):
+    """A trainer of supervised fine-tuning."""
+    arguments = TrainingArguments(output_dir=str(shop.fresh), use_cpu=True, report_to="none")
+    return SFTTrainer(shop.policy(), arguments, data, WORLD.tokenizer(), **parts)
+
+
+row(
+    "a text among pairs",
+    "TypeError: records: one is of type str ('help'), expected a dict; read them with load_sft",
+    lambda shop: PairCollator(WORLD.tokenizer())([PAIR, "help"]),
+)
+row(
+    "texts for `SFTTrainer`",
+    "TypeError: train_dataset: record 0 is of type str, expected a dict",
+    lambda shop: sft(shop, ["help"]),
+)
+row(
+    "the path of a file for `SFTTrainer`",
+    "TypeError: train_dataset: got str, …read the file: mossrlhf.data.load_sft('sft.jsonl')",
+    lambda shop: sft(shop, "sft.jsonl"),
+)
+row(
+    "a dict of splits for `SFTTrainer`",
+    "TypeError: train_dataset: got dict, …pick one of its parts, of ['train']: dataset['train']",
+    lambda shop: sft(shop, {"train": [{"text": "help"}]}),
+)
+row(
+    "no examples for `SFTTrainer`",
+    "ValueError: train_dataset: it is empty, expected at least one record",
+    lambda shop: sft(shop, []),
+)
+row(
+    "an answer that is a number",
+    "ValueError: records: response is a int (3), expected a string",
+    lambda shop: SFTCollator(WORLD.tokenizer())([{"prompt": "help", "response": 3}]),
+)
+row(
+    "no room for a prompt and a response",
+    "ValueError: PairCollator(max_length=): got 1, expected a number in [2, inf]",
+    lambda shop: PairCollator(WORLD.tokenizer(), max_length=1),
+)
+row(
+    "a token budget of 0",
+    "ValueError: TokenBatches(max_tokens=): got 0, expected a number in [1, inf]",
+    lambda shop: TokenBatches(max_tokens=0),
 )
