@@ -22,13 +22,14 @@ from mossrlhf.checkpoint import (
     write_json,
     written_aside,
 )
+from mossrlhf.processes import together
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
 
 
-def save_checkpoint(trainer: "Trainer") -> Path:
+def save_checkpoint(trainer: "Trainer", folder: Path | None = None) -> Path:
     """Write everything a run needs to go on to ``checkpoint-<step>``, and prune older ones.
 
     The models as others load them (``policy/``, ``critic/``), trained parameters, optimizers,
@@ -36,37 +37,46 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 
     Args:
         trainer: what to save.
+        folder: where to; None for the output directory, where older ones are pruned.
 
     Returns:
         the folder.
 
+    Raises:
+        OSError: where it could not be written; `PeerError` on the other processes.
+
     Source: ours.
     """
     run, accelerator = trainer.run, trainer.accelerator
-    path = trainer.output_dir / f"checkpoint-{run.state.global_step}"
+    path = (folder or trainer.output_dir) / f"checkpoint-{run.state.global_step}"
     own_random = random_state()
     randoms = [own_random]
     if accelerator.num_processes > 1:
         randoms = gather_object([own_random])
-    if accelerator.is_main_process:
-        with written_aside(path) as folder:
-            trainer.save_model(folder)
-            save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
-            plain: dict[str, Any] = {}
-            for role, optimizer in trainer.engine.optimizers.items():
-                tensors, plain[role] = pack_optimizer(optimizer)
-                save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
-            for index, (tensors, _) in enumerate(randoms):
-                save_tensors(tensors, folder / f"random_{index}.safetensors")
-            save_tensors(
-                {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
-            )
-            state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
-            write_json(state, folder / STATE)
-        best = run.state.best_model_checkpoint
-        prune(trainer.output_dir, trainer.args.save_total_limit, Path(best) if best else None)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _write(trainer, path, randoms)
+            if folder is None:
+                best = run.state.best_model_checkpoint
+                keep = trainer.args.save_total_limit
+                prune(trainer.output_dir, keep, Path(best) if best else None)
     return path
+
+
+def _write(trainer: "Trainer", path: Path, randoms: list[Any]) -> None:
+    with written_aside(path) as folder:
+        trainer.save_model(folder)
+        save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
+        plain: dict[str, Any] = {}
+        for role, optimizer in trainer.engine.optimizers.items():
+            tensors, plain[role] = pack_optimizer(optimizer)
+            save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
+        for index, (tensors, _) in enumerate(randoms):
+            save_tensors(tensors, folder / f"random_{index}.safetensors")
+        order = {"minibatches": trainer.generator.get_state()}
+        save_tensors(order, folder / "generator.safetensors")
+        state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
+        write_json(state, folder / STATE)
 
 
 def is_saved(trainer: "Trainer") -> bool:
