@@ -3,13 +3,17 @@
 import shutil
 import signal
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from mossrlhf.checkpoint import checkpoints, written_aside
+from mossrlhf.faults import Fault, Suspect, with_prompts, write_fault
 from mossrlhf.interrupts import TERMINATED
 from mossrlhf.processes import PeerError, is_loss_of_a_peer, is_shared, together
 from mossrlhf.resume import is_saved, restore, save_checkpoint
@@ -18,22 +22,30 @@ if TYPE_CHECKING:
     from mossrlhf.run import Run
 
 
-def leave(run: "Run", folder: Path | None = None) -> Path | None:
+def leave(run: "Run") -> Path | None:
     """Save on the way out, however it came to that.
 
     Args:
         run: at its end, or stopped.
-        folder: where to; None for the output directory.
 
     Returns:
         the checkpoint to go on from; None where part of an iteration's steps has been taken, or
         nothing yet.
 
     Raises:
-        OSError: where nothing could be written.
+        OSError: where it could not be written to the output directory; it has then been written
+            to the folder for temporary files, if there was room. `PeerError` on other processes.
 
     Source: ours.
     """
+    try:
+        return _save(run)
+    except (OSError, PeerError) as unsaved:
+        _save_elsewhere(run, unsaved)
+        raise
+
+
+def _save(run: "Run", folder: Path | None = None) -> Path | None:
     trainer = run.trainer
     if not run.between_iterations:
         # Part of an iteration's steps: no state to resume from, but the models are there.
@@ -81,10 +93,8 @@ def leave_in_error(run: "Run", error: Exception) -> Exception:
         return error
     if accelerator.is_main_process:
         tqdm.write(f"{type(error).__name__} in iteration {step + 1}.")
-    try:
+    with suppress(OSError, PeerError):  # said by `leave`; what is raised is how it began
         leave(run)
-    except (OSError, PeerError) as unsaved:
-        _leave_elsewhere(run, unsaved)
     return error
 
 
@@ -105,13 +115,52 @@ def stop_at_once(run: "Run", number: int) -> None:
         optimizer.zero_grad()
     where = f"Stopped within iteration {run.state.global_step + 1}."
     if run.accelerator.num_processes == 1:
-        tqdm.write(f"{where} train() goes on from here.")
+        tqdm.write(f"{where} train() goes on from here." if number == signal.SIGINT else where)
         return
     tqdm.write(f"{where} {_newest(run)}")
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
-def _leave_elsewhere(run: "Run", unsaved: Exception) -> None:
+def say_terminated(run: "Run", saved: Path | None) -> None:
+    """Say what a run that SIGTERM has ended leaves.
+
+    Args:
+        run: ended.
+        saved: what `leave` returned.
+
+    Source: ours.
+    """
+    if run.accelerator.is_main_process:
+        at = "" if saved is None else f" Written: {str(saved)!r}."
+        tqdm.write(f"Ended by SIGTERM after iteration {run.state.global_step}.{at} {_newest(run)}")
+
+
+def keep_fault(run: "Run", fault: Fault) -> tuple[str, Sequence[Suspect]]:
+    """Leave the batch of a step that was not taken in ``faults/``.
+
+    Args:
+        run: in which it happened.
+        fault: of this process.
+
+    Returns:
+        a sentence on where it is, and the suspects with their prompts.
+
+    Source: ours.
+    """
+    prompts = run.trainer.prompts
+    fault = with_prompts(fault, prompts.dealt, prompts.dataset)
+    warm_up = "policy" not in fault.roles
+    name = f"pretrain-{run.pretrained + 1}" if warm_up else f"step-{run.state.global_step + 1}"
+    folder = run.trainer.output_dir / "faults" / name
+    try:
+        write_fault(fault, folder)
+    except (OSError, SafetensorError) as error:
+        return f"The batch could not be kept in {str(folder)!r} ({error}). ", fault.suspects
+    said = f"mossrlhf.faults.read_fault({str(folder)!r}) returns the batch. "
+    return said, fault.suspects
+
+
+def _save_elsewhere(run: "Run", unsaved: Exception) -> None:
     """Save to the folder for temporary files, rather than lose what was learned."""
     folder = Path(tempfile.gettempdir())
     try:
@@ -119,7 +168,7 @@ def _leave_elsewhere(run: "Run", unsaved: Exception) -> None:
             if run.accelerator.is_main_process:
                 folder = Path(tempfile.mkdtemp(prefix="mossrlhf-"))
                 _require_room(run, folder)
-        path = leave(run, folder)
+        path = _save(run, folder)
     except (OSError, PeerError):
         if folder.name.startswith("mossrlhf-"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -43,12 +43,12 @@ def together(accelerator: Accelerator) -> Iterator[None]:
             raise own from None  # the cause; that the others are gone as well says less
         raise
     if own is not None:
-        raise share(own)
+        raise on_all(own)
     if raised:
-        raise share(PeerError(f"this process stops, since {raised[0]}"))
+        raise on_all(PeerError(f"this process stops, since {raised[0]}"))
 
 
-def share(error: Exception) -> Exception:
+def on_all(error: Exception) -> Exception:
     """Mark an exception as one that all processes are raising at this place.
 
     Args:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 from mossrlhf.checkpoint import set_aside
 from mossrlhf.flow import Flow, is_best, require_measurable
 from mossrlhf.interrupts import Signals
-from mossrlhf.leaving import leave, leave_in_error, stop_at_once
+from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.processes import together
 from mossrlhf.resume import load_checkpoint, save_checkpoint, snapshot
@@ -132,7 +132,7 @@ class Run:
         saved = leave(self)
         terminated = torch.tensor([float(signals.terminated)], device=self.accelerator.device)
         if bool(self.trainer.engine.reduce(terminated)):
-            tqdm.write(f"Ended by SIGTERM; saved: {saved}.")
+            say_terminated(self, saved)
             signals.leave()
 
     def _clear_the_folder(self) -> None:

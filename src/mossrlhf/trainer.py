@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
+from mossrlhf.leaving import keep_fault
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
 from mossrlhf.processes import together
@@ -42,6 +44,7 @@ class Trainer(Stages):
 
     def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
         self.run = Run(self, callbacks)
+        self.engine.keep_fault = partial(keep_fault, self.run)
         self._references: deque[tuple[Any, Rollout]] = deque(maxlen=4)
 
     def train(
