@@ -60,6 +60,7 @@ class Engine:
         self.accelerator = accelerator
         self.bare = model
         self._asked: tuple[PPOMaxLoss, str | None] | None = None
+        self.steps = 0  # taken so far
         self.keep_fault: Callable[[Fault], tuple[str, Sequence[Suspect]]] = _not_kept
         rates = {"policy": args.learning_rate}
         if model.critic is not None:
@@ -156,6 +157,7 @@ class Engine:
         norms = self._clip(roles)
         if broken := self._not_finite({**stats, **norms}):
             raise on_all(self._report(broken, given, minibatch, loss, roles, ptx, weights))
+        self.steps += 1
         for role in roles:
             if role in self.optimizers:
                 self.optimizers[role].step()

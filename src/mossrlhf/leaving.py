@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from mossrlhf.checkpoint import checkpoints, written_aside
-from mossrlhf.faults import Fault, Suspect, with_prompts, write_fault
+from mossrlhf.faults import Fault, NonFiniteError, Suspect, with_prompts, write_fault
 from mossrlhf.interrupts import TERMINATED
 from mossrlhf.processes import PeerError, is_loss_of_a_peer, is_shared, together
 from mossrlhf.resume import is_saved, restore, save_checkpoint
@@ -93,6 +93,8 @@ def leave_in_error(run: "Run", error: Exception) -> Exception:
         return error
     if accelerator.is_main_process:
         tqdm.write(f"{type(error).__name__} in iteration {step + 1}.")
+    if isinstance(error, NonFiniteError) and run.steps_before == run.trainer.engine.steps:
+        run.between_iterations = True  # the first step of an update was not taken: nothing moved
     with suppress(OSError, PeerError):  # said by `leave`; what is raised is how it began
         leave(run)
     return error

@@ -104,6 +104,7 @@ def snapshot(trainer: "Trainer") -> dict[str, Any]:
     """
     return {
         "prompts": trainer.prompts.state_dict(),
+        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "shaper": _shaper_state(trainer),
         "random": random_state(),
         "minibatches": trainer.generator.get_state(),
@@ -120,6 +121,8 @@ def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
     Source: ours.
     """
     trainer.prompts.load_state_dict(noted["prompts"])
+    if trainer.ptx is not None:
+        trainer.ptx.load_state_dict(noted["ptx"])
     if noted["shaper"]:
         trainer.shaper.load_state_dict(noted["shaper"])
     set_random_state(*noted["random"])

@@ -67,6 +67,7 @@ class Run:
         self.stopping = False
         self.between_iterations = True
         self.before: dict[str, Any] | None = None
+        self.steps_before = 0
         self.folder_cleared = False
         self.settings: dict[str, Any] = {
             "learning_rate": self.args.learning_rate,
@@ -199,7 +200,7 @@ class Run:
                 and to the trackers with ``pretrain/`` before their names.
         """
         self.pretrained += 1
-        self.between_iterations = True
+        self.between_iterations, self.before = True, None
         metrics = _numbers(metrics)
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
         self._track({f"pretrain/{name}": value for name, value in metrics.items()})
@@ -213,7 +214,7 @@ class Run:
 
     def begin_update(self) -> None:
         """Say that from here on the models move."""
-        self.before = None
+        self.steps_before = self.trainer.engine.steps
         self.between_iterations = False
 
     def end_step(self, rollout: Rollout, metrics: Any) -> None:
@@ -226,7 +227,7 @@ class Run:
         metrics = _numbers(metrics)
         state = self.state
         state.global_step += 1
-        self.between_iterations = True
+        self.between_iterations, self.before = True, None
         prompts = self.trainer.prompts
         state.epoch = prompts.position / len(prompts.dataset)
         seconds = sum(self.clock.values())

@@ -126,6 +126,7 @@ def test_a_sample_of_one_process_is_named_by_both(folder, ended):
         for i in range(2)
     ]
     assert not faults[0].suspects
+    assert kept(folder, "not_finite") == ["checkpoint-1"]
     (suspect,) = faults[1].suspects
     sample = suspect.sample
     assert torch.isinf(faults[1].rollout.advantages).any(1).nonzero().flatten().tolist() == [sample]

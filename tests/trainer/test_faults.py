@@ -70,6 +70,35 @@ def test_a_step_that_is_not_finite_is_not_taken(make, parameters):
     assert torch.equal(parameters(trainer.model), before)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_from_before_the_fault(make, world, parameters, first):
+    """In the first step of an update nothing has moved; after that there is part of an update."""
+    options = dict(total_steps=3, minibatch_size=4)
+    parts = dict(loss=PPOMaxLoss(ptx_coef=0.1), ptx_dataset=world.sft_examples(16))
+    trainer = make("run", args=options, **parts)
+    step, calls = trainer.engine.step, []
+
+    def spoils(minibatch, *rest):
+        calls.append(0)
+        if len(calls) == (3 if first else 4):  # two to an iteration
+            minibatch.advantages[0, 0] = torch.nan
+        return step(minibatch, *rest)
+
+    trainer.engine.step = spoils
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert steps_in(trainer.output_dir) == (["checkpoint-1"] if first else [])
+    assert (trainer.output_dir / "unfinished").exists() != first
+    if first:
+        trainer.train()  # it can go on itself
+        whole = make("whole", args=options, **parts)
+        whole.train()
+        assert torch.equal(parameters(trainer.model), parameters(whole.model))
+        resumed = make("run", args=options, **parts)
+        resumed.train(resume_from_checkpoint=trainer.output_dir / "checkpoint-1")
+        assert torch.equal(parameters(resumed.model), parameters(whole.model))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overflows(PPOMaxLoss):
     """Of tokens with one advantage the value's or the policy's loss overflows."""
