@@ -11,7 +11,7 @@ from mossrlhf.version import __version__
 _HOMES = {
     "types": ("Advantages", "LossOutput", "Rollout", "TokenStats"),
     "models": ("ActorCritic", "RewardModel", "ValueHead", "policy_stats"),
-    "rewards": ("ModelReward", "RewardFunction", "RewardSet"),
+    "rewards": ("ModelReward", "PatientReward", "RewardFunction", "RewardSet"),
     "shaping": ("RewardShaper", "RollingReturnMoments", "RunningMoments"),
     "advantage": ("AdvantageEstimator", "GroupRelative", "LeaveOneOut", "ReinforcePlusPlus"),
     "loss": ("PPOMaxLoss",),
@@ -44,6 +44,7 @@ __all__ = [
     "LossOutput",
     "ModelReward",
     "PPOMaxLoss",
+    "PatientReward",
     "PreferenceStrength",
     "RankingLoss",
     "ReinforcePlusPlus",
@@ -101,7 +102,7 @@ if TYPE_CHECKING:
     )
     from mossrlhf.retention import last_checkpoint
     from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
-    from mossrlhf.rewards import ModelReward, RewardFunction, RewardSet
+    from mossrlhf.rewards import ModelReward, PatientReward, RewardFunction, RewardSet
     from mossrlhf.sampling import HFSampler, Sampler
     from mossrlhf.sft_trainer import SFTTrainer
     from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments

@@ -57,6 +57,8 @@ class TrainerConfig:
         report_to: trackers of accelerate ("tensorboard", "wandb", …).
         run_name: for the trackers.
         disable_tqdm: whether the console stays quiet: no progress bar, no table.
+        ddp_timeout: seconds that processes wait for each other before they give up; longer than
+            the slowest thing that one of them may do alone.
         collapse_kl: nats per sequence beyond which, with few distinct bigrams, the policy counts
             as collapsed.
         max_kl: nats per sequence at which training stops; None for never.
@@ -104,6 +106,7 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     disable_tqdm: bool = False
+    ddp_timeout: float = 1800.0
     collapse_kl: float = 15.0
     max_kl: float | None = None
 
@@ -115,7 +118,7 @@ class TrainerConfig:
             check(name, 0)
             if math.isinf(getattr(self, name)):
                 raise ValueError(f"TrainerConfig({name}=): got inf, expected a finite number")
-        for name in ("adam_epsilon", "max_grad_norm", "collapse_kl", "max_kl"):
+        for name in ("adam_epsilon", "max_grad_norm", "collapse_kl", "max_kl", "ddp_timeout"):
             check(name, 0, above=True)
         for name in ("total_steps", "critic_pretrain_steps"):
             check(name, 0)

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from mossrlhf.buffer import micro_batches
 from mossrlhf.config import TrainerConfig
+from mossrlhf.faults import Fault, NonFiniteError, Suspect
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
+from mossrlhf.processes import on_all
+from mossrlhf.suspects import describe, in_columns, in_models, weights_not_finite
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy", "ptx")
@@ -56,6 +60,8 @@ class Engine:
         self.accelerator = accelerator
         self.bare = model
         self._asked: tuple[PPOMaxLoss, str | None] | None = None
+        self.steps = 0  # taken so far
+        self.keep_fault: Callable[[Fault], tuple[str, Sequence[Suspect]]] = _not_kept
         rates = {"policy": args.learning_rate}
         if model.critic is not None:
             rates["critic"] = args.critic_learning_rate
@@ -135,9 +141,10 @@ class Engine:
             statistics, gradient norms, and what the statistics are means over.
 
         Raises:
-            FloatingPointError: where a loss or gradient is not finite; nothing has moved.
+            NonFiniteError: (a FloatingPointError) where a loss or gradient is not finite; nothing
+                has moved, on no process. It names samples, and where the batch has been left.
         """
-        minibatch = loss.prepare(minibatch, self.reduce)
+        given, minibatch = minibatch, loss.prepare(minibatch, self.reduce)
         parts = self._parts(minibatch)
         stats: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
@@ -148,7 +155,9 @@ class Engine:
             elif role in roles and role in self.optimizers:
                 weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
-        self._require_finite({**stats, **norms}, minibatch)
+        if broken := self._not_finite({**stats, **norms}):
+            raise on_all(self._report(broken, given, minibatch, loss, roles, ptx, weights))
+        self.steps += 1
         for role in roles:
             if role in self.optimizers:
                 self.optimizers[role].step()
@@ -265,16 +274,45 @@ class Engine:
             for name, parameters in groups.items()
         }
 
-    def _require_finite(self, stats: Mapping[str, Tensor], minibatch: Rollout) -> None:
+    def _not_finite(self, stats: Mapping[str, Tensor]) -> list[str]:
         values = torch.stack([value.float() for value in stats.values()])
-        broken = self.reduce((~torch.isfinite(values)).float())
-        if not bool(broken.any()):
-            return
+        broken = self.reduce((~torch.isfinite(values)).float()).tolist()
+        return [name for name, b in zip(stats, broken, strict=True) if b]
+
+    def _report(
+        self,
+        terms: list[str],
+        given: Rollout,
+        minibatch: Rollout,
+        loss: PPOMaxLoss,
+        roles: Sequence[str],
+        ptx: Mapping[str, Tensor] | None,
+        denominators: Mapping[str, Tensor],
+    ) -> NonFiniteError:
+        """Look for the samples at fault, keep the batch, and say both, on all processes alike."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        names = [n for n, b in zip(stats, broken.tolist(), strict=True) if b]
-        raise FloatingPointError(
-            f"not finite: {', '.join(names)}; the step was not taken. {_suspect(minibatch)} "
+        index = self.accelerator.process_index
+        weights = weights_not_finite(self)
+        found = in_columns(given)
+        if not found and not weights:
+            found = in_models(self, minibatch, loss, ptx, denominators)
+        fault = Fault(
+            terms=terms,
+            suspects=[Suspect(term, row, index) for term, row in found],
+            rollout=given,
+            roles=list(roles),
+            loss=repr(loss),
+            denominators={role: float(value) for role, value in denominators.items()},
+            ptx=ptx or {},
+            process=index,
+        )
+        kept, suspects = self.keep_fault(fault)
+        if self.accelerator.num_processes > 1:
+            suspects = gather_object(list(suspects))
+        return NonFiniteError(
+            f"not finite: {', '.join(terms)}; the step was not taken. "
+            f"{describe(suspects, weights, len(given) * self.accelerator.num_processes)} {kept}"
             "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
         )
 
@@ -287,20 +325,14 @@ def _share_of_tokens(
     return lambda stats, at: loss.tokens(stats, rows[at], denominator)
 
 
+def _not_kept(fault: Fault) -> tuple[str, Sequence[Suspect]]:
+    """For an engine without a trainer, which has no folder for it."""
+    return "", fault.suspects
+
+
 def _weightless(part: Rollout) -> Rollout:
     return replace(
         part,
         weights=torch.zeros_like(part.token_weights),
         state_mask=None if part.state_mask is None else torch.zeros_like(part.state_mask),
     )
-
-
-def _suspect(minibatch: Rollout) -> str:
-    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
-        value: Tensor | None = getattr(minibatch, name)
-        if value is None:
-            continue
-        rows = (~torch.isfinite(value) & minibatch.mask).any(dim=1).nonzero().flatten().tolist()
-        if rows:
-            return f"In the minibatch, {name} of sample {rows[0]} is not finite."
-    return "The minibatch itself is finite, so it is the models' forward or backward."

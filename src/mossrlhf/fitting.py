@@ -53,7 +53,7 @@ def require_parts(given: Mapping[str, Any]) -> None:
             )
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: got {value!r:.60}, expected {remedy}")
-    _require_callbacks(given["callbacks"])
+    _require_callbacks(given.get("callbacks", ()))
     for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
         if given[name] is not None or name == "train_dataset":
             require_records(given[name], name, prompts=name != "ptx_dataset")

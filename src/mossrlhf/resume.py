@@ -18,6 +18,7 @@ from mossrlhf.checkpoint import (
     write_json,
 )
 from mossrlhf.models import weights_digest
+from mossrlhf.processes import together
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
 from mossrlhf.saved_state import FORMAT, read_state
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
 
 
-def save_checkpoint(trainer: "Trainer") -> Path:
+def save_checkpoint(trainer: "Trainer", folder: Path | None = None) -> Path:
     """Write everything a run needs to go on to ``checkpoint-<step>``, and prune older ones.
 
     The models as others load them (``policy/``, ``critic/``), trained parameters, optimizers,
@@ -35,37 +36,46 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 
     Args:
         trainer: what to save.
+        folder: where to; None for the output directory, where older ones are pruned.
 
     Returns:
         the folder.
 
+    Raises:
+        OSError: where it could not be written; `PeerError` on the other processes.
+
     Source: ours.
     """
     run, accelerator = trainer.run, trainer.accelerator
-    path = trainer.output_dir / f"checkpoint-{run.state.global_step}"
+    path = (folder or trainer.output_dir) / f"checkpoint-{run.state.global_step}"
     own_random = random_state()
     randoms = [own_random]
     if accelerator.num_processes > 1:
         randoms = gather_object([own_random])
-    if accelerator.is_main_process:
-        with written_aside(path) as folder:
-            trainer.save_model(folder)
-            save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
-            plain: dict[str, Any] = {}
-            for role, optimizer in trainer.engine.optimizers.items():
-                tensors, plain[role] = pack_optimizer(optimizer)
-                save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
-            for index, (tensors, _) in enumerate(randoms):
-                save_tensors(tensors, folder / f"random_{index}.safetensors")
-            save_tensors(
-                {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
-            )
-            state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
-            write_json({**state, "files": seal(folder)}, folder / STATE)
-        best = run.state.best_model_checkpoint
-        prune(trainer.output_dir, trainer.args.save_total_limit, Path(best) if best else None)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _write(trainer, path, randoms)
+            if folder is None:
+                best = run.state.best_model_checkpoint
+                keep = trainer.args.save_total_limit
+                prune(trainer.output_dir, keep, Path(best) if best else None)
     return path
+
+
+def _write(trainer: "Trainer", path: Path, randoms: list[Any]) -> None:
+    with written_aside(path) as folder:
+        trainer.save_model(folder)
+        save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
+        plain: dict[str, Any] = {}
+        for role, optimizer in trainer.engine.optimizers.items():
+            tensors, plain[role] = pack_optimizer(optimizer)
+            save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
+        for index, (tensors, _) in enumerate(randoms):
+            save_tensors(tensors, folder / f"random_{index}.safetensors")
+        order = {"minibatches": trainer.generator.get_state()}
+        save_tensors(order, folder / "generator.safetensors")
+        state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
+        write_json({**state, "files": seal(folder)}, folder / STATE)
 
 
 def is_saved(trainer: "Trainer") -> bool:
@@ -93,6 +103,7 @@ def snapshot(trainer: "Trainer") -> dict[str, Any]:
     """
     return {
         "prompts": trainer.prompts.state_dict(),
+        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "shaper": _shaper_state(trainer),
         "random": random_state(),
         "minibatches": trainer.generator.get_state(),
@@ -109,6 +120,8 @@ def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
     Source: ours.
     """
     trainer.prompts.load_state_dict(noted["prompts"])
+    if trainer.ptx is not None:
+        trainer.ptx.load_state_dict(noted["ptx"])
     if noted["shaper"]:
         trainer.shaper.load_state_dict(noted["shaper"])
     set_random_state(*noted["random"])

@@ -1,9 +1,10 @@
 """The bookkeeping of a run: counters, callbacks, console, trackers, watchers, checkpoints."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from mossrlhf.flow import Flow, is_best, is_due, numbers, require_measurable
-from mossrlhf.interrupts import interruptible
+from mossrlhf.interrupts import Signals
+from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
 from mossrlhf.monitor import CollapseWatch, StillWatch
-from mossrlhf.resume import is_saved, load_checkpoint, restore, save_checkpoint, snapshot
+from mossrlhf.processes import together
+from mossrlhf.resume import load_checkpoint, save_checkpoint, snapshot
 from mossrlhf.retention import set_aside, sweep
-from mossrlhf.tracking import Completions, ConsoleTable
+from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Run:
             trainer.engine.schedulers["policy"],
         )
         self.console = ConsoleTable()
+        self.trackers = Trackers(self.accelerator)
         self.completions = Completions(trainer.output_dir / "completions.jsonl")
         self.collapse: CollapseWatch | None = None
         self.still = StillWatch(trainer.model.trained_parameters("policy"))
@@ -63,6 +67,7 @@ class Run:
         self.stopping = False
         self.between_iterations = True
         self.before: dict[str, Any] | None = None
+        self.steps_before = 0
         self.folder_cleared = False
         self.settings: dict[str, Any] = {
             "learning_rate": self.args.learning_rate,
@@ -110,25 +115,26 @@ class Run:
         self.before = None
         self._clear_the_folder()
         if self.args.report_to and not self.accelerator.trackers:
-            self.accelerator.init_trackers(self.args.run_name or "mossrlhf")
+            self.trackers.begin(self.args.run_name or "mossrlhf")
         self._fire("on_train_begin")
+        signals = Signals(self._asked)
         try:
             with (
                 self._bar("PPO", self.args.total_steps, self.state.global_step) as self.bar,
-                interruptible(self._interrupt),
+                signals.heeded(),
             ):
                 yield
         except Exception as error:
-            # Alone: the other processes wait elsewhere, and would never come to save with it.
-            if self.accelerator.num_processes == 1:
-                tqdm.write(f"{type(error).__name__} in iteration {self.state.global_step + 1}.")
-                try:
-                    self._leave()
-                except OSError as unsaved:
-                    tqdm.write(f"Nothing could be saved: {unsaved}")
-            raise
+            told = leave_in_error(self, error)
+            if told is error:
+                raise
+            raise told from error
         self._fire("on_train_end")
-        self._leave()
+        saved = leave(self)
+        terminated = torch.tensor([float(signals.terminated)], device=self.accelerator.device)
+        if bool(self.trainer.engine.reduce(terminated)):
+            say_terminated(self, saved)
+            signals.leave()
 
     def _clear_the_folder(self) -> None:
         """Move what another run, or the future of a resumed one, has left in the folder aside."""
@@ -142,36 +148,18 @@ class Run:
         self.folder_cleared = True
         self.accelerator.wait_for_everyone()
 
-    def _leave(self) -> None:
-        """Save on the way out, however it came to that."""
-        if not self.between_iterations:
-            # Part of an iteration's steps: no state to resume from, but the models are there.
-            folder = self.trainer.output_dir / "unfinished"
-            self.trainer.save_model(folder)
-            tqdm.write(f"The models as they are: {folder}.")
-        elif self.state.global_step or self.pretrained:
-            if self.before is not None:
-                # Nothing has moved yet; resumed, the iteration begins anew.
-                restore(self.trainer, self.before)
-                if is_saved(self.trainer):
-                    return
-            save_checkpoint(self.trainer)
-
     def _bar(self, name: str, total: int, initial: int = 0) -> tqdm:
         hidden = self.quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         hidden = hidden or total == initial
         return tqdm(total=total, initial=initial, desc=name, disable=hidden, leave=name == "PPO")
 
-    def _interrupt(self, at_once: bool) -> None:
+    def _asked(self, number: int, at_once: bool) -> None:
         self.control.should_training_stop = self.interrupted = True
-        if not at_once:
-            tqdm.write("Stopping after this iteration; press Ctrl-C again to stop at once.")
+        if at_once:
+            stop_at_once(self, number)
             return
-        for optimizer in self.trainer.engine.optimizers.values():
-            optimizer.zero_grad()
-        tqdm.write(
-            f"Stopped within iteration {self.state.global_step + 1}. train() goes on from here."
-        )
+        again = "press Ctrl-C" if number == signal.SIGINT else "send SIGTERM"
+        tqdm.write(f"Stopping after this iteration; {again} again to stop at once.")
 
     def timed(self, stage: Callable[..., Any], *args: Any) -> Any:
         """Run a stage and note how long it took.
@@ -181,9 +169,12 @@ class Run:
             args: its arguments.
         """
         start = time.perf_counter()
-        result = stage(*args)
-        name = f"time/{getattr(stage, '__name__', 'stage')}_seconds"
-        self.clock[name] = time.perf_counter() - start
+        name = getattr(stage, "__name__", "stage")
+        # In these nobody waits for another process; one that raises would leave the others to.
+        alone = name in ("collect", "score", "annotate")
+        with together(self.accelerator) if alone else nullcontext():
+            result = stage(*args)
+        self.clock[f"time/{name}_seconds"] = time.perf_counter() - start
         return result
 
     def pretraining(self, steps: int | None) -> Iterator[int]:
@@ -198,7 +189,7 @@ class Run:
             for i in range(steps):
                 if self.stopping:
                     return
-                self.between_iterations = False
+                self.before = snapshot(self.trainer)
                 yield i
                 bar.update()
 
@@ -210,7 +201,7 @@ class Run:
                 and to the trackers with ``pretrain/`` before their names.
         """
         self.pretrained += 1
-        self.between_iterations = True
+        self.between_iterations, self.before = True, None
         metrics = numbers(metrics)
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
         self._track({f"pretrain/{name}": value for name, value in metrics.items()})
@@ -226,7 +217,7 @@ class Run:
 
     def begin_update(self) -> None:
         """Say that from here on the models move."""
-        self.before = None
+        self.steps_before = self.trainer.engine.steps
         self.between_iterations = False
 
     def end_step(self, rollout: Rollout, metrics: Any) -> None:
@@ -239,7 +230,7 @@ class Run:
         metrics = numbers(metrics)
         state = self.state
         state.global_step += 1
-        self.between_iterations = True
+        self.between_iterations, self.before = True, None
         prompts = self.trainer.prompts
         state.epoch = prompts.position / len(prompts.dataset)
         seconds = sum(self.clock.values())
@@ -255,7 +246,8 @@ class Run:
         self._fire("on_step_end")
         self._agree()
         if self.control.should_log or self.stopping:
-            self._log(rollout, metrics)
+            with together(self.accelerator):
+                self._log(rollout, metrics)
         if self.control.should_evaluate:
             self.evaluated(self.trainer.evaluate())
         self._save_if_due(metrics)
@@ -278,7 +270,7 @@ class Run:
     def _track(self, metrics: dict[str, Any]) -> None:
         if self.args.report_to:
             # Iterations of the warm-up count: some trackers drop what is not in order.
-            self.accelerator.log(metrics, step=self.pretrained + self.state.global_step)
+            self.trackers(metrics, self.pretrained + self.state.global_step)
 
     def _watch(self, metrics: dict[str, float]) -> None:
         rate = metrics.get("policy/learning_rate", 0.0)

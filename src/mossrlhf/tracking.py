@@ -2,11 +2,13 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
@@ -85,6 +87,61 @@ def _fit(value: float | None, width: int, digits: int) -> str:
     forms = (f".{digits}f", ".1e", ".0e")
     texts = [format(float(value), form) for form in forms] if value is not None else [""]
     return next((text for text in texts if len(text) <= width), texts[-1]).rjust(width)
+
+
+class Trackers:
+    """Sends numbers to accelerate's trackers; one that fails costs a warning, and never the run.
+
+    Args:
+        accelerator: which trackers there are; they live on its main process.
+
+    Source: ours.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._warned: set[str] = set()
+
+    def begin(self, project: str) -> None:
+        """Start every tracker.
+
+        Args:
+            project: what they file the run under.
+        """
+        accelerator = self.accelerator
+        wanted, begun = list(accelerator.log_with), []
+        # One by one, or those after one that fails would not be started either.
+        for kind in wanted:
+            accelerator.log_with, accelerator.trackers = [kind], []
+            try:
+                accelerator.init_trackers(project)
+                begun += accelerator.trackers
+            except Exception as error:
+                self._warn(str(getattr(kind, "name", kind)), "could not be started", error)
+        accelerator.log_with, accelerator.trackers = wanted, begun
+
+    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics.
+
+        Args:
+            metrics: by name.
+            step: of the run.
+        """
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.log(dict(metrics), step=step)
+            except Exception as error:  # an outage may end, so the next step tries again
+                self._warn(str(getattr(tracker, "name", tracker)), "took no metrics", error)
+
+    def _warn(self, name: str, what: str, error: Exception) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"report_to: {name} {what} ({type(error).__name__}: {error}); training goes on, "
+                "and `history` keeps every number. This is said once",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True)

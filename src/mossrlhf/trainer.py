@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from mossrlhf.checkpoint import no_progress_bars
 from mossrlhf.data import require_records
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
+from mossrlhf.leaving import keep_fault
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
+from mossrlhf.processes import together
 from mossrlhf.returned import as_scores
 from mossrlhf.roles import as_reference, count_parameters, only_its_own
 from mossrlhf.run import Run
@@ -43,6 +46,7 @@ class Trainer(Stages):
 
     def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
         self.run = Run(self, callbacks)
+        self.engine.keep_fault = partial(keep_fault, self.run)
         self._references: deque[tuple[Any, Rollout]] = deque(maxlen=4)
 
     def train(
@@ -51,7 +55,8 @@ class Trainer(Stages):
         """Train until `TrainerConfig.total_steps`, or go on to there.
 
         Ctrl-C stops after the iteration at hand and leaves everything usable; pressed again it
-        stops at once.
+        stops at once. SIGTERM does the same, and then ends the process. docs/faults.md has the
+        rest of what may come in between.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; True for the newest in `output_dir`.
@@ -62,6 +67,8 @@ class Trainer(Stages):
         Raises:
             FloatingPointError: where a loss or gradient is not finite.
             ValueError: where the checkpoint is not of this trainer.
+            PeerError: where another process has failed or is gone.
+            SystemExit: with 143, after SIGTERM, where the script has no handler of its own for it.
 
         Source: P1 Algorithm 1.
         """
@@ -97,7 +104,10 @@ class Trainer(Stages):
         if self.critic is None:
             return history
         for _ in self.run.pretraining(steps):
-            rollout = self.estimate(self.annotate(self.score(self.collect())))
+            rollout = self.run.timed(self.collect)
+            for stage in (self.score, self.annotate, self.estimate):
+                rollout = self.run.timed(stage, rollout)
+            self.run.begin_update()
             # Not `self.update`: what a subclass adds to it belongs to PPO, and may take no roles.
             metrics = super().update(rollout, ("critic",), self.loss.without_value_clip())
             history.append(metrics)
@@ -169,7 +179,9 @@ class Trainer(Stages):
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
-        metrics.update(compare(judges(ours)[2], judges(theirs)[2], self.engine.reduce))
+        with together(self.accelerator):
+            scores = judges(ours)[2], judges(theirs)[2]
+        metrics.update(compare(*scores, self.engine.reduce))
         return metrics
 
     def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:

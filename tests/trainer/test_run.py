@@ -5,6 +5,7 @@ import re
 import signal
 from dataclasses import replace
 from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,9 +93,11 @@ def test_resuming_rewrites_the_completions_of_later_steps(make):
 def test_the_warm_up_of_the_critic_reaches_the_trackers_in_order(make, monkeypatch):
     logged = []
     trainer = make(args=dict(critic_pretrain_steps=2, report_to=["tensorboard"]))
+    tracker = SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)))
     accelerator = trainer.accelerator
-    monkeypatch.setattr(accelerator, "init_trackers", lambda name: None)
-    monkeypatch.setattr(accelerator, "log", lambda metrics, step: logged.append((step, metrics)))
+    monkeypatch.setattr(
+        accelerator, "init_trackers", lambda name: accelerator.trackers.append(tracker)
+    )
     trainer.train()
     assert [step for step, _ in logged] == [1, 2, 3, 4]
     assert "pretrain/critic/loss" in logged[1][1]

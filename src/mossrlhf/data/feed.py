@@ -58,6 +58,7 @@ class Shuffled:
         self.process_index = process_index
         self.num_processes = num_processes
         self.position = 0
+        self.dealt: list[int] = []  # the rows that `next` returned last
         self._epoch: int | None = None
         self._order: list[int] = []
 
@@ -70,7 +71,8 @@ class Shuffled:
         """
         start = self.position + self.process_index * count
         self.position += count * self.num_processes
-        return [dict(self.dataset[self._row(start + i)]) for i in range(count)]
+        self.dealt = [self._row(start + i) for i in range(count)]
+        return [dict(self.dataset[row]) for row in self.dealt]
 
     def _row(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.dataset))

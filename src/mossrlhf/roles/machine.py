@@ -1,12 +1,13 @@
 """What the models run on, and switches that any of them has."""
 
 import os
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
 from mossrlhf.config import TrainerConfig
@@ -46,7 +47,7 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
     What an earlier trainer or script in this process ran in has no say.
 
     Args:
-        args: precision, trackers, output directory.
+        args: precision, trackers, output directory, how long processes wait for each other.
 
     Raises:
         ValueError: where several processes have begun in another precision, or were launched so
@@ -77,7 +78,10 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
         # Roles run in turn: the other's parameters take no part in a backward.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+        ],
     )
     launched_as = os.environ.get("WORLD_SIZE", "1")
     if "MASTER_ADDR" in os.environ and int(launched_as) != made.num_processes:
