@@ -257,6 +257,11 @@ def test_what_generate_does_nothing_at_is_no_departure(model, name):
     """The first number at which it does nothing counts as off; any at which it does, as on."""
     kind = type(NEUTRAL[name])
     values = [kind(0), kind(1), kind(0.5), kind(2)]
+    wrong = {"top_p": [2.0], "repetition_penalty": [0.0]}  # refused: they make no distribution
+    for value in wrong.get(name, []):
+        with pytest.raises(ValueError, match=f"{name} = {value}, expected a number"):
+            sampler(**{name: value})
+        values.remove(value)
     off = [v for v in values if leaves_alone(model, sampler(**{name: v}).effective)]
     assert sampler(**{name: off[0]}).departures == []
     for value in set(values) - set(off):

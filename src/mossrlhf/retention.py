@@ -65,7 +65,7 @@ def checkpoints(folder: Path) -> list[Path]:
     Source: ours.
     """
     found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
-    return sorted((p for p in found if _number(p).isdigit()), key=lambda p: int(_number(p)))
+    return sorted((p for p in found if _number(p).isdecimal()), key=lambda p: int(_number(p)))
 
 
 def _number(path: Path) -> str:

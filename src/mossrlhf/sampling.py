@@ -277,7 +277,7 @@ def _require_distribution(config: GenerationConfig) -> None:
         return
     ranges = {
         "temperature": (0 < config.temperature < math.inf, "above 0"),
-        "top_p": (0 < config.top_p <= 1, "in (0, 1]"),
+        "top_p": (0 <= config.top_p <= 1, "in [0, 1]"),  # 95 would be passed over in silence
         "top_k": (0 <= config.top_k < math.inf, "of at least 0 (0 for all tokens)"),
         "repetition_penalty": (0 < config.repetition_penalty < math.inf, "above 0 (1 for none)"),
     }

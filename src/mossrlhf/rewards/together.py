@@ -302,9 +302,12 @@ def _listed(output: Any, name: str, size: int) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    imaginary = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
-    single = getattr(value, "ndim", 0) == 0  # numpy would make a number of an array of one
-    if imaginary or not single or not isinstance(value, SupportsFloat):
+    if isinstance(value, Tensor):
+        fits = value.numel() == 1 and not value.is_complex()
+    else:  # numpy makes numbers of complex ones, and of arrays
+        imaginary = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+        fits = getattr(value, "ndim", 0) == 0 and not imaginary
+    if not fits or not isinstance(value, SupportsFloat):
         raise TypeError(f"{value!r:.40} is no number")
     return float(value)
 

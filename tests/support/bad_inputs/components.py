@@ -169,7 +169,6 @@ row(
     "a shaper of one's own that returns NaN",
     "NonFiniteError: not finite: …; the step was not taken. In the minibatch, rewards of "
     "sample 0 is not finite (process 0, prompt …); …read_fault('…') returns the batch",
-    "0 is not finite.",
     lambda shop: shop.stepped(shaper=lambda rollout: rollout.mask * float("nan")),
 )
 options(

@@ -62,7 +62,8 @@ row(
 )
 row(
     "records of two formats, mixed",
-    "DataError: records[1]: …; skip_bad=True leaves such records out",
+    "DataError: records[1]: got keys ['instruction'], expected a prompt; skip_bad=True leaves such "
+    "records out",
     lambda shop: load_prompts([{"prompt": "a"}, {"instruction": "b"}]),
 )
 row(

@@ -140,6 +140,16 @@ returns(
     lambda texts: np.full(8, 1j),
 )
 returns(
+    "… a list of tensors of two numbers",
+    f"ValueError: reward 'odd' returned list, {LIST}tensor([0., 0.]) is no number",
+    lambda texts: [torch.zeros(2)] * 8,
+)
+returns(
+    "… a list of tensors of one number",
+    "taken: it is read as that number",
+    lambda texts: list(torch.zeros(8, 1)),
+)
+returns(
     "… a tensor of complex numbers",
     "ValueError: reward 'odd' returned a tensor of torch.complex64, expected real numbers",
     lambda texts: torch.full((8,), 1j),

@@ -87,7 +87,7 @@ config(
 )
 config(
     "a top-p above 1",
-    "ValueError: generation_config: top_p = 1.5, expected a number in (0, 1]",
+    "ValueError: generation_config: top_p = 1.5, expected a number in [0, 1]",
     do_sample=True,
     top_p=1.5,
 )
