@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mossrlhf import Trainer, TrainerConfig, presets
+from mossrlhf import Trainer, TrainerConfig, last_checkpoint, presets
 from mossrlhf.data import load_prompts, load_sft, set_dialogue_template
 from mossrlhf.drawing import require_matplotlib
 from mossrlhf.recipes.bookkeeping import (
@@ -58,8 +58,8 @@ class Inputs:
         ptx_dataset: pre-training or SFT data for the PTX term; needs ptx_coef.
         lang: the dialogue template to put on the tokenizer; in the toy world its language.
         train_from_scratch: preference pairs to learn everything from, a file or hub name.
-        resume_from_checkpoint: the folder of a checkpoint to go on from, or true for the newest
-            in output_dir.
+        resume_from_checkpoint: the folder of a checkpoint to go on from, true for the newest
+            in output_dir, auto for the newest if there is one and a run from the start if not.
     """
 
     _argument_group_name = "what to train, on what"
@@ -191,7 +191,7 @@ def train(
         print(trainer)
     clock = Clock()
     history: list[dict[str, Any]] = clock(
-        "training", trainer.train, checkpoint(inputs.resume_from_checkpoint)
+        "training", trainer.train, checkpoint(inputs.resume_from_checkpoint, args.output_dir)
     )
     if trainer.accelerator.is_main_process:
         print_evaluation(history)
@@ -211,9 +211,9 @@ def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
         sys.exit("--ptx_dataset and --ptx_coef are of use together only; give both or neither")
 
 
-def checkpoint(given: str | None) -> str | bool | None:
-    """Read what ``--resume_from_checkpoint`` says: a folder, true or false."""
-    words = {"true": True, "false": False}
+def checkpoint(given: str | None, output_dir: str) -> str | Path | bool | None:
+    """Read what ``--resume_from_checkpoint`` says: a folder, true, false or auto."""
+    words = {"true": True, "false": False, "auto": last_checkpoint(output_dir)}
     return given if given is None else words.get(given.lower(), given)
 
 

@@ -229,10 +229,10 @@ def test_without_matplotlib_ones_own_model_is_trained_all_the_same(
     assert (tmp_path / "run" / "samples.md").exists()
 
 
-@pytest.mark.parametrize("given", ["true", "checkpoint-2"])
+@pytest.mark.parametrize("given", ["true", "auto", "checkpoint-2"])
 def test_a_run_goes_on_from_its_checkpoint(example, words, tmp_path, given):
     first = example.main(words)
-    given = given if given == "true" else str(tmp_path / "run" / given)
+    given = given if given in ("true", "auto") else str(tmp_path / "run" / given)
     history = example.main([*words, "--total_steps=3", f"--resume_from_checkpoint={given}"])
     assert history[: len(first)] == first
     assert [entry["step"] for entry in history if "policy/loss" in entry] == [1, 2, 3]
@@ -240,10 +240,11 @@ def test_a_run_goes_on_from_its_checkpoint(example, words, tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("True", True), ("false", False), (None, None), ("a/b", "a/b")]
+    ("word", "meant"),
+    [("True", True), ("false", False), (None, None), ("auto", None), ("a/b", "a/b")],
 )
-def test_where_to_go_on_from(example, word, meant):
-    assert example.checkpoint(word) == meant
+def test_where_to_go_on_from(example, tmp_path, word, meant):
+    assert example.checkpoint(word, tmp_path) == meant
 
 
 class Interrupted(Trainer):

@@ -18,6 +18,7 @@ _HOMES = {
     "buffer": ("RolloutBuffer", "micro_batches"),
     "sampling": ("HFSampler", "Sampler"),
     "config": ("TrainerConfig",),
+    "retention": ("last_checkpoint",),
     "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "judging": ("score_responses",),
@@ -71,6 +72,7 @@ __all__ = [
     "data",
     "functional",
     "kernels",
+    "last_checkpoint",
     "micro_batches",
     "policy_stats",
     "presets",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
         PreferenceStrength,
         SmoothLabels,
     )
+    from mossrlhf.retention import last_checkpoint
     from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
     from mossrlhf.rewards import ModelReward, PatientReward, RewardFunction, RewardSet
     from mossrlhf.sampling import HFSampler, Sampler

@@ -1,9 +1,7 @@
-"""Checkpoints: numbers in JSON, tensors in safetensors, nothing pickled; written aside, renamed."""
+"""What is in a checkpoint: numbers in JSON, tensors in safetensors, nothing pickled; sealed."""
 
 import json
-import os
-import random
-import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,44 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
-
-STATE = "trainer_state.json"
-"""The file that is written last and read first; a folder without it is no checkpoint."""
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Lend a folder to write to, which takes its final name once everything is in it.
-
-    Args:
-        path: the final name; what stands there is replaced.
-
-    Raises:
-        OSError: where it could not be written whole; nothing of it is left, and what stood there
-            still does.
-
-    Source: ours; a half-written folder is never mistaken for a finished one.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        finished = [found.name for found in checkpoints(path.parent)]
-        raise OSError(
-            f"output_dir: {path.name} could not be written to {str(path.parent)!r} ({error}); "
-            f"finished there: {finished}. Free space or choose another folder, and go on with "
-            "train(resume_from_checkpoint=)"
-        ) from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,35 +59,6 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of this process's generators: torch's as tensors, Python's as JSON.
-
-    Source: ours.
-    """
-    tensors = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    version, numbers, gauss = random.getstate()
-    return tensors, {"python": [version, list(numbers), gauss]}
-
-
-def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned.
-
-    Args:
-        tensors: of torch.
-        plain: of Python.
-
-    Source: ours.
-    """
-    torch.set_rng_state(tensors["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-    version, numbers, gauss = plain["python"]
-    random.setstate((version, tuple(numbers), gauss))
-
-
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors; an empty mapping writes an empty file of that kind.
 
@@ -153,11 +84,52 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return dict(load_file(str(path)))
-    except SafetensorError as error:
-        raise ValueError(
-            f"resume_from_checkpoint: {str(path)!r} is damaged ({error}); copy it again, or go on "
-            "from an earlier checkpoint"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
+
+
+def seal(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return length and check sum of every file of tensors in a folder.
+
+    Args:
+        folder: of a checkpoint; what is in folders of its own (the models as others load them) is
+            not read by a resume, and not sealed.
+
+    Source: ours; safetensors holds no check sum.
+    """
+    return {path.name: _measure(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def require_sealed(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a checkpoint whose files are not what `seal` saw.
+
+    Args:
+        folder: of the checkpoint.
+        files: what `seal` returned when it was written.
+
+    Raises:
+        ValueError: which file, and how it differs.
+
+    Source: ours.
+    """
+    for name, expected in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        found = _measure(path)
+        for what in ("bytes", "crc32"):
+            if found[what] != expected[what]:
+                raise ValueError(
+                    f"{name} is damaged (its {what}: {found[what]}, expected {expected[what]})"
+                )
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": path.stat().st_size, "crc32": f"{checksum:08x}"}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -208,78 +180,18 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
     """Read what `write_json` wrote.
 
     Args:
         path: the file.
 
-    Source: ours.
-    """
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints in a folder, oldest first.
-
-    Args:
-        folder: an output directory.
+    Raises:
+        ValueError: where it is no JSON.
 
     Source: ours.
     """
-    for old in folder.glob(".checkpoint-*.old"):
-        # Its replacement was about to take its name when the process ended.
-        path = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not path.exists():
-            old.rename(path)
-    found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def prune(folder: Path, keep: int | None, best: Path | None) -> None:
-    """Delete the oldest checkpoints beyond a number, never the best.
-
-    Args:
-        folder: an output directory.
-        keep: how many to keep beside the best; None for all.
-        best: the one that stays whatever its age.
-
-    Source: ours.
-    """
-    if keep is None:
-        return
-    others = [path for path in checkpoints(folder) if path != best]
-    for path in others[:-keep]:
-        shutil.rmtree(path)
-
-
-def set_aside(folder: Path, step: int) -> Path | None:
-    """Move checkpoints after a step into a folder of their own: they are of another run.
-
-    Left where they are, the newest by number would be theirs, to be resumed from and to be kept.
-
-    Args:
-        folder: an output directory.
-        step: the last one that belongs to the run; -1 where none does.
-
-    Returns:
-        where they are now; None where there were none.
-
-    Source: ours.
-    """
-    foreign = [p for p in checkpoints(folder) if int(p.name.rpartition("-")[2]) > step]
-    if not foreign:
-        return None
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    there = folder / f"earlier-{number}"
-    there.mkdir()
-    for path in [*foreign, *([folder / "completions.jsonl"] if step < 0 else [])]:
-        if path.exists():
-            path.rename(there / path.name)
-    return there
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -295,26 +207,3 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse an output directory that cannot be written to, before anything is computed.
-
-    Args:
-        folder: made where absent.
-
-    Raises:
-        OSError: where it cannot be written to; it says what to do.
-
-    Source: ours.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"output_dir: {str(folder)!r} cannot be written to ({error}); choose another folder, "
-            "or free space"
-        ) from error

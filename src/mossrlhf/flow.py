@@ -17,17 +17,45 @@ class Flow(DefaultFlowCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Set the wishes of an iteration."""
-
-        def due(every: int | None) -> bool:
-            return every is not None and state.global_step % every == 0
-
-        control.should_log = state.global_step == 1 or due(args.logging_steps)
-        control.should_evaluate = due(args.eval_steps)
-        control.should_save = due(args.save_steps)
-        if state.global_step >= args.total_steps:
+        step = state.global_step
+        control.should_log = step == 1 or is_due(args.logging_steps, step)
+        control.should_evaluate = is_due(args.eval_steps, step)
+        control.should_save = is_due(args.save_steps, step)
+        if step >= args.total_steps:
             control.should_training_stop = True
             control.should_log = True
         return control
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that happens every so many iterations happens after this one.
+
+    Args:
+        every: iterations; None for never.
+        step: the iteration, from 1.
+
+    Source: ours.
+    """
+    return every is not None and step % every == 0
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    """Return the metrics of an update as plain numbers, which is what can be written down.
+
+    Args:
+        metrics: what `Trainer.update` returned.
+
+    Raises:
+        TypeError: where it is no dict.
+
+    Source: ours.
+    """
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            f"update: returned {type(metrics).__name__}, expected a dict of metrics; an override "
+            "ends with the metrics of super().update(rollout)"
+        )
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def require_measurable(args: TrainerConfig, eval_dataset: Any) -> None:

@@ -5,28 +5,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from transformers.trainer_callback import ExportableState
 
 from mossrlhf.checkpoint import (
-    STATE,
-    checkpoints,
     load_tensors,
     load_trained,
     pack_optimizer,
-    prune,
-    random_state,
     read_json,
+    require_sealed,
     save_tensors,
-    set_random_state,
+    seal,
     trained_tensors,
     unpack_optimizer,
     write_json,
-    written_aside,
 )
+from mossrlhf.models import weights_digest
 from mossrlhf.processes import together
+from mossrlhf.randomness import random_state, set_random_state
+from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
+from mossrlhf.rewinding import shaper_state
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
+
+FORMAT = 1
+"""Of checkpoints: raised where an older version could not read a newer one's."""
 
 
 def save_checkpoint(trainer: "Trainer", folder: Path | None = None) -> Path:
@@ -76,7 +80,7 @@ def _write(trainer: "Trainer", path: Path, randoms: list[Any]) -> None:
         order = {"minibatches": trainer.generator.get_state()}
         save_tensors(order, folder / "generator.safetensors")
         state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
-        write_json(state, folder / STATE)
+        write_json({**state, "files": seal(folder)}, folder / STATE)
 
 
 def is_saved(trainer: "Trainer") -> bool:
@@ -91,72 +95,52 @@ def is_saved(trainer: "Trainer") -> bool:
     return any(path.name == f"checkpoint-{step}" for path in checkpoints(trainer.output_dir))
 
 
-def snapshot(trainer: "Trainer") -> dict[str, Any]:
-    """Note where the streams of data and random numbers are, and the shaper's moments.
-
-    Args:
-        trainer: between two iterations.
-
-    Returns:
-        for `restore`, as long as no model has moved.
-
-    Source: ours.
-    """
-    return {
-        "prompts": trainer.prompts.state_dict(),
-        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
-        "shaper": _shaper_state(trainer),
-        "random": random_state(),
-        "minibatches": trainer.generator.get_state(),
-    }
-
-
-def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
-    """Bring streams and moments back to where `snapshot` noted them.
-
-    Args:
-        trainer: the same.
-        noted: what `snapshot` returned.
-
-    Source: ours.
-    """
-    trainer.prompts.load_state_dict(noted["prompts"])
-    if trainer.ptx is not None:
-        trainer.ptx.load_state_dict(noted["ptx"])
-    if noted["shaper"]:
-        trainer.shaper.load_state_dict(noted["shaper"])
-    set_random_state(*noted["random"])
-    trainer.generator.set_state(noted["minibatches"])
-
-
-def _shaper_state(trainer: "Trainer") -> dict[str, Any]:
-    state: dict[str, Any] = getattr(trainer.shaper, "state_dict", dict)()
-    return state
-
-
 def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[Any]) -> Any:
     state = trainer.run.state
+    best = state.best_model_checkpoint
+    scaler = trainer.accelerator.scaler
     return {
+        "format": FORMAT,
         "version": __version__,
+        "weights": _weights_beneath(trainer),
         "global_step": state.global_step,
         "pretrained": trainer.run.pretrained,
         "best_metric": state.best_metric,
         "best_global_step": state.best_global_step,
-        "best_model_checkpoint": state.best_model_checkpoint,
+        "best_model_checkpoint": Path(best).name if best else None,
         "settings": trainer.run.settings,
-        "shaper": _shaper_state(trainer),
+        "shaper": shaper_state(trainer),
         "prompts": trainer.prompts.state_dict(),
         "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
         "optimizers": optimizers,
         "random": randoms,
+        "scaler": None if scaler is None else scaler.state_dict(),
         "watches": {name: watch.state_dict() for name, watch in trainer.run.watches().items()},
+        "callbacks": {name: c.state()["attributes"] for name, c in _callbacks(trainer).items()},
         "history": state.log_history,
+    }
+
+
+def _callbacks(trainer: "Trainer") -> dict[str, ExportableState]:
+    found = trainer.run.callbacks.callbacks
+    return {type(c).__name__: c for c in found if isinstance(c, ExportableState)}
+
+
+def _weights_beneath(trainer: "Trainer") -> dict[str, str | None]:
+    """Tell the weights that are not trained, and so are not in the checkpoint."""
+    frozen = {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    ref = trainer.ref_model
+    return {
+        "frozen": weights_digest(frozen) if frozen else None,
+        "reference": None if ref is None else weights_digest(dict(ref.named_parameters())),
     }
 
 
 def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     """Bring a freshly built trainer to where a checkpoint was written.
+
+    Nothing is put in its place before all of the checkpoint has been found whole and fitting.
 
     Args:
         trainer: built with the same models and components.
@@ -164,13 +148,22 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
-        ValueError: where it was made by another model or shaper, or a file is damaged.
+        ValueError: where a file is damaged, or it was made by another model, shaper or version; it
+            names the newest whole checkpoint before it.
+
+    Warns:
+        UserWarning: of what is not as it was: settings, the reference, the number of processes.
 
     Source: ours.
     """
     path = _find(trainer.output_dir, source)
-    saved = read_json(path / STATE)
-    _require_same_shaper(_shaper_state(trainer), saved["shaper"])
+    try:
+        saved = read_state(path)
+    except ValueError as error:
+        what = f"resume_from_checkpoint: {str(path)!r}: {error}. {_offer(path)}"
+        raise ValueError(what) from error
+    _require_same_shaper(shaper_state(trainer), saved["shaper"])
+    _require_same_weights(_weights_beneath(trainer), saved["weights"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
     for role, optimizer in trainer.engine.optimizers.items():
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
@@ -178,21 +171,101 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
         trainer.engine.schedulers[role].load_state_dict(saved["schedulers"][role])
     if saved["shaper"]:
         trainer.shaper.load_state_dict(saved["shaper"])
+    if trainer.accelerator.scaler is not None and saved["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.prompts.load_state_dict(saved["prompts"])
     if trainer.ptx is not None and saved["ptx"] is not None:
         trainer.ptx.load_state_dict(saved["ptx"])
     trainer.generator.set_state(load_tensors(path / "generator.safetensors")["minibatches"])
     _apply_new_settings(trainer, saved["settings"])
-    state = trainer.run.state
-    for name in ("global_step", "best_metric", "best_global_step", "best_model_checkpoint"):
-        setattr(state, name, saved[name])
-    state.log_history[:] = saved["history"]
-    trainer.run.pretrained = saved["pretrained"]
-    for name, watch in trainer.run.watches().items():
+    _restore_run(trainer, path, saved)
+    _restore_randomness(trainer, path, saved["random"])
+
+
+def _restore_run(trainer: "Trainer", path: Path, saved: dict[str, Any]) -> None:
+    run, best = trainer.run, saved["best_model_checkpoint"]
+    for name in ("global_step", "best_metric", "best_global_step"):
+        setattr(run.state, name, saved[name])
+    run.state.best_model_checkpoint = best and str(path.parent / best)
+    run.state.log_history[:] = saved["history"]
+    run.pretrained = saved["pretrained"]
+    for name, watch in run.watches().items():
         watch.load_state_dict(saved["watches"][name])
-    index = trainer.accelerator.process_index
-    if index < len(saved["random"]):
-        set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved["random"][index])
+    for name, callback in _callbacks(trainer).items():
+        for attribute, value in saved["callbacks"].get(name, {}).items():
+            setattr(callback, attribute, value)
+
+
+def _restore_randomness(trainer: "Trainer", path: Path, saved: list[Any]) -> None:
+    accelerator = trainer.accelerator
+    index, now = accelerator.process_index, accelerator.num_processes
+    if index < len(saved):
+        set_random_state(load_tensors(path / f"random_{index}.safetensors"), saved[index])
+    if now != len(saved) and accelerator.is_main_process:
+        warnings.warn(
+            f"resume_from_checkpoint: it was written by {len(saved)} processes and goes on with "
+            f"{now}: models, optimizers and prompts are where they were, but who draws which "
+            "random numbers is not; the run is not bitwise what it would have been",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint says in plain numbers, having made sure that its tensors are whole.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        ValueError: where it is damaged, or of another kind; it says how.
+
+    Source: ours.
+    """
+    try:
+        saved = read_json(path / STATE)
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{STATE} is damaged ({error})") from error
+    version = saved.get("version") if isinstance(saved, dict) else None
+    if version is None or not isinstance(saved.get("format"), int):
+        raise ValueError(f"{STATE} is not of mossrlhf.Trainer")
+    if saved["format"] > FORMAT:
+        raise ValueError(
+            f"written by mossrlhf {version} in format {saved['format']}, and this is "
+            f"{__version__}, which reads up to format {FORMAT}; install the newer one"
+        )
+    require_sealed(path, saved["files"])
+    state: dict[str, Any] = saved
+    return state
+
+
+def _offer(path: Path) -> str:
+    """Name the newest whole checkpoint before one that is not."""
+    found = checkpoints(path.parent)
+    before = found[: found.index(path)] if path in found else found
+    for other in reversed(before):
+        try:
+            read_state(other)
+        except ValueError:
+            continue
+        return f"The one before it is whole: resume_from_checkpoint={str(other)!r}"
+    return "There is no whole one before it; train from the start"
+
+
+def _require_same_weights(own: dict[str, str | None], saved: dict[str, str | None]) -> None:
+    if own["frozen"] != saved["frozen"]:
+        raise ValueError(
+            "resume_from_checkpoint: what was trained stood on other frozen weights than this "
+            "trainer's models have; build them from the same base"
+        )
+    if own["reference"] != saved["reference"]:
+        warnings.warn(
+            "resume_from_checkpoint: the reference is not the one the run began with, so the KL "
+            "penalty holds the policy to something else from here on; build the trainer from the "
+            "model the run began with, or pass that as ref_model=",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _require_same_shaper(own: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -226,17 +299,21 @@ def _apply_new_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
 
 def _find(output_dir: Path, source: str | Path | bool) -> Path:
     if source is True:
-        found = checkpoints(output_dir)
-        if not found:
+        found = last_checkpoint(output_dir)
+        if found is None:
             raise FileNotFoundError(
                 f"resume_from_checkpoint=True: there is no finished checkpoint in "
-                f"{str(output_dir)!r}; train from the start, or name a folder"
+                f"{str(output_dir)!r}; train from the start, or name a folder. "
+                "last_checkpoint(output_dir) is None there, which starts a run"
             )
-        return found[-1]
+        return found
     path = Path(str(source))
-    if not (path / STATE).is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint: {str(path)!r} is no finished checkpoint (it has no {STATE}); "
-            f"there are {[p.name for p in checkpoints(path.parent)]} beside it"
-        )
-    return path
+    if (path / STATE).is_file():
+        return path
+    what = f"it has no {STATE}"
+    if (path / "trainer_state.json").is_file():
+        what = "it is one of transformers' Trainer"
+    raise FileNotFoundError(
+        f"resume_from_checkpoint: {str(path)!r} is no finished checkpoint of mossrlhf.Trainer "
+        f"({what}); there are {[p.name for p in checkpoints(path.parent)]} beside it"
+    )

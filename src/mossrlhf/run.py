@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from mossrlhf.checkpoint import set_aside
-from mossrlhf.flow import Flow, is_best, require_measurable
+from mossrlhf.flow import Flow, is_best, is_due, numbers, require_measurable
 from mossrlhf.interrupts import Signals
 from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.processes import together
-from mossrlhf.resume import load_checkpoint, save_checkpoint, snapshot
+from mossrlhf.resume import load_checkpoint, save_checkpoint
+from mossrlhf.retention import set_aside, sweep
+from mossrlhf.rewinding import snapshot
 from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
@@ -140,6 +141,7 @@ class Run:
         """Move what another run, or the future of a resumed one, has left in the folder aside."""
         if self.accelerator.is_main_process and not self.folder_cleared:
             step = self.state.global_step
+            sweep(self.trainer.output_dir)
             moved = set_aside(self.trainer.output_dir, step if step or self.pretrained else -1)
             self.completions.rewind(step)
             if moved is not None and not self.quiet:
@@ -201,10 +203,12 @@ class Run:
         """
         self.pretrained += 1
         self.between_iterations, self.before = True, None
-        metrics = _numbers(metrics)
+        metrics = numbers(metrics)
         self.state.log_history.append({"pretrain/step": self.pretrained, **metrics})
         self._track({f"pretrain/{name}": value for name, value in metrics.items()})
         self._agree()
+        if is_due(self.args.save_steps, self.pretrained):
+            save_checkpoint(self.trainer)
 
     def begin_step(self) -> None:
         """Open an iteration."""
@@ -224,7 +228,7 @@ class Run:
             rollout: of the iteration.
             metrics: of the iteration.
         """
-        metrics = _numbers(metrics)
+        metrics = numbers(metrics)
         state = self.state
         state.global_step += 1
         self.between_iterations, self.before = True, None
@@ -329,13 +333,3 @@ class Run:
             save_checkpoint(self.trainer)
             self._fire("on_save")
             self.control.should_save = False
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    """Return the metrics of an update as plain numbers, which is what can be written down."""
-    if not isinstance(metrics, dict):
-        raise TypeError(
-            f"update: returned {type(metrics).__name__}, expected a dict of metrics; an override "
-            "ends with the metrics of super().update(rollout)"
-        )
-    return {name: float(value) for name, value in metrics.items()}

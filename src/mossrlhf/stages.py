@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallb
 
 from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.buffer import RolloutBuffer, note, split
-from mossrlhf.checkpoint import require_writable
 from mossrlhf.config import TrainerConfig
 from mossrlhf.data import (
     PromptBatch,
@@ -27,6 +26,7 @@ from mossrlhf.fitting import require_fitting_parts, require_parts, require_reach
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
+from mossrlhf.retention import require_writable
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,

@@ -166,9 +166,11 @@ class Completions:
         """
         if not self.path.is_file():
             return
-        kept = [row for row in completion_table(self.path) if row["step"] <= step]
+        kept = [row for row in _rows(self.path) if row["step"] <= step]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-        self.path.write_text("".join(lines), encoding="utf-8")
+        aside = self.path.with_name(f".{self.path.name}.partial")
+        aside.write_text("".join(lines), encoding="utf-8")
+        aside.replace(self.path)
 
     def __call__(
         self,
@@ -209,7 +211,11 @@ def completion_table(path: Path | str, step: int | None = None) -> list[dict[str
 
     Source: ours.
     """
-    # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold.
-    with Path(path).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row for row in rows if step is None or row["step"] == step]
+    return [row for row in _rows(Path(path)) if step is None or row["step"] == step]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold. The
+    # last line has no end where a run was killed while writing it.
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

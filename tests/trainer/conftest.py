@@ -39,7 +39,7 @@ def tiny_reward_model(seed: int = 1) -> RewardModel:
     return model.eval()
 
 
-def build(folder: Path, *, args: dict[str, Any] | None = None, **parts: Any) -> Trainer:
+def build_trainer(folder: Path, *, args: dict[str, Any] | None = None, **parts: Any) -> Trainer:
     """A trainer of tiny models; `args` are options of TrainerConfig, the rest its parts."""
     settings: dict[str, Any] = dict(
         reward=tiny_reward_model(),
@@ -55,12 +55,18 @@ def build(folder: Path, *, args: dict[str, Any] | None = None, **parts: Any) -> 
     return kind(model, args=config, **settings)
 
 
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Trainer]:
+    """Build trainers that write to a given folder."""
+    return build_trainer
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Trainer]:
     """Build trainers that write below a folder of the test's own."""
 
     def factory(name: str = "run", **options: Any) -> Trainer:
-        return build(tmp_path / name, **options)
+        return build_trainer(tmp_path / name, **options)
 
     return factory
 

@@ -1,15 +1,22 @@
 """Nothing that was written is lost, and nothing half-written is taken for finished."""
 
 import errno
+import json
 import random
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from mossrlhf import checkpoint
-from mossrlhf.checkpoint import STATE
+from mossrlhf import checkpoint, last_checkpoint
+from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.resume import save_checkpoint
+from mossrlhf.retention import STATE
 
 
 def full_disk(trainer, step, monkeypatch):
@@ -56,42 +63,179 @@ def test_a_checkpoint_that_could_not_be_replaced_is_still_there(make, monkeypatc
     assert (trainer.output_dir / "checkpoint-2" / STATE).read_text() == before
 
 
-@pytest.mark.parametrize("missing", [STATE, "trained.safetensors"])
-def test_a_half_written_folder_is_no_checkpoint(make, missing):
-    """Copied by hand and cut off, or killed in between: it is passed over, or refused by name."""
+def test_a_folder_without_a_state_is_no_checkpoint(make):
+    """Copied by hand and cut off: it is passed over, or refused by name."""
     trainer = make(args=dict(total_steps=2, save_steps=1))
     trainer.train()
     half = trainer.output_dir / "checkpoint-2"
-    (half / missing).unlink()
+    (half / STATE).unlink()
     again = make(args=dict(total_steps=3))
-    if missing == STATE:
-        with pytest.raises(FileNotFoundError, match=rf"is no finished checkpoint .*no {STATE}"):
-            again.train(resume_from_checkpoint=half)
-        again.train(resume_from_checkpoint=True)
-        assert [entry["step"] for entry in again.history] == [1, 2, 3]
-    else:
-        with pytest.raises(FileNotFoundError, match=missing):
-            again.train(resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match=rf"is no finished checkpoint .*no {STATE}"):
+        again.train(resume_from_checkpoint=half)
+    again.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in again.history] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_transformers_is_told_and_left_alone(make):
+    trainer = make()
+    foreign = trainer.output_dir / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    (foreign / "trainer_state.json").write_text('{"global_step": 500}')
+    with pytest.raises(FileNotFoundError, match="it is one of transformers' Trainer"):
+        trainer.train(resume_from_checkpoint=foreign)
+    trainer.train()
+    assert (foreign / "trainer_state.json").exists()  # neither pruned nor moved aside
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def cut_off_at_the_end(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def one_bit_turned(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [emptied, cut_off_at_the_end, one_bit_turned, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["trained", "optimizer_policy", "optimizer_critic", "random_0", "generator"]
+)
+def test_a_damaged_file_is_named_and_the_one_before_offered(damaged, parameters, name, damage):
+    folder, fresh = damaged
+    damage(folder / "checkpoint-2" / f"{name}.safetensors")
+    trainer = fresh()
+    before = parameters(trainer.model)
+    message = rf"checkpoint-2': {name}\.safetensors is (damaged|missing).*checkpoint-1'$"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(before, parameters(trainer.model))  # nothing was put in its place yet
+
+
+@pytest.fixture(scope="module")
+def finished(build, tmp_path_factory):
+    """A folder with two checkpoints."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    build(folder, args=dict(save_steps=1)).train()
+    return folder
+
+
+@pytest.fixture
+def damaged(finished, build, tmp_path):
+    """A copy of it to do harm to, and what builds trainers that write there."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run", lambda: build(tmp_path / "run", args=dict(total_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"version": ', rf"{STATE} is damaged"),
+        (b"\xff\xfe", rf"{STATE} is damaged"),
+        ("[]", rf"{STATE} is not of mossrlhf"),
+        ('{"global_step": 7}', rf"{STATE} is not of mossrlhf"),
+        ('{"version": "9.0", "format": 99}', r"written by mossrlhf 9\.0 in format 99.*install"),
+    ],
+)
+def test_a_state_of_something_else(damaged, written, message):
+    folder, fresh = damaged
+    written = written.encode() if isinstance(written, str) else written
+    (folder / "checkpoint-2" / STATE).write_bytes(written)
+    with pytest.raises(ValueError, match=f"{message}.*checkpoint-1'$"):
+        fresh().train(resume_from_checkpoint=True)
+
+
+def test_where_nothing_is_whole_that_is_said(damaged):
+    folder, fresh = damaged
+    for step in (1, 2):
+        emptied(folder / f"checkpoint-{step}" / "trained.safetensors")
+    with pytest.raises(ValueError, match="no whole one before it; train from the start"):
+        fresh().train(resume_from_checkpoint=True)
+
+
+def test_names_in_a_state_do_not_lead_out_of_the_folder(damaged):
+    """A planted state cannot have other files read."""
+    folder, fresh = damaged
+    (folder / "secret.safetensors").write_bytes(b"")
+    state = folder / "checkpoint-2" / STATE
+    content = json.loads(state.read_text())
+    content["files"]["../secret.safetensors"] = {"bytes": 0, "crc32": "00000000"}
+    state.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"\.\./secret\.safetensors is missing"):
+        fresh().train(resume_from_checkpoint=True)
+
+
+def test_another_reference_is_told(make, policy):
+    trainer = make(args=dict(total_steps=1))
+    trainer.train()
+    other = make(args=dict(total_steps=2), ref_model=policy(3))
+    with pytest.warns(UserWarning, match="the reference is not the one the run began with"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_adapters_over_another_base_are_refused(make, policy):
+    adapted = dict(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    make(args=dict(total_steps=1), model=policy(0), **adapted).train()
+    other = make(args=dict(total_steps=2), model=policy(3), **adapted)
+    with pytest.raises(ValueError, match="stood on other frozen weights"):
+        other.train(resume_from_checkpoint=True)
+    same = make(args=dict(total_steps=2), model=policy(0), **adapted)
+    same.train(resume_from_checkpoint=True)
+    assert same.run.state.global_step == 2
+
+
+def test_the_last_checkpoint_or_none(make):
+    trainer = make(args=dict(total_steps=2, save_steps=1))
+    assert last_checkpoint(trainer.output_dir) is None
+    assert last_checkpoint(trainer.output_dir / "nowhere") is None
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.output_dir))
+    assert last_checkpoint(str(trainer.output_dir)) == trainer.output_dir / "checkpoint-2"
+
+
+def test_the_warm_up_is_saved_on_the_way(make):
+    options = dict(critic_pretrain_steps=3, save_steps=2, total_steps=1)
+    trainer = make(args=options)
+    trainer.pretrain_critic()
+    seen = json.loads((trainer.output_dir / "checkpoint-0" / STATE).read_text())
+    assert seen["pretrained"] == 2
+
+
+class Counting(TrainerCallback, ExportableState):
+    def __init__(self):
+        self.steps = 0
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps += 1
+
+
+def test_callbacks_with_a_state_are_resumed(make):
+    make(args=dict(total_steps=2), callbacks=[Counting()]).train()
+    later = Counting()
+    make(args=dict(total_steps=3), callbacks=[later]).train(resume_from_checkpoint=True)
+    assert later.steps == 3
 
 
 def test_random_numbers_go_on_where_they_were():
-    """Python's as well, which reward functions draw from."""
-    noted = checkpoint.random_state()
+    """Python's and NumPy's as well, which reward functions draw from."""
+    noted = random_state()
+    tensors, plain = noted
+
+    def draw():
+        return random.random(), torch.rand(()).item(), np.random.rand(), np.random.randn()
+
     drawn = []
     for _ in range(2):
-        checkpoint.set_random_state(*noted)
-        drawn.append((random.random(), torch.rand(()).item()))
+        set_random_state(tensors, json.loads(json.dumps(plain)))
+        drawn.append(draw())
     assert drawn[0] == drawn[1]
-    assert drawn[0] != (random.random(), torch.rand(()).item())
-
-
-def test_a_file_that_is_cut_off_is_named(make):
-    trainer = make(args=dict(total_steps=1))
-    trainer.train()
-    file = trainer.output_dir / "checkpoint-1" / "optimizer_critic.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"optimizer_critic\.safetensors' is damaged.*earlier"):
-        make(args=dict(total_steps=2)).train(resume_from_checkpoint=True)
+    assert not set(drawn[0]) & set(draw())
 
 
 def test_killed_while_one_checkpoint_takes_the_place_of_another(make):

@@ -1,40 +1,15 @@
 """Two processes equal one: parameters and metrics, however the work is split."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from rollouts import recorded_rollout
 from transformers import LlamaForCausalLM
 
 from mossrlhf import ActorCritic, RewardModel, ToyWorld
 from mossrlhf.models import policy_stats, whole_logits
-
-SUPPORT = Path(__file__).parent.parent / "support"
-
-
-def launch(
-    folder: Path, processes: int, script: str = "ddp_step.py", *args: str, **settings: str
-) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        env = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        env["PYTHONPATH"] = os.pathsep.join(sys.path)
-        if processes > 1:
-            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        command = [sys.executable, str(SUPPORT / script), str(folder), *args]
-        running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=900)[1] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(errors)
-    return torch.load(folder / "result.pt")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +89,6 @@ def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_whole_logits(folder, unit
 def test_policies_sharded_by_zero_get_the_gradients_of_whole_logits(folder):
     """Both ways of the weight, a head that is the embedding, and one that has an adapter."""
     pytest.importorskip("deepspeed")
-    sys.path.append(str(SUPPORT))
     from zero_step import made
 
     rollout = torch.load(folder / "rollout.pt", weights_only=False)

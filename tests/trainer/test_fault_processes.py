@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mossrlhf.checkpoint import checkpoints, load_tensors
+from mossrlhf.checkpoint import load_tensors
 from mossrlhf.faults import read_fault
+from mossrlhf.retention import checkpoints
 
 SCRIPT = Path(__file__).parent.parent / "support" / "faults.py"
 

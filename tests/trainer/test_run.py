@@ -12,9 +12,9 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from mossrlhf import PPOMaxLoss, RewardShaper, Trainer, presets
-from mossrlhf.checkpoint import STATE, checkpoints
 from mossrlhf.fitting import require_parts
 from mossrlhf.monitor import CollapseWatch, StillWatch
+from mossrlhf.retention import STATE, checkpoints
 from mossrlhf.tracking import completion_table
 
 

@@ -253,6 +253,31 @@ def test_a_head_alone_hears_the_policy(make, base, world, adapted):
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_in_a_step_the_head_moves_what_it_hears(world, base):
+    """The policy's gradient is its own and the value loss's, as on any shared trunk."""
+    batch = recorded_rollout(world)
+    weights = torch.linspace(-1, 1, int(batch.mask.sum()))
+    head = ValueHead(16)
+    nn.init.normal_(head.weight)
+    model = ActorCritic(base, load_critic(head, base, []))
+    losses = {
+        "critic": lambda values: (values * weights).sum(),
+        "policy": lambda stats: (stats.logprob * weights).sum(),
+    }
+
+    def gradient(*roles):
+        model.zero_grad(set_to_none=False)
+        for role in roles:
+            model(role, batch, losses[role]).backward()
+        found = [p.grad for p in model.trained_parameters("policy")]
+        return torch.cat([g.flatten().clone() for g in found if g is not None])
+
+    gradient("critic", "policy")  # from here on every parameter has a gradient, if only zero
+    critic, policy = gradient("critic"), gradient("policy")
+    assert critic.norm() > 0
+    torch.testing.assert_close(gradient("critic", "policy"), critic + policy)
+
+
 def test_an_adapter_over_another_base_gets_its_own(make, policy, base, separate, tmp_path):
     policy(7, num_hidden_layers=2).save_pretrained(tmp_path / "other")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")

@@ -9,6 +9,7 @@ from mossrlhf.models.adapters import (
     load_adapters,
     merged_state_dict,
     save_adapters,
+    weights_digest,
 )
 from mossrlhf.models.classifiers import load_classifier
 from mossrlhf.models.reward_model import SCORE_MOMENTS, RewardModel, ValueHead
@@ -55,5 +56,6 @@ __all__ = [
     "share_base",
     "speaking_as",
     "token_path",
+    "weights_digest",
     "whole_logits",
 ]

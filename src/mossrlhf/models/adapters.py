@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,17 +273,28 @@ def _require_alike(own: Any, folder: Path) -> None:
         )
 
 
-@torch.no_grad()
 def _digest(backbone: Any) -> str:
-    """Tell weights beneath adapters by a few numbers of each, in a precision all types have."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Tell the weights beneath adapters, whatever the names that adapters give them."""
     adapters = {id(parameter) for parameter in adapter_parameters(backbone).values()}
     bare = {
         name.replace(".base_layer", "").replace(".original_module", ""): weight
         for name, weight in backbone.named_parameters()
         if id(weight) not in adapters
     }
-    for name, weight in sorted(bare.items()):
+    return weights_digest(bare)
+
+
+@torch.no_grad()
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Tell weights from others by a few numbers of each, in a precision that all types have.
+
+    Args:
+        weights: by name, in any order.
+
+    Source: ours.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(weights.items()):
         numbers = weight.detach().flatten()
         some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
         digest.update(repr((name, tuple(weight.shape), some)).encode())

@@ -74,13 +74,13 @@ class Stage:
         world: the toy world.
         tokenizer: its tokenizer.
         policy: the SFT model.
-        reward_model: trained on noisy pairs.
+        reward_model: trained on noisy pairs; the folder of one, or of an adapter, will do.
     """
 
     world: ToyWorld
     tokenizer: PreTrainedTokenizerBase
     policy: LlamaForCausalLM
-    reward_model: RewardModel
+    reward_model: RewardModel | Path
 
 
 def main(config: ToyConfig = ToyConfig()) -> dict[str, Any]:
@@ -170,14 +170,14 @@ def prepare(config: ToyConfig, folder: Path, clock: Clock) -> tuple[Stage, dict[
     world = ToyWorld(lang=config.lang, seed=config.seed)
     tokenizer = world.tokenizer()
     print("SFT model      ", end="", flush=True)
-    policy, sft = clock("sft", _sft, world, tokenizer, folder, config.seed)
+    policy, sft = clock("sft", train_sft, world, tokenizer, folder, config.seed)
     print(
         f"true quality {sft['true_quality']:.2f}, ended {sft['ended']:.0%}, "
         f"well-formed {sft['well_formed']:.0%}"
     )
     print("reward model   ", end="", flush=True)
     reward_model, accuracy = clock(
-        "reward_model", _reward_model, world, tokenizer, policy, folder, config.seed
+        "reward_model", train_reward, world, tokenizer, policy, folder, config.seed
     )
     print(f"right on {accuracy:.1%} of fresh pairs")
     with no_progress_bars():
@@ -195,9 +195,17 @@ def rate(arm: str) -> float:
     return TUNED_LEARNING_RATE if arm == "vanilla_ppo_tuned" else LEARNING_RATE
 
 
-def _sft(
+def train_sft(
     world: ToyWorld, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """Train the SFT model, and say how good its answers are.
+
+    Args:
+        world: the toy world.
+        tokenizer: its tokenizer.
+        folder: of logs.
+        seed: of the model and its training.
+    """
     torch.manual_seed(seed)
     policy = LlamaForCausalLM(world.model_config())
     fine_tune(
@@ -227,13 +235,24 @@ def _sft(
     }
 
 
-def _reward_model(
+def train_reward(
     world: ToyWorld,
     tokenizer: PreTrainedTokenizerBase,
     policy: LlamaForCausalLM,
     folder: Path,
     seed: int,
+    **options: Any,
 ) -> tuple[RewardModel, float]:
+    """Train the reward model on noisy pairs, and say how often it is right about fresh ones.
+
+    Args:
+        world: the toy world.
+        tokenizer: its tokenizer.
+        policy: the SFT model.
+        folder: of logs.
+        seed: of its training.
+        options: of `train_reward_model`, in place of the main job's.
+    """
     # Fresh pairs are put in the order of the true preference: the label noise is not the
     # reward model's fault.
     fresh = [_truly_ordered(pair) for pair in world.pairs(500, split="eval", seed=1)]
@@ -244,11 +263,10 @@ def _reward_model(
         world.pairs(PAIRS),
         fresh,
         folder / "rm",
-        learning_rate=1e-3,
-        num_train_epochs=2,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=128,
         seed=seed,
+        **{"learning_rate": 1e-3, "num_train_epochs": 2, **options},
     )
     return model, metrics["accuracy"]
 
@@ -272,7 +290,13 @@ def parts(arm: str, options: dict[str, Any]) -> dict[str, Any]:
     return presets.vanilla_ppo(**options)
 
 
-def run(arm: str, stage: Stage, config: ToyConfig, learning_rate: float | None = None) -> Trainer:
+def run(
+    arm: str,
+    stage: Stage,
+    config: ToyConfig,
+    learning_rate: float | None = None,
+    **given: Any,
+) -> Trainer:
     """Train one arm.
 
     Args:
@@ -280,6 +304,7 @@ def run(arm: str, stage: Stage, config: ToyConfig, learning_rate: float | None =
         stage: what the stages before PPO left behind.
         config: seed, steps, folder.
         learning_rate: of policy and critic; None for the arm's own.
+        given: further arguments of `Trainer`.
     """
     learning_rate = learning_rate or rate(arm)
     options = dict(
@@ -304,6 +329,7 @@ def run(arm: str, stage: Stage, config: ToyConfig, learning_rate: float | None =
         processing_class=stage.tokenizer,
         generation_config=_generation(stage.world),
         **parts(arm, options),
+        **given,
     )
     trainer.train()
     return trainer

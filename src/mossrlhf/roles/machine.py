@@ -49,7 +49,8 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
         args: precision, trackers, output directory, how long processes wait for each other.
 
     Raises:
-        ValueError: where several processes have begun in another precision.
+        ValueError: where several processes have begun in another precision, or were launched so
+            that each takes itself for the only one.
 
     Source: ours.
     """
@@ -64,7 +65,7 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
                 "cannot change; pass accelerator= with the one they have, or start anew"
             )
         _change_precision(wanted)
-    return OwnPrecision(
+    made = OwnPrecision(
         mixed_precision="bf16" if args.bf16 else None,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
@@ -74,6 +75,14 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
         ],
     )
+    launched_as = os.environ.get("WORLD_SIZE", "1")
+    if "MASTER_ADDR" in os.environ and int(launched_as) != made.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched_as}: this process was launched as one of {launched_as}, and "
+            f"accelerate takes it for one of {made.num_processes}; launch with `accelerate launch` "
+            "(on CPUs --cpu, or ACCELERATE_USE_CPU=true)"
+        )
+    return made
 
 
 def _change_precision(wanted: str) -> None:

@@ -1,0 +1,95 @@
+"""PPO-max by adapters alone: four roles on one base, in the toy world, over seeds.
+
+    python benchmarks/lora_toy.py run 0 1 2      # minutes each
+    python benchmarks/lora_toy.py table          # into docs/adapters.md
+
+The SFT model is the base; a LoRA adapter of it is the reward model, trained on noisy pairs; the
+policy and the critic are two more (the critic starts as a copy of the reward's), and the reference
+is the base with all of them off. Learning rates were chosen on seed 10.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from mossrlhf import ToyWorld, Trainer
+from mossrlhf.models import save_adapters
+from mossrlhf.recipes import toy
+from mossrlhf.recipes.bookkeeping import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "outputs" / "lora"
+FIGURES = ROOT / "benchmarks" / "results" / "lora_toy.json"
+PAGE = ROOT / "docs" / "adapters.md"
+MARKS = ("<!-- written by: benchmarks/lora_toy.py table -->\n", "<!-- end -->\n")
+
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+JUDGED = {"learning_rate": 4e-3, "num_train_epochs": 2}
+RATE = 4e-3
+"""Of policy and critic: adapters of so small a model take larger steps than all of it."""
+
+
+def run(seed: int, rate: float = RATE) -> dict[str, Any]:
+    """Train SFT model, reward adapter, policy and critic; measure the policy."""
+    folder = FOLDER / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    world = ToyWorld(seed=seed)
+    tokenizer = world.tokenizer()
+    policy, _ = toy.train_sft(world, tokenizer, folder, seed)
+    options = {"trainer_options": {"peft_config": LoraConfig(**LORA)}, **JUDGED}
+    reward, accuracy = toy.train_reward(world, tokenizer, policy, folder, seed, **options)
+    save_adapters(reward, folder / "reward")
+    config = toy.ToyConfig(seed=seed, output_dir=str(folder))
+    stage = toy.Stage(world, tokenizer, policy, folder / "reward")
+    trainer = toy.run("ppo_max", stage, config, rate, peft_config=LoraConfig(**LORA))
+    return {"accuracy": accuracy, "weights": weights(trainer), **toy.measure(trainer)}
+
+
+def weights(trainer: Trainer) -> dict[str, int]:
+    """Count the parameters of all roles, those that are shared once."""
+    alone = [trainer.ref_model] if trainer.ref_model is not None else []
+    modules = [trainer.model, *alone, *trainer.rewards.models()]
+    found = {id(p): p for module in modules for p in module.parameters()}
+    total = sum(p.numel() for p in found.values())
+    base = sum(p.numel() for p in trainer.policy.get_base_model().parameters())
+    return {"base_and_adapters": base, "all_roles": total}
+
+
+def table() -> None:
+    """Write the figures into the page."""
+    known = json.loads(FIGURES.read_text())["seeds"]
+    lines = [
+        "| seed | reward model right | wins | loses | true quality | KL, nats per sequence |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed, row in known.items():
+        lines.append(
+            f"| {seed} | {row['accuracy']:.1%} | {row['win_rate']:.0%} | {row['lose_rate']:.0%} | "
+            f"{row['true_quality']:.2f} | {row['kl_per_sequence']:.1f} |"
+        )
+    before, rest = PAGE.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1], 1)[1]
+    PAGE.write_text("".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after]))
+
+
+def main(words: Sequence[str]) -> None:
+    """Run seeds, or write the table."""
+    if words[0] == "table":
+        table()
+        return
+    for seed in words[1:]:
+        found = run(int(seed))
+        print(seed, json.dumps(found))
+        kept = json.loads(FIGURES.read_text())["seeds"] if FIGURES.exists() else {}
+        seeds = dict(sorted({**kept, seed: found}.items(), key=lambda item: int(item[0])))
+        settings = {"lora": LORA, "judged": JUDGED, "rate": RATE}
+        figures = {"settings": settings, "versions": versions(), "seeds": seeds}
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
