@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from mossrlhf.faults import Fault, NonFiniteError, Suspect, with_prompts, write_fault
 from mossrlhf.interrupts import TERMINATED
 from mossrlhf.processes import PeerError, is_loss_of_a_peer, is_shared, together
-from mossrlhf.resume import is_saved, restore, save_checkpoint
+from mossrlhf.resume import is_saved, save_checkpoint
 from mossrlhf.retention import checkpoints, written_aside
+from mossrlhf.rewinding import restore
 
 if TYPE_CHECKING:
     from mossrlhf.run import Run

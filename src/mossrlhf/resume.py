@@ -21,6 +21,7 @@ from mossrlhf.models import weights_digest
 from mossrlhf.processes import together
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
+from mossrlhf.rewinding import shaper_state
 from mossrlhf.saved_state import FORMAT, read_state
 from mossrlhf.version import __version__
 
@@ -90,49 +91,6 @@ def is_saved(trainer: "Trainer") -> bool:
     return any(path.name == f"checkpoint-{step}" for path in checkpoints(trainer.output_dir))
 
 
-def snapshot(trainer: "Trainer") -> dict[str, Any]:
-    """Note where the streams of data and random numbers are, and the shaper's moments.
-
-    Args:
-        trainer: between two iterations.
-
-    Returns:
-        for `restore`, as long as no model has moved.
-
-    Source: ours.
-    """
-    return {
-        "prompts": trainer.prompts.state_dict(),
-        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
-        "shaper": _shaper_state(trainer),
-        "random": random_state(),
-        "minibatches": trainer.generator.get_state(),
-    }
-
-
-def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
-    """Bring streams and moments back to where `snapshot` noted them.
-
-    Args:
-        trainer: the same.
-        noted: what `snapshot` returned.
-
-    Source: ours.
-    """
-    trainer.prompts.load_state_dict(noted["prompts"])
-    if trainer.ptx is not None:
-        trainer.ptx.load_state_dict(noted["ptx"])
-    if noted["shaper"]:
-        trainer.shaper.load_state_dict(noted["shaper"])
-    set_random_state(*noted["random"])
-    trainer.generator.set_state(noted["minibatches"])
-
-
-def _shaper_state(trainer: "Trainer") -> dict[str, Any]:
-    state: dict[str, Any] = getattr(trainer.shaper, "state_dict", dict)()
-    return state
-
-
 def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[Any]) -> Any:
     state = trainer.run.state
     best = state.best_model_checkpoint
@@ -147,7 +105,7 @@ def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[A
         "best_global_step": state.best_global_step,
         "best_model_checkpoint": Path(best).name if best else None,
         "settings": trainer.run.settings,
-        "shaper": _shaper_state(trainer),
+        "shaper": shaper_state(trainer),
         "prompts": trainer.prompts.state_dict(),
         "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
         "schedulers": {r: s.state_dict() for r, s in trainer.engine.schedulers.items()},
@@ -197,7 +155,7 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     """
     path = _find(trainer.output_dir, source)
     saved = read_state(path)
-    _require_same_shaper(_shaper_state(trainer), saved["shaper"])
+    _require_same_shaper(shaper_state(trainer), saved["shaper"])
     _require_same_weights(_weights_beneath(trainer), saved["weights"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
     for role, optimizer in trainer.engine.optimizers.items():

@@ -19,8 +19,9 @@ from mossrlhf.interrupts import Signals
 from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
 from mossrlhf.monitor import CollapseWatch, StillWatch
 from mossrlhf.processes import together
-from mossrlhf.resume import load_checkpoint, save_checkpoint, snapshot
+from mossrlhf.resume import load_checkpoint, save_checkpoint
 from mossrlhf.retention import set_aside, sweep
+from mossrlhf.rewinding import snapshot
 from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
