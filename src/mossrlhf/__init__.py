@@ -18,6 +18,7 @@ _HOMES = {
     "buffer": ("RolloutBuffer", "micro_batches"),
     "sampling": ("HFSampler", "Sampler"),
     "config": ("TrainerConfig",),
+    "planning": ("MemoryPlan", "plan"),
     "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "judging": ("score_responses",),
@@ -41,6 +42,7 @@ __all__ = [
     "HFSampler",
     "LeaveOneOut",
     "LossOutput",
+    "MemoryPlan",
     "ModelReward",
     "PPOMaxLoss",
     "PreferenceStrength",
@@ -71,6 +73,7 @@ __all__ = [
     "functional",
     "kernels",
     "micro_batches",
+    "plan",
     "policy_stats",
     "presets",
     "score_responses",
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from mossrlhf.loss import PPOMaxLoss
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
+    from mossrlhf.planning import MemoryPlan, plan
     from mossrlhf.preference import (
         AdaptiveMargin,
         FlipLabels,
