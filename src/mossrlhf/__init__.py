@@ -19,6 +19,7 @@ _HOMES = {
     "sampling": ("HFSampler", "Sampler"),
     "config": ("TrainerConfig",),
     "retention": ("last_checkpoint",),
+    "planning": ("MemoryPlan", "plan"),
     "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "judging": ("score_responses",),
@@ -42,6 +43,7 @@ __all__ = [
     "HFSampler",
     "LeaveOneOut",
     "LossOutput",
+    "MemoryPlan",
     "ModelReward",
     "PPOMaxLoss",
     "PatientReward",
@@ -74,6 +76,7 @@ __all__ = [
     "kernels",
     "last_checkpoint",
     "micro_batches",
+    "plan",
     "policy_stats",
     "presets",
     "score_responses",
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
     from mossrlhf.loss import PPOMaxLoss
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
+    from mossrlhf.planning import MemoryPlan, plan
     from mossrlhf.preference import (
         AdaptiveMargin,
         FlipLabels,

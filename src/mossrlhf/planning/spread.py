@@ -1,0 +1,121 @@
+"""What becomes of the bytes of a run where several processes share it."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from mossrlhf.planning.ledger import nbytes, tensors_of
+from mossrlhf.planning.parts import Parts
+from mossrlhf.planning.report import RoleMemory
+
+SHARDINGS = (None, "fsdp", "zero3", "zero2")
+"""How processes can share a model."""
+
+ZERO_BUCKET = 4 * 500_000_000
+"""Bytes of gradients that DeepSpeed reduces at a time, unless its configuration says otherwise."""
+
+
+class Spread:
+    """How models, gradients and optimizer states lie on several devices.
+
+    Args:
+        parts: the models, whole.
+        processes: how many there are.
+        sharding: one of `SHARDINGS`.
+        frozen: "whole", "sharded" or "offloaded": the models that are not trained.
+        bf16: whether gathered weights are in bfloat16.
+
+    Source: the defaults of DDP, ``fully_shard`` and DeepSpeed, computed; not measured.
+    """
+
+    def __init__(
+        self, parts: Parts, processes: int, sharding: str | None, frozen: str, bf16: bool
+    ) -> None:
+        self.parts = parts
+        self.processes = processes
+        self.sharding = sharding if processes > 1 else None
+        self.frozen = frozen if self.sharding else "whole"
+        self.bf16 = bf16
+
+    @property
+    def words(self) -> str:
+        """The way in a word."""
+        return self.sharding or "DDP"
+
+    @property
+    def _cuts_weights(self) -> bool:
+        return self.sharding in ("fsdp", "zero3")
+
+    def share(self, name: str, role: RoleMemory) -> RoleMemory:
+        """Return what one device holds of a role.
+
+        Args:
+            name: of the role.
+            role: whole.
+        """
+        if self.sharding is None:
+            return role
+        if name in ("reference", "reward"):
+            weights = {
+                "whole": role.weights,
+                "sharded": self._part(role.weights),
+                "offloaded": 0,
+            }[self.frozen]
+            return replace(role, weights=weights)
+        weights = self._part(role.weights) if self._cuts_weights else role.weights
+        optimizer = self._part(role.optimizer)
+        if self.sharding != "fsdp":  # DeepSpeed's own float32 copy of what it moves
+            optimizer += self._part(role.gradients)
+        gradients = self._part(role.gradients)
+        return replace(role, weights=weights, gradients=gradients, optimizer=optimizer)
+
+    def gradients(self, size: int) -> int:
+        """Return what stays on a device of gradients.
+
+        Args:
+            size: bytes of all.
+        """
+        return size if self.sharding is None else self._part(size)
+
+    def step(self, size: int) -> int:
+        """Return what an optimizer step makes for the moment on a device.
+
+        Args:
+            size: bytes on one device that holds everything.
+        """
+        return self.gradients(size)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the weights that are whole for a moment: what is in no layer, and two layers."""
+        if not self._cuts_weights:
+            return 0
+        whole, layer = self._sizes()
+        size = whole + 2 * layer
+        return size // 2 if self.bf16 else size
+
+    def extra(self, gradients: int) -> int:
+        """Return what an update takes more than on one device that holds as much.
+
+        Args:
+            gradients: bytes of all.
+        """
+        if self.processes == 1:
+            return 0
+        if self.sharding is None:
+            return gradients  # DDP's buckets are as large as what they average
+        if self.sharding == "zero2":
+            return min(gradients, ZERO_BUCKET)
+        return self.gathered + min(gradients, self._sizes()[1])
+
+    def _part(self, size: int) -> int:
+        return -(-size // self.processes)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of a model's tensors outside of its layers, and of its largest layer."""
+        policy = self.parts.policy
+        stacks = [m for m in policy.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        if not stacks:
+            return nbytes(tensors_of(policy).values()), 0
+        layers = [nbytes(tensors_of(layer).values()) for layer in max(stacks, key=len)]
+        return nbytes(tensors_of(policy).values()) - sum(layers), max(layers)
