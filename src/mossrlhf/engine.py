@@ -16,6 +16,7 @@ from mossrlhf.buffer import micro_batches
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
+from mossrlhf.sharding import full, is_sharded
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy", "ptx")
@@ -64,9 +65,12 @@ class Engine:
             for role, rate in rates.items()
         }
         self.schedulers = {role: self._scheduler(role, o) for role, o in self.optimizers.items()}
-        prepared = accelerator.prepare(model, *self.optimizers.values())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        prepared = self.accelerator.prepare(self.bare, *self.optimizers.values())
         self.model = prepared[0]
-        self.optimizers = dict(zip(rates, prepared[1:], strict=True))
+        self.optimizers = dict(zip(self.optimizers, prepared[1:], strict=True))
 
     def _optimizer(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         args = self.args
@@ -149,13 +153,19 @@ class Engine:
                 weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
         self._require_finite({**stats, **norms}, minibatch)
-        for role in roles:
-            if role in self.optimizers:
-                self.optimizers[role].step()
-                self.schedulers[role].step()
-        for optimizer in self.optimizers.values():  # a head on the policy has reached beneath it
-            optimizer.zero_grad()
+        self._move([role for role in roles if role in self.optimizers])
+        self.forget()
         return StepOutput(stats, norms, weights)
+
+    def _move(self, roles: Sequence[str]) -> None:
+        for role in roles:
+            self.optimizers[role].step()
+            self.schedulers[role].step()
+
+    def forget(self) -> None:
+        """Drop all gradients: a head on the policy has reached beneath it, or a step is given up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:
         parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
@@ -171,6 +181,18 @@ class Engine:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max()) - count
+
+    def in_step(self, parts: list[Any]) -> list[Any]:
+        """Let all processes run as many forwards, where a forward takes all of them.
+
+        Args:
+            parts: what this process runs, one by one.
+
+        Returns:
+            them, the first again as often as the busiest process has more.
+        """
+        spare = self._spare(len(parts)) if is_sharded(self.bare) else 0
+        return parts + parts[:1] * spare
 
     def _backward(
         self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
@@ -261,7 +283,7 @@ class Engine:
         bound = self.args.max_grad_norm
         limit = math.inf if bound is None else bound
         return {
-            f"{name}/grad_norm": self.accelerator.clip_grad_norm_(parameters, limit).detach()
+            f"{name}/grad_norm": full(self.accelerator.clip_grad_norm_(parameters, limit).detach())
             for name, parameters in groups.items()
         }
 
@@ -270,8 +292,7 @@ class Engine:
         broken = self.reduce((~torch.isfinite(values)).float())
         if not bool(broken.any()):
             return
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+        self.forget()
         names = [n for n, b in zip(stats, broken.tolist(), strict=True) if b]
         raise FloatingPointError(
             f"not finite: {', '.join(names)}; the step was not taken. {_suspect(minibatch)} "

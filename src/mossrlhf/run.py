@@ -167,8 +167,7 @@ class Run:
         if not at_once:
             tqdm.write("Stopping after this iteration; press Ctrl-C again to stop at once.")
             return
-        for optimizer in self.trainer.engine.optimizers.values():
-            optimizer.zero_grad()
+        self.trainer.engine.forget()
         tqdm.write(
             f"Stopped within iteration {self.state.global_step + 1}. train() goes on from here."
         )

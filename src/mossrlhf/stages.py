@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from mossrlhf.data import (
     prompt_batch,
     require_fitting_prompts,
 )
-from mossrlhf.engine import Engine
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
@@ -45,9 +45,11 @@ from mossrlhf.roles import (
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
+from mossrlhf.sharding import gathered
 from mossrlhf.signature import call_with
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
+from mossrlhf.zero import make_engine
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -149,8 +151,9 @@ class Stages:
             checkpoint_activations(policy)
             if made is not None:
                 checkpoint_activations(made.backbone)
-        self.engine = Engine(actor_critic, self.args, self.accelerator)
-        announce(policy, "model")
+        self.engine = make_engine(actor_critic, self.args, self.accelerator)
+        with gathered(actor_critic, policy):
+            announce(policy, "model")
         if self.ref_model is not None:
             announce(self.ref_model.to(self.accelerator.device), "ref_model")
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
@@ -214,7 +217,8 @@ class Stages:
         """
         self.model.eval()
         noted: dict[str, Tensor] = {}
-        for rows in split(rollout, self.args.micro_batch_size, self.args.max_tokens):
+        groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
+        for rows in self.engine.in_step(groups):
             part = rollout.select(rows)
             place = rows.to(part.mask.device), rollout.mask.shape
             with self.accelerator.autocast():
@@ -320,12 +324,15 @@ class Stages:
 
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
         self.model.eval()
-        with self.accelerator.autocast():
+        with self._gathered(model), self.accelerator.autocast():
             rollout = self.sampler(model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)
         return rollout
+
+    def _gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        return gathered(self.model if model is self.policy else model, model)
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)

@@ -19,6 +19,7 @@ from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
 from mossrlhf.roles import as_reference, count_parameters, only_its_own
 from mossrlhf.run import Run
+from mossrlhf.sharding import whole
 from mossrlhf.stages import Stages
 from mossrlhf.types import Rollout
 
@@ -196,7 +197,8 @@ class Trainer(Stages):
         size = max(1, self.args.rollout_size // accelerator.num_processes)
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
-        with own_randomness(self.args.seed), lent as model:
+        # Processes may have different numbers of parts: the weights are lent for all of them.
+        with own_randomness(self.args.seed), lent as model, self._gathered(model):
             return Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
 
     @property
@@ -236,9 +238,10 @@ class Trainer(Stages):
             output_dir: folder; None for `TrainerConfig.output_dir`.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
-        if not self.accelerator.is_main_process:
-            return
-        with no_progress_bars():
+        main = self.accelerator.is_main_process
+        with whole(self.model, main), no_progress_bars():
+            if not main:
+                return
             own = only_its_own(self.policy)
             self.policy.save_pretrained(folder / "policy", **own)  # type: ignore[operator]
             self.processing_class.save_pretrained(folder / "policy")
@@ -253,9 +256,11 @@ class Trainer(Stages):
             repo_id: ``owner/name``.
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
-        if self.accelerator.is_main_process:
-            self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
-            self.processing_class.push_to_hub(repo_id, **kwargs)
+        main = self.accelerator.is_main_process
+        with whole(self.model, main):
+            if main:
+                self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
+                self.processing_class.push_to_hub(repo_id, **kwargs)
 
     def __repr__(self) -> str:
         return describe(self)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.models import as_it_spoke
+from mossrlhf.sharding import count
 
 
 class OwnPrecision(Accelerator):
@@ -129,8 +130,7 @@ def count_parameters(module: nn.Module | None) -> str:
     if module is None:
         return "none"
     parameters = list(module.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total, trained = count(parameters), count(p for p in parameters if p.requires_grad)
     types = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
     name = type(module).__name__
     return f"{name}, {total:,} parameters, {trained:,} trained, {types}, {parameters[0].device}"

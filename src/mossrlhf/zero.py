@@ -1,0 +1,168 @@
+"""Optimizer steps under DeepSpeed, which has one engine, one optimizer and its own way to step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from mossrlhf.config import TrainerConfig
+from mossrlhf.engine import Engine, StepOutput
+from mossrlhf.models import ActorCritic
+from mossrlhf.sharding import note_hooks
+
+
+def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> Engine:
+    """Return the engine for what the models run on.
+
+    Args:
+        model: policy and critic.
+        args: learning rates, clipping, micro-batches.
+        accelerator: as the launcher has set it up.
+
+    Raises:
+        ValueError: where DeepSpeed is to compute in float16, or has partitioned the models already.
+
+    Source: ours.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return Engine(model, args, accelerator)
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision: got 'fp16' under DeepSpeed, whose loss scale would have to overflow "
+            "to be found, and a gradient that is not finite stops the run; expected 'bf16' or 'no'"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model: ZeRO-3 has partitioned its parameters as it was loaded; pass its folder or hub "
+            "name, or load it before the Accelerator is made, so that it can be copied and prepared"
+        )
+    return ZeroEngine(model, args, accelerator)
+
+
+class ZeroEngine(Engine):
+    """`Engine` under DeepSpeed: one optimizer with a group of parameters for each role.
+
+    The schedules work on optimizers that hold learning rates and never step; DeepSpeed's takes the
+    rates over. Norms are clipped here, role by role: DeepSpeed would clip all at once, inside the
+    step, when a gradient that is not finite could no longer stop it.
+
+    Args:
+        model: policy and critic.
+        args: learning rates, clipping, micro-batches.
+        accelerator: places the models and reduces over processes.
+
+    Source: ours.
+    """
+
+    def _prepare(self) -> None:
+        config = self.accelerator.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+        # Micro-batches are dealt out here; a number must stand there all the same.
+        config["train_micro_batch_size_per_gpu"] = 1
+        config["gradient_accumulation_steps"] = 1
+        config["gradient_clipping"] = 0.0
+        groups = [
+            {**optimizer.param_groups[0], "role": role, "resting": False}
+            for role, optimizer in self.optimizers.items()
+        ]
+        joint = torch.optim.AdamW(groups)
+        self.model, _ = self.accelerator.prepare(self.bare, joint)
+        self.zero: Any = self.model.optimizer
+        note_hooks(self.bare, self.model)
+        self._last = ""
+        inner: torch.optim.Optimizer = self.zero.optimizer
+        inner.register_step_pre_hook(_leave_out_the_resting)
+        self.groups: dict[str, dict[str, Any]] = {g["role"]: g for g in inner.param_groups}
+
+    def step(self, *args: Any, **kwargs: Any) -> StepOutput:
+        """Take one optimizer step, as `Engine.step` does.
+
+        Args:
+            args, kwargs: of `Engine.step`.
+        """
+        given = dict(zip(("minibatch", "loss", "roles", "ptx"), args, strict=False), **kwargs)
+        roles = given.get("roles", ("critic", "policy"))
+        self._last = "critic" if "policy" not in roles else "policy"
+        if given.get("ptx") is not None and "policy" in roles:
+            self._last = "ptx"
+        return super().step(*args, **kwargs)
+
+    def _accumulate(
+        self, sync: bool, role: str, part: Any, share: Any, **extra: Any
+    ) -> dict[str, Tensor]:
+        # A step has one last backward, not one for each role.
+        self.model.set_gradient_accumulation_boundary(sync and role == self._last)
+        output = self.model(role, part, share, **extra)
+        self._differentiate(output.loss)
+        stats: dict[str, Tensor] = output.stats
+        return stats
+
+    def _differentiate(self, share: Tensor) -> None:
+        # Processes average gradients; shares are to be added up. Not by accelerate, which steps.
+        self.model.backward(share * self.accelerator.num_processes)
+
+    def _clip(self, roles: Sequence[str]) -> dict[str, Tensor]:
+        found = {role: self._gradients(role) for role in roles if role in self.groups}
+        if self.args.clip_grad_jointly:
+            found = {"joint": [g for gradients in found.values() for g in gradients]}
+        limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
+        norms = {}
+        for name, gradients in found.items():
+            squares = [g.detach().float().pow(2).sum() for g in gradients]
+            total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+            dist.all_reduce(total, group=self.zero.dp_process_group)
+            norm = total.sqrt()
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch's
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.dtype))
+            norms[f"{name}/grad_norm"] = norm
+        return norms
+
+    @property
+    def _device(self) -> torch.device:
+        return self.accelerator.device
+
+    def _gradients(self, role: str) -> list[Tensor]:
+        """This process's share of a role's gradient, in place."""
+        zero, index = self.zero, list(self.groups).index(role)
+        if not hasattr(zero, "fp16_groups"):  # stages 1 and 2: a group is a group
+            if zero.cpu_offload:
+                return [zero.single_partition_of_fp32_groups[index].grad]
+            return list(zero.averaged_gradients[index])
+        parts = [i for i, group in zero.sub_group_to_group_id.items() if group == index]
+        if zero.offload_optimizer:
+            return [zero.fp32_partitioned_groups_flat[part].grad for part in parts]
+        return [gradient for part in parts for gradient in zero.averaged_gradients[part]]
+
+    def _move(self, roles: Sequence[str]) -> None:
+        for role, group in self.groups.items():
+            group["lr"] = self.optimizers[role].param_groups[0]["lr"]
+            group["resting"] = role not in roles
+        self.model.step()
+        for role in roles:
+            self.schedulers[role].step()
+
+    def forget(self) -> None:
+        """Drop all gradients, DeepSpeed's own copies among them."""
+        self.zero.zero_grad()
+        for index in list(self.zero.averaged_gradients):
+            self.zero.averaged_gradients[index] = None
+        super().forget()
+
+
+def _leave_out_the_resting(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # A step without a gradient would still count, and decay what Adam remembers.
+    groups = [group for group in optimizer.param_groups if not group.get("resting")]
+    if len(groups) == len(optimizer.param_groups):
+        return
+    everything, optimizer.param_groups = optimizer.param_groups, groups
+
+    def restored(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        optimizer.param_groups = everything
+        handle.remove()
+
+    handle = optimizer.register_step_post_hook(restored)

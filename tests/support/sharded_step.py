@@ -1,0 +1,149 @@
+"""One process of `test_sharded`: a whole step of PPO under FSDP2 or ZeRO, on the CPU.
+
+Accelerate passes over both on a CPU, so its state is told what a GPU's launcher would have said;
+from there on it calls ``fully_shard`` and ``deepspeed.initialize`` itself.
+"""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+KIND = os.environ.get("KIND", "one")
+DTYPE = getattr(torch, os.environ.get("DTYPE", "float64"))
+
+
+def told(accelerator: Accelerator) -> Accelerator:
+    """Tell accelerate's state how to spread the weights."""
+    if KIND == "fsdp2":
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+    if KIND.startswith("zero"):
+        import deepspeed
+
+        # Shared memory, for which it would compile C++ for a minute.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        deepspeed.init_distributed(dist_backend="gloo")
+        stage = int(KIND[-1])
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": zero})
+        accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        plugin.select(_from_accelerator_state=True)
+        accelerator.deepspeed_engine_wrapped = None  # as where it is launched so
+    return accelerator
+
+
+def built(folder: Path, **parts: Any) -> Any:
+    """Make the trainer that all kinds have in common."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
+    from mossrlhf.config import TrainerConfig
+    from mossrlhf.roles import make_accelerator
+
+    world = ToyWorld()
+    torch.manual_seed(0)
+    config = world.model_config(hidden_size=16, num_layers=2)
+    config.tie_word_embeddings = False
+    if os.environ.get("ADAPTERS") == "1":
+        from peft import LoraConfig
+
+        settings = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        parts |= dict(peft_config=LoraConfig(r=4, **settings), critic=LoraConfig(r=2, **settings))
+    args = TrainerConfig(
+        output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
+        rollout_size=8,
+        minibatch_size=8,
+        num_ppo_epochs=2,
+        learning_rate=1e-3,
+        critic_learning_rate=2e-3,
+        weight_decay=0.1,
+        warmup_steps=0,
+        max_grad_norm=0.05,
+        disable_tqdm=True,
+        max_tokens=int(os.environ.get("TOKENS", "0")) or None,
+        gradient_checkpointing=os.environ.get("CHECKPOINTS") == "1",
+    )
+    return Trainer(
+        LlamaForCausalLM(config).to(DTYPE),
+        reward=world.reward,
+        train_dataset=world.prompts(8),
+        eval_dataset=world.prompts(5),  # three for one process, two for the other
+        processing_class=world.tokenizer(),
+        generation_config=GenerationConfig(max_new_tokens=12, do_sample=False),
+        ptx_dataset=world.sft_examples(16),
+        shaper=RewardShaper(normalize=True),
+        advantage=AdvantageEstimator(whiten=True),
+        loss=PPOMaxLoss(entropy_coef=0.01, advantage_norm=True, ptx_coef=0.1),
+        args=args,
+        accelerator=told(make_accelerator(args)),
+        **parts,
+    )
+
+
+def in_force(trainer: Any) -> dict[str, bool]:
+    """Say by what the weights are spread, by what they are made of."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parameters = list(trainer.model.parameters())
+    blocks = trainer.policy.get_submodule("model.layers") if KIND == "fsdp2" else []
+    return {
+        "fsdp2": all(type(p.data).__name__ == "DTensor" for p in parameters)
+        and all(isinstance(block, FSDPModule) for block in blocks),
+        "zero2": getattr(trainer.engine.model, "zero_optimization_stage", lambda: 0)() == 2
+        and trainer.engine.zero.single_partition_of_fp32_groups[0].numel()
+        < sum(p.numel() for p in trainer.policy.parameters()),
+        "zero3": all(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters),
+    }
+
+
+def flat(trainer: Any) -> torch.Tensor:
+    """All weights, one after the other."""
+    from mossrlhf.sharding import gathered_tensor
+
+    return torch.cat([gathered_tensor(p).flatten() for p in trainer.model.parameters()])
+
+
+def main(folder: Path) -> None:
+    """Take the step, and save what came of it."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(DTYPE)
+    from mossrlhf.kernels import head
+
+    head.CPU_CHUNK_BYTES = 1  # sixteen tokens
+    trainer = built(folder)
+    accelerator = trainer.accelerator
+    result: dict[str, Any] = {"in_force": in_force(trainer)}
+    recorded = torch.load(folder / "rollout.pt", weights_only=False)
+    rollout = recorded.select(torch.arange(accelerator.process_index, 8, accelerator.num_processes))
+    result["before"] = flat(trainer)
+    # The critic alone first, as in its warm-up, and the reference before anyone else.
+    result["reference"] = trainer.answer(trainer.eval_dataset, reference=True).completions()
+    estimated = trainer.estimate(trainer.annotate(trainer.score(rollout)))
+    result["warm-up"] = trainer.update(estimated, ("critic",))
+    result["critic alone"] = flat(trainer)
+    result["metrics"] = trainer.step(rollout)
+    again = trainer.annotate(rollout)
+    names = ("logprobs", "ref_logprobs", "values", "entropies")
+    result["scored"] = {name: getattr(again, name) for name in names}
+    result["evaluated"] = trainer.evaluate()
+    result["drawn"] = trainer.answer(trainer.eval_dataset).completions()
+    result["in_force_still"] = in_force(trainer)
+    result["parameters"] = flat(trainer)
+    torch.save(result, folder / f"result{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        torch.save(result, folder / "result.pt")
+    accelerator.wait_for_everyone()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
