@@ -154,7 +154,7 @@ class Engine:
         norms = self._clip(roles)
         self._require_finite({**stats, **norms}, minibatch)
         self._move([role for role in roles if role in self.optimizers])
-        self.forget()
+        self.forget()  # all: a head on the policy has reached beneath it
         return StepOutput(stats, norms, weights)
 
     def _move(self, roles: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ class Engine:
             self.schedulers[role].step()
 
     def forget(self) -> None:
-        """Drop all gradients: a head on the policy has reached beneath it, or a step is given up."""
+        """Drop all gradients: of a step that was taken, or given up."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 

@@ -1,7 +1,7 @@
 """Optimizer steps under DeepSpeed, which has one engine, one optimizer and its own way to step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.engine import Engine, StepOutput
+from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ActorCritic
 from mossrlhf.sharding import note_hooks
+from mossrlhf.types import Rollout
 
 
 def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> Engine:
@@ -25,12 +27,26 @@ def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerato
         accelerator: as the launcher has set it up.
 
     Raises:
-        ValueError: where DeepSpeed is to compute in float16, or has partitioned the models already.
+        ValueError: where DeepSpeed is to run at another stage than 2 or 3, to offload at stage 2,
+            to compute in float16, or has partitioned the models already.
 
     Source: ours.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return Engine(model, args, accelerator)
+    zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})  # type: ignore[union-attr]
+    stage, offload = zero.get("stage"), (zero.get("offload_optimizer") or {}).get("device", "none")
+    if stage not in (2, 3):
+        raise ValueError(
+            f"deepspeed: got stage {stage} of ZeRO, expected 2 or 3; without sharding, launch with "
+            "a configuration of kind MULTI_GPU"
+        )
+    if stage == 2 and offload != "none":
+        # It would forget the gradients of all but the last role's backward.
+        raise ValueError(
+            f"deepspeed: got ZeRO-2 with its optimizer on {offload!r}, expected 'none'; ZeRO-3 and "
+            "FSDP2 can keep it there"
+        )
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "mixed_precision: got 'fp16' under DeepSpeed, whose loss scale would have to overflow "
@@ -78,18 +94,29 @@ class ZeroEngine(Engine):
         inner.register_step_pre_hook(_leave_out_the_resting)
         self.groups: dict[str, dict[str, Any]] = {g["role"]: g for g in inner.param_groups}
 
-    def step(self, *args: Any, **kwargs: Any) -> StepOutput:
+    def step(
+        self,
+        minibatch: Rollout,
+        loss: PPOMaxLoss,
+        roles: Sequence[str] = ("critic", "policy"),
+        ptx: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:
         """Take one optimizer step, as `Engine.step` does.
 
         Args:
-            args, kwargs: of `Engine.step`.
+            minibatch: this process's sequences, annotated and estimated.
+            loss: what to minimize.
+            roles: "policy" and "critic" as wanted.
+            ptx: a batch of pre-training data for the policy, or None.
         """
-        given = dict(zip(("minibatch", "loss", "roles", "ptx"), args, strict=False), **kwargs)
-        roles = given.get("roles", ("critic", "policy"))
         self._last = "critic" if "policy" not in roles else "policy"
-        if given.get("ptx") is not None and "policy" in roles:
+        if ptx is not None and "policy" in roles:
             self._last = "ptx"
-        return super().step(*args, **kwargs)
+        stale: Tensor | None = getattr(self.zero, "grad_partitions_flat_buffer", None)
+        if stale is not None:
+            # ZeRO-3 overwrites it in a step's first backward, and only where that one reaches.
+            stale.zero_()
+        return super().step(minibatch, loss, roles, ptx)
 
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any
@@ -129,9 +156,7 @@ class ZeroEngine(Engine):
     def _gradients(self, role: str) -> list[Tensor]:
         """This process's share of a role's gradient, in place."""
         zero, index = self.zero, list(self.groups).index(role)
-        if not hasattr(zero, "fp16_groups"):  # stages 1 and 2: a group is a group
-            if zero.cpu_offload:
-                return [zero.single_partition_of_fp32_groups[index].grad]
+        if not hasattr(zero, "fp16_groups"):  # stage 2: a group is a group
             return list(zero.averaged_gradients[index])
         parts = [i for i, group in zero.sub_group_to_group_id.items() if group == index]
         if zero.offload_optimizer:
@@ -144,6 +169,8 @@ class ZeroEngine(Engine):
             group["resting"] = role not in roles
         self.model.step()
         for role in roles:
+            # torch would warn of a schedule whose optimizer has not stepped: this one's never does.
+            self.optimizers[role]._opt_called = True  # type: ignore[attr-defined]
             self.schedulers[role].step()
 
     def forget(self) -> None:

@@ -31,14 +31,23 @@ def told(accelerator: Accelerator) -> Accelerator:
         # Shared memory, for which it would compile C++ for a minute.
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo")
-        stage = int(KIND[-1])
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-        plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": zero})
+        zero: dict[str, Any] = {"stage": int(KIND[4])}
+        if KIND[4] == "3":
+            zero["stage3_param_persistence_threshold"] = 0
+        if KIND.endswith("offloaded"):
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+        plugin = DeepSpeedPlugin(hf_ds_config=config)
         accelerator.state.distributed_type = DistributedType.DEEPSPEED
         accelerator.state.deepspeed_plugins = {"default": plugin}
         plugin.select(_from_accelerator_state=True)
         accelerator.deepspeed_engine_wrapped = None  # as where it is launched so
     return accelerator
+
+
+def reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Some reward that is not the same for all."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
 
 
 def built(folder: Path, **parts: Any) -> Any:
@@ -56,7 +65,7 @@ def built(folder: Path, **parts: Any) -> Any:
     if os.environ.get("ADAPTERS") == "1":
         from peft import LoraConfig
 
-        settings = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        settings = dict(target_modules=["q_proj", "down_proj"])  # no effect yet: no second base
         parts |= dict(peft_config=LoraConfig(r=4, **settings), critic=LoraConfig(r=2, **settings))
     args = TrainerConfig(
         output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
@@ -74,7 +83,7 @@ def built(folder: Path, **parts: Any) -> Any:
     )
     return Trainer(
         LlamaForCausalLM(config).to(DTYPE),
-        reward=world.reward,
+        reward=reward,
         train_dataset=world.prompts(8),
         eval_dataset=world.prompts(5),  # three for one process, two for the other
         processing_class=world.tokenizer(),
@@ -94,10 +103,11 @@ def in_force(trainer: Any) -> dict[str, bool]:
     from torch.distributed.fsdp import FSDPModule
 
     parameters = list(trainer.model.parameters())
-    blocks = trainer.policy.get_submodule("model.layers") if KIND == "fsdp2" else []
+    blocks = [m for m in trainer.model.modules() if type(m).__name__.endswith("DecoderLayer")]
     return {
         "fsdp2": all(type(p.data).__name__ == "DTensor" for p in parameters)
-        and all(isinstance(block, FSDPModule) for block in blocks),
+        and all(isinstance(block, FSDPModule) for block in blocks)
+        and isinstance(trainer.model, FSDPModule),
         "zero2": getattr(trainer.engine.model, "zero_optimization_stage", lambda: 0)() == 2
         and trainer.engine.zero.single_partition_of_fp32_groups[0].numel()
         < sum(p.numel() for p in trainer.policy.parameters()),
