@@ -260,7 +260,8 @@ class Engine:
     ) -> dict[str, Tensor]:
         # Gradients of earlier micro-batches wait for the last one to be averaged with it.
         with nullcontext() if sync else self.accelerator.no_sync(self.model):
-            output = self.model(role, part, share, **extra)
+            with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
+                output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)
         stats: dict[str, Tensor] = output.stats
         return stats

@@ -30,8 +30,6 @@ from mossrlhf.retention import require_writable
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
-    checkpoint_activations,
-    disable_dropout,
     load_critic,
     load_policy,
     load_reference,
@@ -41,6 +39,7 @@ from mossrlhf.roles import (
     policy_context,
     prompt_budget,
     require_vocabulary,
+    set_switches,
     vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler, Sampler
@@ -119,7 +118,7 @@ class Stages:
         self.args = args or TrainerConfig()
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
-        self.accelerator = accelerator or make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args, accelerator)
         # Its running moments are this trainer's alone, though a preset may serve several.
         self.shaper: Any = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
@@ -144,13 +143,7 @@ class Stages:
         self.ref_model = load_reference(ref_model, policy)
         made = load_critic(critic, policy, self.rewards.same_tokenizer(), seed=self.args.seed)
         actor_critic = ActorCritic(policy, made, self.sampler.temperature)
-        for module in (actor_critic, self.ref_model):
-            if module is not None and self.args.disable_dropout:
-                disable_dropout(module)
-        if self.args.gradient_checkpointing:
-            checkpoint_activations(policy)
-            if made is not None:
-                checkpoint_activations(made.backbone)
+        set_switches(self.args, actor_critic, self.ref_model)
         self.engine = make_engine(actor_critic, self.args, self.accelerator)
         with gathered(actor_critic, policy):
             announce(policy, "model")

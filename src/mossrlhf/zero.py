@@ -34,7 +34,7 @@ def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerato
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return Engine(model, args, accelerator)
-    zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})  # type: ignore[union-attr]
+    zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     stage, offload = zero.get("stage"), (zero.get("offload_optimizer") or {}).get("device", "none")
     if stage not in (2, 3):
         raise ValueError(
@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
     """
 
     def _prepare(self) -> None:
-        config = self.accelerator.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
         # Micro-batches are dealt out here; a number must stand there all the same.
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_accumulation_steps"] = 1
@@ -121,8 +121,11 @@ class ZeroEngine(Engine):
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any
     ) -> dict[str, Tensor]:
-        # A step has one last backward, not one for each role.
-        self.model.set_gradient_accumulation_boundary(sync and role == self._last)
+        # A step has one last backward, not one for each role; but what an optimizer off the device
+        # gets to see is what a last backward has reached.
+        offloads = getattr(self.zero, "offload_optimizer", False)
+        last = sync and (role == self._last or offloads)
+        self.model.set_gradient_accumulation_boundary(last)
         output = self.model(role, part, share, **extra)
         self._differentiate(output.loss)
         stats: dict[str, Tensor] = output.stats
