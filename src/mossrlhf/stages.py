@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mossrlhf.data import (
     require_fitting_prompts,
 )
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
+from mossrlhf.frozen import at_work, settle
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
@@ -44,7 +44,6 @@ from mossrlhf.roles import (
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
-from mossrlhf.sharding import gathered
 from mossrlhf.signature import call_with
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
@@ -145,10 +144,11 @@ class Stages:
         actor_critic = ActorCritic(policy, made, self.sampler.temperature)
         set_switches(self.args, actor_critic, self.ref_model)
         self.engine = make_engine(actor_critic, self.args, self.accelerator)
-        with gathered(actor_critic, policy):
-            announce(policy, "model")
-        if self.ref_model is not None:
-            announce(self.ref_model.to(self.accelerator.device), "ref_model")
+        frozen = (self.ref_model, *self.rewards.models())
+        settle(actor_critic, *frozen, device=self.accelerator.device, args=self.args)
+        for asked, name in ((policy, "model"), (self.ref_model, "ref_model")):
+            with self._at_work(asked):
+                announce(asked, name)
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
         if ptx_dataset is not None:
             self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up
@@ -187,7 +187,7 @@ class Stages:
             ValueError: where a reward function raises or returns what is not asked for.
         """
         self.model.eval()
-        with self.accelerator.autocast():
+        with self._at_work(*self.rewards.models()), self.accelerator.autocast():
             scores, token_scores, by_name = self.rewards(rollout)
         extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
         return replace(
@@ -211,24 +211,27 @@ class Stages:
         self.model.eval()
         noted: dict[str, Tensor] = {}
         groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
-        for rows in self.engine.in_step(groups):
-            part = rollout.select(rows)
-            place = rows.to(part.mask.device), rollout.mask.shape
-            with self.accelerator.autocast():
-                stats = self.model.score(part, entropy=True)
-                with as_reference(self.ref_model, self.policy) as reference:
-                    ref = self.model.score(part, policy=reference)
-                values = self.model.values(part) if self.critic is not None else None
-            note(noted, "logprobs", *place, part.mask, stats.logprob)
-            note(noted, "entropies", *place, part.mask, stats.entropy)
-            note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
-            if values is not None:
-                note(noted, "values", *place, part.states, values[0][part.states])
-                if self.args.bootstrap_truncated:
-                    after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
-                    noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
-        filled: dict[str, Any] = dict(noted)
-        return replace(rollout, **filled)
+        with self._at_work(self.ref_model, lend=False):
+            for rows in self.engine.in_step(groups):
+                self._annotate(rollout, rows, noted)
+        return replace(rollout, **noted)  # type: ignore[arg-type]
+
+    def _annotate(self, rollout: Rollout, rows: Tensor, noted: dict[str, Tensor]) -> None:
+        part = rollout.select(rows)
+        place = rows.to(part.mask.device), rollout.mask.shape
+        with self.accelerator.autocast():
+            stats = self.model.score(part, entropy=True)
+            with as_reference(self.ref_model, self.policy) as reference:
+                ref = self.model.score(part, policy=reference)
+            values = self.model.values(part) if self.critic is not None else None
+        note(noted, "logprobs", *place, part.mask, stats.logprob)
+        note(noted, "entropies", *place, part.mask, stats.entropy)
+        note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
+        if values is not None:
+            note(noted, "values", *place, part.states, values[0][part.states])
+            if self.args.bootstrap_truncated:
+                after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
+                noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
 
     def estimate(self, rollout: Rollout) -> Rollout:
         """Shape scores into rewards, and rewards into advantages and returns.
@@ -291,12 +294,8 @@ class Stages:
             norms.add(done.norms, torch.ones_like(minibatch.token_weights.sum()))
         self.model.eval()
         rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
-        return {
-            **rollout_metrics(rollout, self.engine.reduce),
-            **shares.compute(self.engine.reduce),
-            **norms.compute(),
-            **rates,
-        }
+        described = rollout_metrics(rollout, self.engine.reduce)
+        return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
 
     # What the stages share.
 
@@ -317,15 +316,15 @@ class Stages:
 
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
         self.model.eval()
-        with self._gathered(model), self.accelerator.autocast():
+        with self._at_work(model), self.accelerator.autocast():
             rollout = self.sampler(model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)
         return rollout
 
-    def _gathered(self, model: nn.Module) -> AbstractContextManager[None]:
-        return gathered(self.model if model is self.policy else model, model)
+    def _at_work(self, *models: nn.Module | None, lend: bool = True) -> Any:
+        return at_work(self.model, *models, device=self.accelerator.device, lend=lend)
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
@@ -339,7 +338,7 @@ class Stages:
         loaded = [
             (load_reward(r, self.processing_class, policy=policy), weight) for r, weight in pairs
         ]
-        return RewardSet(loaded, self.processing_class).to(self.accelerator.device)
+        return RewardSet(loaded, self.processing_class)
 
     def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:
         if self.ptx is None or self.loss.ptx_coef is None:

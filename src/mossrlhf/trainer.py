@@ -159,13 +159,16 @@ class Trainer(Stages):
                 "eval_dataset: there is none, or fewer records than processes; pass one to "
                 "Trainer(eval_dataset=) or to evaluate()"
             )
-        judges = self.rewards if rewards is None else self._reward_set(rewards)
+        judges = self.rewards
+        if rewards is not None:
+            judges = self._reward_set(rewards).to(self.accelerator.device)
         ours = self.answer(dataset)
         theirs = self.answer(dataset, reference=True)
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
-        metrics.update(compare(judges(ours)[2], judges(theirs)[2], self.engine.reduce))
+        with self._at_work(*judges.models()):
+            metrics.update(compare(judges(ours)[2], judges(theirs)[2], self.engine.reduce))
         return metrics
 
     def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
@@ -198,7 +201,7 @@ class Trainer(Stages):
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
         # Processes may have different numbers of parts: the weights are lent for all of them.
-        with own_randomness(self.args.seed), lent as model, self._gathered(model):
+        with own_randomness(self.args.seed), lent as model, self._at_work(model):
             return Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
 
     @property

@@ -54,7 +54,14 @@ def built(folder: Path, **parts: Any) -> Any:
     """Make the trainer that all kinds have in common."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
+    from mossrlhf import (
+        AdvantageEstimator,
+        PPOMaxLoss,
+        RewardModel,
+        RewardShaper,
+        ToyWorld,
+        Trainer,
+    )
     from mossrlhf.config import TrainerConfig
     from mossrlhf.roles import make_accelerator
 
@@ -62,6 +69,9 @@ def built(folder: Path, **parts: Any) -> Any:
     torch.manual_seed(0)
     config = world.model_config(hidden_size=16, num_layers=2)
     config.tie_word_embeddings = False
+    judge = RewardModel.from_language_model(LlamaForCausalLM(config).to(DTYPE))
+    torch.nn.init.normal_(judge.score.weight)
+    policy = LlamaForCausalLM(config).to(DTYPE)
     if os.environ.get("ADAPTERS") == "1":
         from peft import LoraConfig
 
@@ -82,8 +92,8 @@ def built(folder: Path, **parts: Any) -> Any:
         gradient_checkpointing=os.environ.get("CHECKPOINTS") == "1",
     )
     return Trainer(
-        LlamaForCausalLM(config).to(DTYPE),
-        reward=reward,
+        policy,
+        reward=[reward, (judge, 0.5)],
         train_dataset=world.prompts(8),
         eval_dataset=world.prompts(5),  # three for one process, two for the other
         processing_class=world.tokenizer(),
@@ -102,6 +112,11 @@ def in_force(trainer: Any) -> dict[str, bool]:
     """Say by what the weights are spread, by what they are made of."""
     from torch.distributed.fsdp import FSDPModule
 
+    from mossrlhf.sharding import is_sharded
+
+    if trainer.ref_model is not None:  # and the reward model
+        frozen = [trainer.ref_model, *trainer.rewards.models()]
+        assert [is_sharded(model) for model in frozen] == [KIND in ("fsdp2", "zero3")] * 2
     parameters = list(trainer.model.parameters())
     blocks = [m for m in trainer.model.modules() if type(m).__name__.endswith("DecoderLayer")]
     return {
