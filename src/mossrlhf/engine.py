@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from mossrlhf.buffer import micro_batches
+from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
@@ -181,6 +182,24 @@ class Engine:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max()) - count
+
+    def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a role's optimizer, as `pack_optimizer` does; all processes ask for it together.
+
+        Args:
+            role: "policy" or "critic".
+        """
+        return pack_optimizer(self.optimizers[role])
+
+    def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Put back what `pack` returned.
+
+        Args:
+            role: "policy" or "critic".
+            tensors: by name, all of them on all processes.
+            plain: the rest.
+        """
+        unpack_optimizer(self.optimizers[role], tensors, plain)
 
     def in_step(self, parts: list[Any]) -> list[Any]:
         """Let all processes run as many forwards, where a forward takes all of them.

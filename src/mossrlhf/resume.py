@@ -10,18 +10,17 @@ from transformers.trainer_callback import ExportableState
 from mossrlhf.checkpoint import (
     load_tensors,
     load_trained,
-    pack_optimizer,
     read_json,
     require_sealed,
     save_tensors,
     seal,
     trained_tensors,
-    unpack_optimizer,
     write_json,
 )
 from mossrlhf.models import weights_digest
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
+from mossrlhf.sharding import whole
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
@@ -51,25 +50,31 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     randoms = [own_random]
     if accelerator.num_processes > 1:
         randoms = gather_object([own_random])
-    if accelerator.is_main_process:
-        with written_aside(path) as folder:
-            trainer.save_model(folder)
-            save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
-            plain: dict[str, Any] = {}
-            for role, optimizer in trainer.engine.optimizers.items():
-                tensors, plain[role] = pack_optimizer(optimizer)
-                save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
-            for index, (tensors, _) in enumerate(randoms):
-                save_tensors(tensors, folder / f"random_{index}.safetensors")
-            save_tensors(
-                {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
-            )
-            state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
-            write_json({**state, "files": seal(folder)}, folder / STATE)
-        best = run.state.best_model_checkpoint
-        prune(trainer.output_dir, trainer.args.save_total_limit, Path(best) if best else None)
+    # What is sharded all processes gather together; the first keeps it.
+    packed = {role: trainer.engine.pack(role) for role in trainer.engine.optimizers}
+    with whole(accelerator.is_main_process, trainer.model, trainer.ref_model):
+        if accelerator.is_main_process:
+            _write(trainer, path, packed, randoms)
     accelerator.wait_for_everyone()
     return path
+
+
+def _write(trainer: "Trainer", path: Path, packed: dict[str, Any], randoms: list[Any]) -> None:
+    with written_aside(path) as folder:
+        trainer.save_model(folder)
+        save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
+        for role, (tensors, _) in packed.items():
+            save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
+        for index, (tensors, _) in enumerate(randoms):
+            save_tensors(tensors, folder / f"random_{index}.safetensors")
+        save_tensors(
+            {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
+        )
+        plain = {role: numbers for role, (_, numbers) in packed.items()}
+        state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
+        write_json({**state, "files": seal(folder)}, folder / STATE)
+    best = trainer.run.state.best_model_checkpoint
+    prune(trainer.output_dir, trainer.args.save_total_limit, Path(best) if best else None)
 
 
 def is_saved(trainer: "Trainer") -> bool:
@@ -194,9 +199,9 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     _require_same_shaper(_shaper_state(trainer), saved["shaper"])
     _require_same_weights(_weights_beneath(trainer), saved["weights"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
-    for role, optimizer in trainer.engine.optimizers.items():
+    for role in trainer.engine.optimizers:
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
-        unpack_optimizer(optimizer, tensors, saved["optimizers"][role])
+        trainer.engine.unpack(role, tensors, saved["optimizers"][role])
         trainer.engine.schedulers[role].load_state_dict(saved["schedulers"][role])
     if saved["shaper"]:
         trainer.shaper.load_state_dict(saved["shaper"])

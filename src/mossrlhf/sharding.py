@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -162,59 +162,109 @@ def _without_hooks(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def whole(model: nn.Module, here: bool) -> Iterator[None]:
-    """Put all weights of a sharded model into it as plain tensors on the CPU, to be saved.
+def whole(here: bool, *models: nn.Module | None) -> Iterator[None]:
+    """Put all weights of sharded models into them as plain tensors on the CPU, to be saved.
 
     Processes enter together; one tensor at a time is gathered, and kept where it is asked for.
     Within another such context nothing happens.
 
     Args:
-        model: sharded or not; where it is not, nothing happens.
-        here: whether this process is the one that saves. Elsewhere the model stays as it is.
+        here: whether this process is the one that saves. Elsewhere the models stay as they are.
+        models: sharded or not; with those that are not nothing happens, nor with None.
 
     Source: ours.
     """
-    if model in _shown or not is_sharded(model):
-        yield
-        return
-    held: dict[int, nn.Parameter] = {}
+    spread = [m for m in models if m is not None and m not in _shown and _is_spread(m)]
     places = [
         (module._parameters, name, parameter)
+        for model in spread
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
+    held: dict[int, nn.Parameter] = {}
     for _, _, parameter in places:
         if id(parameter) not in held:
-            value = gathered_tensor(parameter, here)
-            if value is not None:
+            value = gathered_tensor(parameter)
+            if here:
                 held[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            else:
+                held[id(parameter)] = parameter
     try:
-        for holder, name, parameter in places if here else ():
+        for holder, name, parameter in places:
             dict.__setitem__(holder, name, held[id(parameter)])
-        _shown.add(model)
+        _shown.update(spread)
         yield
     finally:
-        _shown.discard(model)
+        for model in spread:
+            _shown.discard(model)
         for holder, name, parameter in places:
             dict.__setitem__(holder, name, parameter)
 
 
+def _is_spread(model: nn.Module) -> bool:
+    # ZeRO-2 keeps weights whole, but in bfloat16 where it computes so, and spreads the true ones.
+    return is_sharded(model) or any(hasattr(p, "_hp_mapping") for p in model.parameters())
+
+
 @torch.no_grad()
-def gathered_tensor(parameter: nn.Parameter, here: bool = True) -> Tensor | None:
-    """Return all of a parameter on the CPU, as its optimizer knows it.
+def gathered_tensor(parameter: nn.Parameter) -> Tensor:
+    """Return all of a parameter on the CPU, in the precision its optimizer has it in.
 
     Args:
         parameter: sharded or not; where it is, all processes ask for it together.
-        here: False for None in place of it, where it is not wanted.
 
     Source: ours.
     """
-    if hasattr(parameter, "ds_id"):
-        with _gathered_parameters([parameter]):
-            return parameter.detach().cpu().clone() if here else None
-    value = full(parameter.detach())
-    return value.cpu().clone() if here else None
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master: Tensor | None = safe_get_full_fp32_param(parameter)
+        if master is not None:
+            return master.detach().cpu().clone()
+    return entire(parameter.detach()).cpu().clone()
+
+
+@torch.no_grad()
+def entire(tensor: Tensor) -> Tensor:
+    """Return all of a weight that may be sharded; where it is, all processes ask together.
+
+    Args:
+        tensor: a parameter, or what is beneath it.
+
+    Source: ours.
+    """
+    if not hasattr(tensor, "ds_id"):
+        return full(tensor)
+    with _gathered_parameters([tensor]):  # type: ignore[list-item]
+        return tensor.detach().clone()
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of all of a weight that may be sharded.
+
+    Args:
+        tensor: a parameter.
+
+    Source: ours.
+    """
+    found: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return found
+
+
+def share_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Return this process's share of a tensor that belongs to a parameter.
+
+    Args:
+        parameter: sharded by FSDP2, or not.
+        value: all of it, alike on all processes; a number that goes with it is returned as it is.
+
+    Source: ours.
+    """
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 @torch.no_grad()
@@ -232,13 +282,12 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
-    elif isinstance(parameter, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
     else:
-        parameter.copy_(value)
+        parameter.copy_(share_of(parameter, value.to(parameter.dtype)))
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float().to(parameter.device))
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

@@ -242,7 +242,7 @@ class Trainer(Stages):
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
         main = self.accelerator.is_main_process
-        with whole(self.model, main), no_progress_bars():
+        with whole(main, self.model), no_progress_bars():
             if not main:
                 return
             own = only_its_own(self.policy)
@@ -260,7 +260,7 @@ class Trainer(Stages):
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
         main = self.accelerator.is_main_process
-        with whole(self.model, main):
+        with whole(main, self.model):
             if main:
                 self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
                 self.processing_class.push_to_hub(repo_id, **kwargs)

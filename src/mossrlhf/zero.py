@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from mossrlhf.checkpoint import unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.engine import Engine, StepOutput
 from mossrlhf.loss import PPOMaxLoss
@@ -58,6 +59,10 @@ def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerato
             "name, or load it before the Accelerator is made, so that it can be copied and prepared"
         )
     return ZeroEngine(model, args, accelerator)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter."""
 
 
 class ZeroEngine(Engine):
@@ -175,6 +180,61 @@ class ZeroEngine(Engine):
             # torch would warn of a schedule whose optimizer has not stepped: this one's never does.
             self.optimizers[role]._opt_called = True  # type: ignore[attr-defined]
             self.schedulers[role].step()
+
+    def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a role's optimizer, as `Engine.pack` does and with the same names.
+
+        Args:
+            role: "policy" or "critic".
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        carrier, tensors = self.optimizers[role], {}
+        steps = [state["step"] for state in self._states(role) if "step" in state]
+        for index, parameter in enumerate(carrier.param_groups[0]["params"] if steps else ()):
+            tensors[f"{index}.step"] = torch.as_tensor(steps[0], dtype=torch.float32).cpu()
+            for name in MOMENTS:
+                moment = safe_get_full_optimizer_state(parameter, name)
+                tensors[f"{index}.{name}"] = moment.detach().cpu().clone()
+        return tensors, {"slots": {}, "groups": carrier.state_dict()["param_groups"]}
+
+    def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Put back what `pack` returned, or `Engine.pack`.
+
+        Args:
+            role: "policy" or "critic".
+            tensors: by name, all of them on all processes.
+            plain: the rest.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        carrier = self.optimizers[role]
+        unpack_optimizer(carrier, {}, plain)
+        if not tensors:
+            return
+        for flat, state in zip(self._flats(role), self._states(role), strict=True):
+            state["step"] = tensors["0.step"].clone()
+            for name in MOMENTS:
+                state.setdefault(name, torch.zeros_like(flat))
+        link = getattr(self.zero, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+        for index, parameter in enumerate(carrier.param_groups[0]["params"]):
+            for name in MOMENTS:
+                value = tensors[f"{index}.{name}"].to(self.accelerator.device)
+                safe_set_full_optimizer_state(parameter, value, name)
+
+    def _flats(self, role: str) -> list[Tensor]:
+        """What the inner optimizer takes for a role's parameters: this process's share of them."""
+        zero, index = self.zero, list(self.groups).index(role)
+        if not hasattr(zero, "fp16_groups"):
+            return [zero.single_partition_of_fp32_groups[index]]
+        parts = [i for i, group in zero.sub_group_to_group_id.items() if group == index]
+        return [zero.fp32_partitioned_groups_flat[part] for part in parts]
+
+    def _states(self, role: str) -> list[dict[str, Any]]:
+        state = self.zero.optimizer.state
+        return [state[flat] for flat in self._flats(role)]
 
     def forget(self) -> None:
         """Drop all gradients, DeepSpeed's own copies among them."""

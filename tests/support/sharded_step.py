@@ -142,6 +142,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(DTYPE)
     from mossrlhf.kernels import head
+    from mossrlhf.resume import load_checkpoint, save_checkpoint
 
     head.CPU_CHUNK_BYTES = 1  # sixteen tokens
     trainer = built(folder)
@@ -163,6 +164,13 @@ def main(folder: Path) -> None:
     result["drawn"] = trainer.answer(trainer.eval_dataset).completions()
     result["in_force_still"] = in_force(trainer)
     result["parameters"] = flat(trainer)
+    # Whole, and in the layout of one process; then that one's in place of what there is here.
+    result["checkpoint"] = str(save_checkpoint(trainer))
+    if one := os.environ.get("RESUMED"):
+        load_checkpoint(trainer, one)
+        result["resumed"] = flat(trainer)
+        trainer.output_dir = folder / f"again{accelerator.process_index}"
+        result["again"] = str(save_checkpoint(trainer))
     torch.save(result, folder / f"result{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         torch.save(result, folder / "result.pt")
