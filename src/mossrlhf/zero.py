@@ -191,8 +191,10 @@ class ZeroEngine(Engine):
 
         carrier, tensors = self.optimizers[role], {}
         steps = [state["step"] for state in self._states(role) if "step" in state]
+        if steps:
+            self._link()
         for index, parameter in enumerate(carrier.param_groups[0]["params"] if steps else ()):
-            tensors[f"{index}.step"] = torch.as_tensor(steps[0], dtype=torch.float32).cpu()
+            tensors[f"{index}.step"] = torch.tensor(float(steps[0]))
             for name in MOMENTS:
                 moment = safe_get_full_optimizer_state(parameter, name)
                 tensors[f"{index}.{name}"] = moment.detach().cpu().clone()
@@ -216,13 +218,17 @@ class ZeroEngine(Engine):
             state["step"] = tensors["0.step"].clone()
             for name in MOMENTS:
                 state.setdefault(name, torch.zeros_like(flat))
-        link = getattr(self.zero, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        self._link()
         for index, parameter in enumerate(carrier.param_groups[0]["params"]):
             for name in MOMENTS:
                 value = tensors[f"{index}.{name}"].to(self.accelerator.device)
                 safe_set_full_optimizer_state(parameter, value, name)
+
+    def _link(self) -> None:
+        # ZeRO-2 does so after its first step, when a role that has rested has nothing yet.
+        if hasattr(self.zero, "_hp_optimizer_states_linked"):
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _flats(self, role: str) -> list[Tensor]:
         """What the inner optimizer takes for a role's parameters: this process's share of them."""

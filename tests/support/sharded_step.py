@@ -6,6 +6,7 @@ from there on it calls ``fully_shard`` and ``deepspeed.initialize`` itself.
 
 import os
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,27 +15,45 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
-KIND = os.environ.get("KIND", "one")
-DTYPE = getattr(torch, os.environ.get("DTYPE", "float64"))
+
+@dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Args:
+        kind: one, fsdp2, zero2, zero3, or zero3offloaded.
+        dtype: of all weights.
+        adapters: whether policy and critic are adapters on one base, activations recomputed.
+    """
+
+    kind: str
+    dtype: str = "float64"
+    adapters: bool = False
+
+    @classmethod
+    def of(cls, word: str) -> "Case":
+        """Read kind:dtype, with :adapters behind it or not."""
+        kind, dtype, *more = word.split(":")
+        return cls(kind, dtype, bool(more))
 
 
-def told(accelerator: Accelerator) -> Accelerator:
+def told(accelerator: Accelerator, kind: str) -> Accelerator:
     """Tell accelerate's state how to spread the weights."""
-    if KIND == "fsdp2":
+    if kind == "fsdp2":
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
         )
-    if KIND.startswith("zero"):
+    if kind.startswith("zero"):
         import deepspeed
 
         # Shared memory, for which it would compile C++ for a minute.
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo")
-        zero: dict[str, Any] = {"stage": int(KIND[4])}
-        if KIND[4] == "3":
+        zero: dict[str, Any] = {"stage": int(kind[4])}
+        if kind[4] == "3":
             zero["stage3_param_persistence_threshold"] = 0
-        if KIND.endswith("offloaded"):
+        if kind.endswith("offloaded"):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
         plugin = DeepSpeedPlugin(hf_ds_config=config)
@@ -50,7 +69,7 @@ def reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def built(folder: Path, **parts: Any) -> Any:
+def built(folder: Path, case: Case) -> Any:
     """Make the trainer that all kinds have in common."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -67,18 +86,20 @@ def built(folder: Path, **parts: Any) -> Any:
 
     world = ToyWorld()
     torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
     config = world.model_config(hidden_size=16, num_layers=2)
     config.tie_word_embeddings = False
-    judge = RewardModel.from_language_model(LlamaForCausalLM(config).to(DTYPE))
+    judge = RewardModel.from_language_model(LlamaForCausalLM(config).to(dtype))
     torch.nn.init.normal_(judge.score.weight)
-    policy = LlamaForCausalLM(config).to(DTYPE)
-    if os.environ.get("ADAPTERS") == "1":
+    policy = LlamaForCausalLM(config).to(dtype)
+    parts: dict[str, Any] = {}
+    if case.adapters:
         from peft import LoraConfig
 
         settings = dict(target_modules=["q_proj", "down_proj"])  # no effect yet: no second base
         parts |= dict(peft_config=LoraConfig(r=4, **settings), critic=LoraConfig(r=2, **settings))
     args = TrainerConfig(
-        output_dir=str(folder / f"out{os.environ.get('RANK', '0')}"),
+        output_dir=str(folder / f"{case.kind}{int(case.adapters)}{case.dtype}"),
         rollout_size=8,
         minibatch_size=8,
         num_ppo_epochs=2,
@@ -88,8 +109,8 @@ def built(folder: Path, **parts: Any) -> Any:
         warmup_steps=0,
         max_grad_norm=0.05,
         disable_tqdm=True,
-        max_tokens=int(os.environ.get("TOKENS", "0")) or None,
-        gradient_checkpointing=os.environ.get("CHECKPOINTS") == "1",
+        max_tokens=34 if case.kind == "fsdp2" else None,  # three micro-batches here, two there
+        gradient_checkpointing=case.adapters,
     )
     return Trainer(
         policy,
@@ -103,12 +124,12 @@ def built(folder: Path, **parts: Any) -> Any:
         advantage=AdvantageEstimator(whiten=True),
         loss=PPOMaxLoss(entropy_coef=0.01, advantage_norm=True, ptx_coef=0.1),
         args=args,
-        accelerator=told(make_accelerator(args)),
+        accelerator=told(make_accelerator(args), case.kind),
         **parts,
     )
 
 
-def in_force(trainer: Any) -> dict[str, bool]:
+def in_force(trainer: Any, kind: str) -> dict[str, bool]:
     """Say by what the weights are spread, by what they are made of."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -116,7 +137,7 @@ def in_force(trainer: Any) -> dict[str, bool]:
 
     if trainer.ref_model is not None:  # and the reward model
         frozen = [trainer.ref_model, *trainer.rewards.models()]
-        assert [is_sharded(model) for model in frozen] == [KIND in ("fsdp2", "zero3")] * 2
+        assert [is_sharded(model) for model in frozen] == [kind[:5] in ("fsdp2", "zero3")] * 2
     parameters = list(trainer.model.parameters())
     blocks = [m for m in trainer.model.modules() if type(m).__name__.endswith("DecoderLayer")]
     return {
@@ -137,21 +158,18 @@ def flat(trainer: Any) -> torch.Tensor:
     return torch.cat([gathered_tensor(p).flatten() for p in trainer.model.parameters()])
 
 
-def main(folder: Path) -> None:
-    """Take the step, and save what came of it."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(DTYPE)
-    from mossrlhf.kernels import head
+def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
+    """Take the step, and return what came of it."""
     from mossrlhf.resume import load_checkpoint, save_checkpoint
 
-    head.CPU_CHUNK_BYTES = 1  # sixteen tokens
-    trainer = built(folder)
+    torch.set_default_dtype(getattr(torch, case.dtype))
+    trainer = built(folder, case)
     accelerator = trainer.accelerator
-    result: dict[str, Any] = {"in_force": in_force(trainer)}
+    result: dict[str, Any] = {"in_force": in_force(trainer, case.kind)}
     recorded = torch.load(folder / "rollout.pt", weights_only=False)
     rollout = recorded.select(torch.arange(accelerator.process_index, 8, accelerator.num_processes))
     result["before"] = flat(trainer)
-    # The critic alone first, as in its warm-up, and the reference before anyone else.
+    # The reference before anyone else, and the critic alone first, as in its warm-up.
     result["reference"] = trainer.answer(trainer.eval_dataset, reference=True).completions()
     estimated = trainer.estimate(trainer.annotate(trainer.score(rollout)))
     result["warm-up"] = trainer.update(estimated, ("critic",))
@@ -162,21 +180,36 @@ def main(folder: Path) -> None:
     result["scored"] = {name: getattr(again, name) for name in names}
     result["evaluated"] = trainer.evaluate()
     result["drawn"] = trainer.answer(trainer.eval_dataset).completions()
-    result["in_force_still"] = in_force(trainer)
+    result["in_force_still"] = in_force(trainer, case.kind)
     result["parameters"] = flat(trainer)
     # Whole, and in the layout of one process; then that one's in place of what there is here.
     result["checkpoint"] = str(save_checkpoint(trainer))
-    if one := os.environ.get("RESUMED"):
+    if one is not None:
         load_checkpoint(trainer, one)
         result["resumed"] = flat(trainer)
-        trainer.output_dir = folder / f"again{accelerator.process_index}"
+        trainer.output_dir /= "again"
         result["again"] = str(save_checkpoint(trainer))
-    torch.save(result, folder / f"result{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        torch.save(result, folder / "result.pt")
-    accelerator.wait_for_everyone()
+    return result
+
+
+def main(folder: Path, words: list[str]) -> None:
+    """Run some cases one after the other; words are a case and the checkpoint of one process."""
+    torch.set_num_threads(1)
+    from mossrlhf.kernels import head
+
+    head.CPU_CHUNK_BYTES = 1  # sixteen tokens
+    results = {}
+    for word in words:
+        name, _, one = word.partition("@")
+        results[name] = taken(folder, Case.of(name), one or None)
+    rank = os.environ.get("RANK", "0")
+    torch.save(results, folder / f"result{rank}.pt")
+    if rank == "0":
+        torch.save(results, folder / "result.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

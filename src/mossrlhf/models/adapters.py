@@ -296,7 +296,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
-        numbers = entire(weight.detach()).flatten()
+        numbers = entire(weight).detach().flatten()
         some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
         digest.update(repr((name, tuple(shape(weight)), some)).encode())
     return digest.hexdigest()
