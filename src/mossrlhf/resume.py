@@ -47,10 +47,8 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     run, accelerator = trainer.run, trainer.accelerator
     path = trainer.output_dir / f"checkpoint-{run.state.global_step}"
     own_random = random_state()
-    randoms = [own_random]
-    if accelerator.num_processes > 1:
-        randoms = gather_object([own_random])
-    # What is sharded all processes gather together; the first keeps it.
+    alone = accelerator.num_processes == 1
+    randoms = [own_random] if alone else gather_object([own_random])
     packed = {role: trainer.engine.pack(role) for role in trainer.engine.optimizers}
     with whole(accelerator.is_main_process, trainer.model, trainer.ref_model):
         if accelerator.is_main_process:
@@ -67,9 +65,8 @@ def _write(trainer: "Trainer", path: Path, packed: dict[str, Any], randoms: list
             save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
         for index, (tensors, _) in enumerate(randoms):
             save_tensors(tensors, folder / f"random_{index}.safetensors")
-        save_tensors(
-            {"minibatches": trainer.generator.get_state()}, folder / "generator.safetensors"
-        )
+        order = {"minibatches": trainer.generator.get_state()}
+        save_tensors(order, folder / "generator.safetensors")
         plain = {role: numbers for role, (_, numbers) in packed.items()}
         state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
         write_json({**state, "files": seal(folder)}, folder / STATE)
