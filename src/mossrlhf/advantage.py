@@ -53,6 +53,7 @@ class AdvantageEstimator:
         check_range("AdvantageEstimator", "gamma", self.gamma, 0, 1)
         check_range("AdvantageEstimator", "lam", self.lam, 0, 1)
         check_range("AdvantageEstimator", "value_lam", self.value_lam, 0, 1)
+        check_range("AdvantageEstimator", "correction", self.correction, 0, 1)
         check_range("AdvantageEstimator", "clip", self.clip, 0, above=True)
 
     def __call__(
@@ -105,11 +106,17 @@ class GroupRelative:
         group_size: responses per prompt; set `TrainerConfig.samples_per_prompt` to the same.
         scale: whether to divide by the group's standard deviation (GRPO) or not (Dr. GRPO).
 
+    Raises:
+        ValueError: where a group is of less than two.
+
     Source: arXiv 2402.03300 eq. 3; arXiv 2503.20783 for ``scale=False``.
     """
 
     group_size: int
     scale: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("GroupRelative", "group_size", self.group_size, 2)
 
     def __call__(
         self,
@@ -142,10 +149,16 @@ class LeaveOneOut:
     Args:
         group_size: responses per prompt; set `TrainerConfig.samples_per_prompt` to the same.
 
+    Raises:
+        ValueError: where a group is of less than two.
+
     Source: arXiv 2402.14740.
     """
 
     group_size: int
+
+    def __post_init__(self) -> None:
+        check_range("LeaveOneOut", "group_size", self.group_size, 2)
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """The one configuration class: how long, how much at a time, how fast, and where to."""
 
+import math
 from dataclasses import dataclass, field
 
 from mossrlhf.strict import check_range, strict, suggest
@@ -114,6 +115,8 @@ class TrainerConfig:
 
         for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
             check(name, 0)
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"TrainerConfig({name}=): got inf, expected a finite number")
         for name in ("adam_epsilon", "max_grad_norm", "collapse_kl", "max_kl"):
             check(name, 0, above=True)
         for name in ("total_steps", "critic_pretrain_steps"):
@@ -130,9 +133,11 @@ class TrainerConfig:
         for name in counts.split():
             check(name, 1)
         check_range("TrainerConfig", "save_total_limit", self.save_total_limit, 1)
-        for name in (*counts.split(), "total_steps", "critic_pretrain_steps", "save_total_limit"):
+        check_range("TrainerConfig", "seed", self.seed, 0, 2**32 - 1)
+        counts += " total_steps critic_pretrain_steps save_total_limit seed"
+        for name in counts.split():
             value = getattr(self, name)
-            if value is not None and value != int(value):
+            if value is not None and not float(value).is_integer():
                 raise ValueError(f"TrainerConfig({name}=): got {value}, expected a whole number")
         if self.rollout_size % self.samples_per_prompt:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Parts of a trainer that do not fit together, refused before any model is loaded."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from mossrlhf.config import TrainerConfig
 from mossrlhf.data import require_records
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.rewards import reward_pairs
+from mossrlhf.sampling import Sampler
 
 KINDS: dict[str, tuple[Any, str]] = {
     "args": (TrainerConfig, "TrainerConfig(...)"),
@@ -21,6 +22,11 @@ KINDS: dict[str, tuple[Any, str]] = {
     "generation_config": (GenerationConfig, "GenerationConfig(...)"),
     "processing_class": (PreTrainedTokenizerBase, "a tokenizer: AutoTokenizer.from_pretrained(…)"),
     "accelerator": (Accelerator, "an accelerate.Accelerator"),
+    "sampler": (
+        Sampler,
+        "an HFSampler, or an object with temperature and max_new_tokens that is called with "
+        "(model, prompts) and returns a Rollout",
+    ),
     "shaper": (Callable, "a RewardShaper, or a function rollout -> rewards [B, T]"),
     "advantage": (Callable, "an estimator, or a function (rewards, values, mask) -> Advantages"),
 }
@@ -47,10 +53,22 @@ def require_parts(given: Mapping[str, Any]) -> None:
             )
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: got {value!r:.60}, expected {remedy}")
+    _require_callbacks(given["callbacks"])
     for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
         if given[name] is not None or name == "train_dataset":
             require_records(given[name], name, prompts=name != "ptx_dataset")
     _require_rewards(given["reward"])
+
+
+def _require_callbacks(callbacks: Any) -> None:
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    kinds = (c if isinstance(c, type) else type(c) for c in listed)
+    wrong = [c for c, kind in zip(listed, kinds, strict=True) if not hasattr(kind, "on_step_end")]
+    if wrong or not isinstance(callbacks, Iterable):
+        raise TypeError(
+            f"callbacks: got {(wrong or [callbacks])[0]!r:.60}, expected a list of "
+            "transformers.TrainerCallback objects; override the methods you want called"
+        )
 
 
 def _require_rewards(reward: Any) -> None:

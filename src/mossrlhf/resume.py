@@ -10,8 +10,6 @@ from transformers.trainer_callback import ExportableState
 from mossrlhf.checkpoint import (
     load_tensors,
     load_trained,
-    read_json,
-    require_sealed,
     save_tensors,
     seal,
     trained_tensors,
@@ -20,14 +18,12 @@ from mossrlhf.checkpoint import (
 from mossrlhf.models import weights_digest
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
+from mossrlhf.saved_state import FORMAT, read_state
 from mossrlhf.sharding import whole
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
-
-FORMAT = 1
-"""Of checkpoints: raised where an older version could not read a newer one's."""
 
 
 def save_checkpoint(trainer: "Trainer") -> Path:
@@ -179,6 +175,7 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
+        TypeError: where `source` names nothing.
         ValueError: where a file is damaged, or it was made by another model, shaper or version; it
             names the newest whole checkpoint before it.
 
@@ -188,11 +185,7 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     Source: ours.
     """
     path = _find(trainer.output_dir, source)
-    try:
-        saved = read_state(path)
-    except ValueError as error:
-        what = f"resume_from_checkpoint: {str(path)!r}: {error}. {_offer(path)}"
-        raise ValueError(what) from error
+    saved = read_state(path)
     _require_same_shaper(_shaper_state(trainer), saved["shaper"])
     _require_same_weights(_weights_beneath(trainer), saved["weights"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
@@ -240,47 +233,6 @@ def _restore_randomness(trainer: "Trainer", path: Path, saved: list[Any]) -> Non
             UserWarning,
             stacklevel=2,
         )
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint says in plain numbers, having made sure that its tensors are whole.
-
-    Args:
-        path: its folder.
-
-    Raises:
-        ValueError: where it is damaged, or of another kind; it says how.
-
-    Source: ours.
-    """
-    try:
-        saved = read_json(path / STATE)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{STATE} is damaged ({error})") from error
-    version = saved.get("version") if isinstance(saved, dict) else None
-    if version is None or not isinstance(saved.get("format"), int):
-        raise ValueError(f"{STATE} is not of mossrlhf.Trainer")
-    if saved["format"] > FORMAT:
-        raise ValueError(
-            f"written by mossrlhf {version} in format {saved['format']}, and this is "
-            f"{__version__}, which reads up to format {FORMAT}; install the newer one"
-        )
-    require_sealed(path, saved["files"])
-    state: dict[str, Any] = saved
-    return state
-
-
-def _offer(path: Path) -> str:
-    """Name the newest whole checkpoint before one that is not."""
-    found = checkpoints(path.parent)
-    before = found[: found.index(path)] if path in found else found
-    for other in reversed(before):
-        try:
-            read_state(other)
-        except ValueError:
-            continue
-        return f"The one before it is whole: resume_from_checkpoint={str(other)!r}"
-    return "There is no whole one before it; train from the start"
 
 
 def _require_same_weights(own: dict[str, str | None], saved: dict[str, str | None]) -> None:
@@ -338,7 +290,12 @@ def _find(output_dir: Path, source: str | Path | bool) -> Path:
                 "last_checkpoint(output_dir) is None there, which starts a run"
             )
         return found
-    path = Path(str(source))
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"resume_from_checkpoint: got {source!r}, expected the folder of a checkpoint, or True "
+            "for the newest"
+        )
+    path = Path(source)
     if (path / STATE).is_file():
         return path
     what = f"it has no {STATE}"

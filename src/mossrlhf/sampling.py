@@ -1,6 +1,7 @@
 """Drawing responses: the sampler protocol, and `generate` of transformers behind it."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.recording import Recorder, require_recordable, unwarped
 from mossrlhf.signature import inside
-from mossrlhf.strict import strict
+from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
 
 FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -98,9 +99,10 @@ class HFSampler:
         batch_size: prompts at a time; None for all at once.
 
     Raises:
-        ValueError: where ``max_new_tokens`` is missing, or the config asks for beams, for several
-            sequences per prompt (that is `TrainerConfig.samples_per_prompt`), for anything in
-            `REFUSED`, or, sampling, for a watermark.
+        ValueError: where ``max_new_tokens`` is missing or a number makes no distribution (a
+            temperature of 0), or the config asks for beams, for several sequences per prompt
+            (that is `TrainerConfig.samples_per_prompt`), for anything in `REFUSED`, or, sampling,
+            for a watermark.
 
     Source: ours; C: temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens.
     """
@@ -119,10 +121,12 @@ class HFSampler:
                 "e.g. GenerationConfig(max_new_tokens=512)"
             )
         _require_plain(config)
+        check_range("HFSampler", "batch_size", self.batch_size, 1)
         greedy = config.do_sample is False  # then transformers warns of what concerns sampling
         for name, value in FREE.items():
             if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
                 setattr(config, name, value)
+        _require_distribution(config)
         eos = self.eos_token_id
         if not isinstance(eos, int) and len(eos) == 0:
             raise ValueError(
@@ -265,6 +269,24 @@ class HFSampler:
             truncated=~ended,
             mask=mask,
         )
+
+
+def _require_distribution(config: GenerationConfig) -> None:
+    """Refuse numbers that make no distribution, which `generate` would find out, or not."""
+    if not config.do_sample:
+        return
+    ranges = {
+        "temperature": (0 < config.temperature < math.inf, "above 0"),
+        "top_p": (0 < config.top_p <= 1, "in (0, 1]"),
+        "top_k": (0 <= config.top_k < math.inf, "of at least 0 (0 for all tokens)"),
+        "repetition_penalty": (0 < config.repetition_penalty < math.inf, "above 0 (1 for none)"),
+    }
+    for name, (fits, expected) in ranges.items():
+        if not fits:
+            raise ValueError(
+                f"generation_config: {name} = {getattr(config, name)}, expected a number {expected}"
+                "; for the likeliest token each time set do_sample=False"
+            )
 
 
 def _require_plain(config: GenerationConfig) -> None:

@@ -1,12 +1,14 @@
 """Supervised fine-tuning, on `transformers.Trainer`."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
-from mossrlhf.data import SFTCollator, require_fitting_prompts
+from mossrlhf.data import SFTCollator, require_fitting_prompts, require_records
+from mossrlhf.strict import check_range
 
 
 class SFTTrainer(TransformersTrainer):
@@ -26,7 +28,9 @@ class SFTTrainer(TransformersTrainer):
         kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: where a prompt leaves no room for a response, whatever is dropped of it.
+        ValueError: where a prompt leaves no room for a response, whatever is dropped of it, or a
+            dataset is empty.
+        TypeError: where a dataset is a path, or holds anything but dicts.
 
     Source: P1 §4.1 (the SFT model).
     """
@@ -42,6 +46,11 @@ class SFTTrainer(TransformersTrainer):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _require_records("train_dataset", train_dataset)
+        parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for part in parts:
+            _require_records("eval_dataset", part)
+        check_range("SFTTrainer", "max_length", max_length, 2)
         room = None if max_length is None else max_length - 1  # beside a token of the response
         require_fitting_prompts(train_dataset, processing_class, room)
         require_fitting_prompts(eval_dataset, processing_class, room, name="eval_dataset")
@@ -62,3 +71,10 @@ class SFTTrainer(TransformersTrainer):
         self, data_collator: Any, description: str | None = None
     ) -> Any:
         return data_collator
+
+
+def _require_records(name: str, dataset: Any) -> None:
+    """Refuse what is no dataset; of a stream nothing can be said beforehand."""
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if indexed or isinstance(dataset, Path):
+        require_records(dataset, name, prompts=False, reader="load_sft")

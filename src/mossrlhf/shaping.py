@@ -158,6 +158,7 @@ class RewardShaper:
 
     Raises:
         ValueError: where a number is out of range, or `normalize` and `scale` are both on.
+        TypeError: where the moments are none.
 
     Source: P1 eqs. 18-19; order and placement as in C. η = 0.05 (P1's studies), 0.01 / 0.1 (C).
     """
@@ -174,6 +175,10 @@ class RewardShaper:
         check_range("RewardShaper", "kl_coef", self.kl_coef, 0)
         check_range("RewardShaper", "clip", self.clip, 0, above=True)
         check_range("RewardShaper", "missing_eos_penalty", self.missing_eos_penalty, 0)
+        if not isinstance(self.moments, RunningMoments):
+            raise TypeError(
+                f"RewardShaper(moments=): got {self.moments!r:.60}, expected RunningMoments(...)"
+            )
         if self.normalize and self.scale:
             raise ValueError(
                 "RewardShaper(normalize=True, scale=True): both divide by the running std; "

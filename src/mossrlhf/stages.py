@@ -27,6 +27,7 @@ from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
 from mossrlhf.retention import require_writable
+from mossrlhf.returned import estimated, responses, shaped
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
@@ -44,7 +45,6 @@ from mossrlhf.roles import (
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
-from mossrlhf.signature import call_with
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
 from mossrlhf.zero import make_engine
@@ -241,23 +241,17 @@ class Stages:
 
         Returns:
             the rollout with `rewards`, `advantages` and `returns`.
+
+        Raises:
+            TypeError, ValueError: where shaper or estimator return something else.
         """
-        rewards = call_with(self.shaper, rollout, reduce=self.engine.reduce)
-        values = rollout.values if rollout.values is not None else torch.zeros_like(rewards)
-        estimated = call_with(
-            self.advantage,
-            rewards,
-            values,
-            rollout.states,
-            bootstrap=rollout.bootstrap,
-            counted=rollout.mask,
-            reduce=self.engine.reduce,
-        )
+        rewards = shaped(self.shaper, rollout, self.engine.reduce)
+        found = estimated(self.advantage, rewards, rollout, self.engine.reduce)
         return replace(
             rollout,
             rewards=rewards,
-            advantages=estimated.advantages,
-            returns=estimated.returns,
+            advantages=found.advantages,
+            returns=found.returns,
         )
 
     def update(
@@ -317,7 +311,7 @@ class Stages:
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
         self.model.eval()
         with self._at_work(model), self.accelerator.autocast():
-            rollout = self.sampler(model, prompts.ids)
+            rollout = responses(self.sampler, model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)

@@ -3,10 +3,11 @@
 import difflib
 import functools
 import numbers
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from inspect import signature
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def strict(cls: type[T]) -> type[T]:
     """
     init: Callable[..., None] = cls.__init__
     options = [spec for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
-    needed = {spec.name for spec in options if not _may_be_none(spec.type)}
+    needed = {spec.name: spec.type for spec in options if not _may_be_none(spec.type)}
     known = [spec.name for spec in options]
     cls.__init__ = _checked(init, known, cls.__name__, needed)  # type: ignore[method-assign]
     return cls
@@ -97,7 +98,9 @@ def _may_be_none(kind: Any) -> bool:
     return kind is Any or NoneType in get_args(kind)
 
 
-def _checked(init: Any, known: list[str], owner: str = "", needed: Collection[str] = ()) -> Any:
+def _checked(
+    init: Any, known: list[str], owner: str = "", needed: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name, value in kwargs.items():
@@ -106,9 +109,45 @@ def _checked(init: Any, known: list[str], owner: str = "", needed: Collection[st
             if name not in known:
                 hint = suggest(name, known) or f"; its options: {', '.join(known)}"
                 raise TypeError(f"{owner or type(self).__name__} has no option {name!r}{hint}")
+            _require_kind(owner, name, value, needed.get(name))
         init(self, *args, **kwargs)
 
     return checked
+
+
+def _require_kind(owner: str, name: str, value: Any, kind: Any) -> None:
+    """Refuse switches and texts of another kind: Python takes ``"false"`` for on."""
+    expected = ""
+    if kind is bool and not (isinstance(value, bool) or value in (0, 1)):
+        expected = "True or False"
+    if kind is str and not isinstance(value, str | os.PathLike):
+        expected = "a text"
+    if expected:
+        raise TypeError(f"{owner}({name}=): got {value!r}, expected {expected}")
+
+
+def check_pair(owner: str, name: str, value: Any) -> None:
+    """Refuse what is neither a number nor a pair of them, (low, high), as clips are; None passes.
+
+    Args:
+        owner: whose option it is.
+        name: the option.
+        value: what came; low in (0, 1], high above 0.
+
+    Raises:
+        TypeError: where it is of another kind.
+        ValueError: where it has another length, or is out of range.
+
+    Source: ours.
+    """
+    pair = value if isinstance(value, tuple) else (value, value)
+    single = value is None or isinstance(value, tuple | numbers.Real)
+    if not single or len(pair) != 2:
+        raise (ValueError if single else TypeError)(
+            f"{owner}({name}=): got {value!r}, expected a number, or a pair (low, high)"
+        )
+    check_range(owner, name, pair[0], 0, 1, above=True)
+    check_range(owner, name, pair[1], 0, above=True)
 
 
 def check_range(

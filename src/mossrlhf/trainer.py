@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.data import require_records
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
+from mossrlhf.returned import as_scores
 from mossrlhf.roles import as_reference, count_parameters, only_its_own
 from mossrlhf.run import Run
 from mossrlhf.sharding import whole
@@ -116,12 +118,12 @@ class Trainer(Stages):
             the metrics of `update`.
 
         Raises:
-            ValueError: where there are not B scores, or not all are finite.
+            ValueError: where there are not B scores, or not all are finite numbers.
         """
         if scores is None:
             rollout = self.score(rollout)
         else:
-            given = torch.as_tensor(scores, dtype=torch.float32, device=rollout.mask.device)
+            given = as_scores(scores, rollout)
             if given.shape != (len(rollout),):
                 raise ValueError(
                     f"scores: got {tuple(given.shape)}, expected one for each of the "
@@ -150,10 +152,13 @@ class Trainer(Stages):
 
         Raises:
             ValueError: where there is nothing to evaluate on.
+            TypeError: where its records are no dicts.
 
         Source: P1 §5.5.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is not None:
+            require_records(eval_dataset, "eval_dataset")
         if dataset is None or len(dataset) < self.accelerator.num_processes:
             raise ValueError(
                 "eval_dataset: there is none, or fewer records than processes; pass one to "

@@ -158,6 +158,24 @@ def told_format(
     )
 
 
+def require_format(format: object) -> None:
+    """Refuse what cannot be called for a format, before any record is read by it.
+
+    Args:
+        format: as readers are given it.
+
+    Raises:
+        TypeError: where it is neither a function nor None.
+
+    Source: ours.
+    """
+    if format is not None and not callable(format):
+        raise TypeError(
+            f"format: got {shown(format)}, expected a function from a record to a dict, such as "
+            "mossrlhf.data.formats.alpaca, or None to tell the format from the records"
+        )
+
+
 def as_prompt(record: Record) -> Record:
     """Return a record to answer, without its answers.
 

@@ -18,6 +18,7 @@ from mossrlhf.data.templates import (
     encode_text,
     prompt_encodings,
 )
+from mossrlhf.strict import check_range
 
 IGNORE = -100
 """The label of tokens outside the loss, as torch's cross entropy and transformers have it."""
@@ -78,6 +79,7 @@ class SFTCollator:
     Raises:
         ValueError: where a record has not these columns, what they hold is no text, or a prompt
             leaves no room for a response.
+        TypeError: where a record is no dict.
 
     Source: ours.
     """
@@ -88,6 +90,7 @@ class SFTCollator:
     _known: Encodings = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_range("SFTCollator", "max_length", self.max_length, 2)
         object.__setattr__(self, "_known", Encodings(self.cache_bytes))
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Int[Tensor, "B L"]]:
@@ -99,6 +102,7 @@ class SFTCollator:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def _encode(self, record: Mapping[str, Any]) -> list[list[int]]:
+        _require(record)
         if "prompt" in record:
             _require(record, "response")
             prompt, response = record["prompt"], record["response"]
@@ -137,6 +141,7 @@ class PairCollator:
     _known: Encodings = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_range("PairCollator", "max_length", self.max_length, 2)
         object.__setattr__(self, "_known", Encodings(self.cache_bytes))
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -205,6 +210,11 @@ def _labels(
 
 
 def _require(record: Mapping[str, Any], *keys: str) -> None:
+    if not isinstance(record, Mapping):
+        raise TypeError(
+            f"records: one is of type {type(record).__name__} ({record!r:.80}), expected a dict; "
+            "read them with load_sft (SFTCollator) or load_pairs (PairCollator)"
+        )
     missing = [key for key in keys if key not in record]
     if missing:
         raise ValueError(

@@ -14,6 +14,8 @@ from mossrlhf.data.canonical import (
     as_example,
     as_pair,
     as_prompt,
+    require_format,
+    shown,
     told_format,
 )
 from mossrlhf.data.formats import RecordFormat
@@ -47,7 +49,8 @@ def load_prompts(
 
     Raises:
         DataError: naming file and line (or record), the reason, and what was expected.
-        TypeError: where `source` is a mapping: several splits, or one record.
+        TypeError: where `source` is a mapping (several splits, or one record), or neither a path
+            nor records; where `format` is no function.
         FileNotFoundError: where `source` is a path and there is nothing.
         ImportError: where `source` is a hub dataset and `datasets` is not installed.
 
@@ -111,6 +114,7 @@ def _load(
     split: str,
     check: Callable[[Record], Record],
 ) -> list[Record]:
+    require_format(format)
     name, convert = _name(source), format
     with closing(_located(source, split)) as opened:  # an error would keep the file open
         located: Iterator[Located] = opened
@@ -140,6 +144,11 @@ def _located(source: Source, split: str) -> Generator[Located, None, None]:
         raise TypeError(
             f"source: got a {type(source).__name__} with keys {list(source)}, expected a path, a "
             f"hub name or records; {remedy}"
+        )
+    named = isinstance(source, str | os.PathLike)
+    if source == "" or not (named or isinstance(source, Iterable)):
+        raise (ValueError if named else TypeError)(
+            f"source: got {shown(source)}, expected a path, the name of a hub dataset, or records"
         )
     if not isinstance(source, str | os.PathLike):
         return ((f"records[{index}]", record) for index, record in enumerate(source))

@@ -35,18 +35,22 @@ def require_records(
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: it is empty, expected at least one record")
-    first = dataset[0]
-    if not isinstance(first, Mapping):
-        remedy = "write [{'prompt': text} for text in texts]"
-        raise TypeError(
-            f"{name}: record 0 is of type {type(first).__name__}, expected a dict"
-            + (f"; {remedy}" if prompts and isinstance(first, str) else "")
-        )
+    _require_dict(dataset[0], f"{name}: record 0", prompts)
     if not prompts:
         return
-    require_record(first, f"{name}: record 0")
+    require_record(dataset[0], f"{name}: record 0")
     for index, record in enumerate(_prompts(dataset)):
+        _require_dict(record, f"{name}: record {index}", prompts)
         require_record(record, f"{name}: record {index}")
+
+
+def _require_dict(record: Any, where: str, prompts: bool) -> None:
+    if not isinstance(record, Mapping):
+        remedy = "; write [{'prompt': text} for text in texts]"
+        raise TypeError(
+            f"{where} is of type {type(record).__name__}, expected a dict"
+            + (remedy if prompts and isinstance(record, str) else "")
+        )
 
 
 def require_record(record: Mapping[str, Any], where: str) -> None:

@@ -14,6 +14,8 @@ from mossrlhf.data.canonical import (
     as_example,
     as_pair,
     as_prompt,
+    require_format,
+    shown,
     told_format,
 )
 from mossrlhf.data.formats import DataError, RecordFormat
@@ -159,6 +161,7 @@ def stream_prompts(
         DataError: naming file and line, the reason, and what was expected; where the file is one
             JSON list, which can only be read whole.
         FileNotFoundError: where there is no such file.
+        TypeError: where `path` is no path, or `format` no function.
 
     Source: ours.
     """
@@ -207,6 +210,12 @@ def _index(
     skip_bad: bool,
     check: Callable[[Record], Record],
 ) -> LazyRecords:
+    require_format(format)
+    if not isinstance(source, str | os.PathLike) or source == "":
+        remedy = "" if source == "" else "; records in memory are read by load_…"
+        raise (ValueError if source == "" else TypeError)(
+            f"path: got {shown(source)}, expected the path of a JSON-lines file{remedy}"
+        )
     path, name = Path(source), os.fspath(source)
     offsets = array("Q")
     with open_text(path) as file:

@@ -14,7 +14,7 @@ from mossrlhf.functional.reduce import Reduce, whiten
 from mossrlhf.loss.rows import TokenRows, counted, filled, require_per_token, weighted
 from mossrlhf.loss.statistics import surrogate_statistics
 from mossrlhf.signature import call_with
-from mossrlhf.strict import check_range, strict
+from mossrlhf.strict import check_pair, check_range, strict
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 
@@ -69,10 +69,7 @@ class PPOMaxLoss:
     couples_tokens: ClassVar[bool] = False  # set by a subclass that sees tokens in company
 
     def __post_init__(self) -> None:
-        if self.clip_range is not None:
-            low, high = self.clip_range
-            check_range("PPOMaxLoss", "policy_clip", low, 0, 1, above=True)
-            check_range("PPOMaxLoss", "policy_clip", high, 0, above=True)
+        check_pair("PPOMaxLoss", "policy_clip", self.policy_clip)
         check_range("PPOMaxLoss", "dual_clip", self.dual_clip, 1, above=True)
         check_range("PPOMaxLoss", "sampler_ratio_cap", self.sampler_ratio_cap, 1)
         check_range("PPOMaxLoss", "value_clip", self.value_clip, 0, above=True)

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, TypeAlias, runtime_checkable
@@ -118,6 +119,9 @@ class RewardSet:
         Raises:
             ValueError: where a function raises or returns what is not asked for; it names the
                 function and the sample.
+
+        Warns:
+            UserWarning: where no reward applies to any response.
         """
         prompts = self._prompts(rollout)
         completion_ids = rollout.completions()
@@ -146,6 +150,13 @@ class RewardSet:
                 token_scores = weight * dense + (0.0 if token_scores is None else token_scores)
             else:
                 scores = weight * given if scores is None else _add(scores, weight * given)
+        if scores is not None and token_scores is None and bool(scores.isnan().all()):
+            warnings.warn(
+                f"reward: none of {self.names} applies to any of the {len(rollout)} responses "
+                "(None for each), so they are worth 0 and nothing is learned from them",
+                UserWarning,
+                stacklevel=2,
+            )
         return scores, token_scores, by_name
 
     def _prompts(self, rollout: Rollout) -> list[str | Messages]:
@@ -168,7 +179,7 @@ def reward_pairs(rewards: Any) -> list[tuple[Any, float]]:
 
     Raises:
         TypeError: where one of them can be no reward, or its weight no number.
-        ValueError: where there is none, or a weight is not finite.
+        ValueError: where there is none, a weight is not finite, or a pair is none.
 
     Source: ours.
     """
@@ -177,6 +188,8 @@ def reward_pairs(rewards: Any) -> list[tuple[Any, float]]:
         raise ValueError("reward: got an empty list, expected at least one reward")
     pairs = []
     for item in listed:
+        if isinstance(item, tuple) and len(item) != 2:
+            raise ValueError(f"reward: got a tuple of {len(item)}, expected (reward, weight)")
         reward, weight = item if isinstance(item, tuple) else (item, 1.0)
         if not isinstance(reward, str | Path | ModelReward) and not callable(reward):
             raise TypeError(
@@ -217,11 +230,19 @@ def _call(
             "trainer; rename the column"
         )
     size, first = len(arguments["completions"]), next(iter(arguments["completions"]), "")
-    parameters = inspect.signature(reward).parameters
+    parameters, known = inspect.signature(reward).parameters, sorted(columns)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         # Refusing `def reward(completions, **_)` without its `**_` would help nobody.
         arguments = {k: v for k, v in arguments.items() if k in parameters}
         columns = {k: v for k, v in columns.items() if k in parameters}
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = {n for n, p in parameters.items() if p.kind in by_name and p.default is p.empty}
+    if lacking := sorted(needed - arguments.keys() - columns.keys()):
+        raise ValueError(
+            f"reward {name!r} asks for {lacking[0]!r}, expected prompts, completions, "
+            f"completion_ids or a column of the dataset, which are {known}; give it a default, or "
+            "the dataset that column"
+        )
     try:
         return reward(**arguments, **columns)
     except Exception as error:
@@ -236,11 +257,15 @@ def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[s
     device, size = rollout.input_ids.device, len(rollout)
     absent = torch.zeros(size, dtype=torch.bool, device=device)
     if isinstance(output, Tensor):
+        if output.is_complex():
+            raise ValueError(
+                f"reward {name!r} returned a tensor of {output.dtype}, expected real numbers"
+            )
         scores = output.detach().to(device, torch.float32)
     else:
         values = _listed(output, name, size)
-        numbers = [0.0 if value is None else float(value) for value in values]
-        scores = torch.tensor(numbers, dtype=torch.float32, device=device)
+        given = [0.0 if value is None else value for value in values]
+        scores = torch.tensor(given, dtype=torch.float32, device=device)
         if len(values) == size:
             absent = torch.tensor([value is None for value in values], device=device)
     shapes = [(size,), tuple(rollout.mask.shape)]
@@ -265,15 +290,23 @@ def _listed(output: Any, name: str, size: int) -> list[Any]:
     try:
         if isinstance(output, str | bytes | Mapping | Set):
             raise TypeError("its order says nothing of the completions'")
-        values = list(output)
-        if wrong := [v for v in values if v is not None and not isinstance(v, SupportsFloat)]:
-            raise TypeError(f"{wrong[0]!r:.40} is no number")
-    except TypeError as error:
+        if inspect.iscoroutine(output):
+            output.close()
+            raise TypeError("it was never awaited; write a plain function: asyncio.run(judge(…))")
+        return [None if value is None else _number(value) for value in output]
+    except (TypeError, OverflowError) as error:
         raise ValueError(
             f"reward {name!r} returned {type(output).__name__}, expected a list of {size} "
             f"numbers (None where it does not apply), or a tensor: {error}"
         ) from error
-    return values
+
+
+def _number(value: Any) -> float:
+    imaginary = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    single = getattr(value, "ndim", 0) == 0  # numpy would make a number of an array of one
+    if imaginary or not single or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{value!r:.40} is no number")
+    return float(value)
 
 
 def _add(total: Tensor, part: Tensor) -> Tensor:

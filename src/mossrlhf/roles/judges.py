@@ -20,7 +20,7 @@ from mossrlhf.models import (
 )
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
-from mossrlhf.roles.reading import vocabulary_size
+from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
 from mossrlhf.signature import inside
 
 
@@ -40,7 +40,8 @@ def load_critic(
         seed: of a new adapter's first weights.
 
     Raises:
-        ValueError: where its vocabulary is not the policy's, or an adapter has no base to share.
+        ValueError: where its vocabulary is not the policy's, a weight is not finite, or an adapter
+            has no base to share.
 
     Source: P1 §5.3.1: the critic starts from the reward model.
     """
@@ -56,11 +57,13 @@ def load_critic(
         else:
             made = RewardModel.from_language_model(_without_adapters(policy))
     elif isinstance(critic, (str, Path)):
-        made = RewardModel.from_pretrained(critic)
+        with loading("critic", critic, (OSError,)):
+            made = RewardModel.from_pretrained(critic)
     else:
         made = as_reward_model(critic, "critic")
         if any(made.score.weight is model.score.weight for model in rewards):
             made = copy.deepcopy(made)  # or the reward would be trained along
+    require_finite(made, "critic")
     if vocabulary_size(made) != vocabulary:
         raise ValueError(
             f"critic: its vocabulary has {vocabulary_size(made)} tokens, the policy's "
@@ -124,7 +127,8 @@ def load_reward(
         policy: whose base it may share; None to load it whole.
 
     Raises:
-        ValueError: where a model cannot read the policy's tokens and has no tokenizer.
+        ValueError: where a model cannot read the policy's tokens and has no tokenizer, or a weight
+            is not finite.
 
     Source: ours.
     """
@@ -134,14 +138,18 @@ def load_reward(
         return ModelReward(model=shared, name=name or "reward_model")
     if isinstance(reward, (str, Path)):
         bare = folder is not None and not (folder / "tokenizer_config.json").is_file()
-        other = None if bare else _other_tokenizer(str(reward), tokenizer)
-        model = load_classifier(reward)
+        with loading("reward", reward, (OSError,)):
+            other = None if bare else _other_tokenizer(str(reward), tokenizer)
+            model = load_classifier(reward)
+        require_finite(model, "reward")
         return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
     if isinstance(reward, nn.Module):
         scorer = as_scorer(reward)
         own = scorer if isinstance(scorer, RewardModel) else scorer.model
         other = _remembered_tokenizer(own.config, tokenizer)
         reward = ModelReward(model=scorer, tokenizer=other, name=name or "reward_model")
+    if isinstance(reward, ModelReward):
+        require_finite(reward.model, "reward")
     if isinstance(reward, ModelReward) and reward.tokenizer is None:
         size = vocabulary_size(reward.model)
         if size < len(tokenizer):

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, LoggerType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.models import ActorCritic, as_it_spoke
 from mossrlhf.sharding import count
+from mossrlhf.strict import suggest
 
 
 class OwnPrecision(Accelerator):
@@ -53,12 +54,19 @@ def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> A
 
     Raises:
         ValueError: where several processes have begun in another precision, or were launched so
-            that each takes itself for the only one.
+            that each takes itself for the only one; where there is no such tracker.
 
     Source: ours.
     """
     if given is not None:
         return _spreading_later(given)
+    known = [str(kind) for kind in LoggerType]
+    for tracker in args.report_to:
+        if tracker not in known:
+            raise ValueError(
+                f"TrainerConfig(report_to=): got {tracker!r}, expected trackers of accelerate: "
+                f"{', '.join(known)}{suggest(tracker, known)}"
+            )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = "bf16" if args.bf16 else launched
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:

@@ -15,7 +15,9 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from mossrlhf.roles.reading import vocabulary_size
+from mossrlhf.models import RewardModel
+from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
+from mossrlhf.signature import inside
 
 
 def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Module:
@@ -31,23 +33,26 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         seed: of the new adapter's first weights, whatever was drawn before.
 
     Raises:
-        TypeError: where `model` is neither.
-        ValueError: where nothing of it is trainable, its adapter cannot be merged, or it is the
-            inside of an adapted model.
+        TypeError: where `model` is neither, or `peft_config` is none.
+        ValueError: where nothing of it is trainable, a weight is not finite, its adapter cannot be
+            merged, or it is the inside of an adapted model.
 
     Warns:
         UserWarning: where an adapter is merged: what is saved stands on the merged model.
 
     Source: P1 §3.2: the policy starts from the SFT model.
     """
+    _require_config(peft_config)
     if isinstance(model, (str, Path)):
-        model = _load(str(model))
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        with loading("model", model):
+            model = _load(str(model))
+    if not _writes(model):
         raise TypeError(
             f"model: got {type(model).__name__}, expected a causal language model, or the folder "
             "or hub name of one"
         )
     _require_own_weights(model)
+    require_finite(model, "model")
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -55,7 +60,13 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
             torch.default_generator.manual_seed(seed)
             # PEFT writes the modules it has found into the config, which may serve other models.
-            model = get_peft_model(model, copy.deepcopy(peft_config))
+            try:
+                model = get_peft_model(model, copy.deepcopy(peft_config))
+            except ValueError as error:
+                raise ValueError(
+                    f"peft_config: cannot be put on a {type(model).__name__} ({error}); name "
+                    "modules that it has, or set target_modules='all-linear'"
+                ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -71,6 +82,28 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         # At 5e-7 a bfloat16 AdamW moves one weight in a hundred.
         parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
     return model
+
+
+def _require_config(peft_config: Any) -> None:
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: got {peft_config!r:.60}, expected a peft.PeftConfig, such as "
+            "LoraConfig(...)"
+        )
+
+
+def _writes(model: Any) -> bool:
+    """Whether this is a model that goes on with a text, and no encoder-decoder or classifier."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or isinstance(model, RewardModel):
+        return False
+    can_generate = getattr(inside(model), "can_generate", None)  # a module of one's own has none
+    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    return not encodes and (can_generate is None or bool(can_generate()))
 
 
 def _load(name: str) -> nn.Module:
@@ -151,7 +184,7 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
 
     Raises:
         TypeError: where it is no model.
-        ValueError: where its vocabulary is not the policy's.
+        ValueError: where its vocabulary is not the policy's, or a weight is not finite.
 
     Warns:
         UserWarning: where the policy's adapters were trained before, so that it is copied whole.
@@ -172,7 +205,8 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
             )
         ref_model = copy.deepcopy(policy)
     elif isinstance(ref_model, (str, Path)):
-        ref_model = AutoModelForCausalLM.from_pretrained(str(ref_model))
+        with loading("ref_model", ref_model):
+            ref_model = AutoModelForCausalLM.from_pretrained(str(ref_model))
     elif not isinstance(ref_model, nn.Module):
         raise TypeError(
             f"ref_model: got {ref_model!r}, expected a causal language model, the folder or hub "
@@ -180,6 +214,7 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
         )
     elif {*map(id, ref_model.parameters())} & {*map(id, policy.parameters())}:
         ref_model = copy.deepcopy(ref_model)  # what is frozen must not be what is trained
+    require_finite(ref_model, "ref_model")
     if vocabulary_size(ref_model) != vocabulary_size(policy):
         raise ValueError(
             f"ref_model: its vocabulary has {vocabulary_size(ref_model)} tokens, the policy's "

@@ -1,12 +1,66 @@
 """What the policy can read: its tokens, its tokenizer, its context."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.models import RewardModel
+
+
+@contextmanager
+def loading(
+    argument: str, name: Any, errors: tuple[type[Exception], ...] = (OSError, ValueError)
+) -> Iterator[None]:
+    """Say which argument it was, and what it named, where transformers cannot load it.
+
+    Args:
+        argument: of the trainer.
+        name: the folder or hub name it was given.
+        errors: of whoever loads it, that do not say so themselves.
+
+    Raises:
+        OSError: where there is nothing of that kind.
+        ValueError: where its files are damaged, or of something else.
+
+    Source: ours.
+    """
+    caught: tuple[type[Exception], ...] = (*errors, SafetensorError)
+    try:
+        yield
+    except caught as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{argument}: {str(name)!r} cannot be loaded ({type(error).__name__}: {error!s:.300}); "
+            "expected the folder or hub name of one that save_pretrained wrote, all files of it"
+        ) from error
+
+
+def require_finite(model: nn.Module, argument: str) -> None:
+    """Refuse a model with a weight that is NaN or infinite, which would answer nonsense.
+
+    Args:
+        model: any.
+        argument: what the error calls it.
+
+    Raises:
+        ValueError: with the parameter's name.
+
+    Source: ours.
+    """
+    for name, parameter in model.named_parameters():
+        numbers = parameter.is_floating_point() and not parameter.is_meta
+        if numbers and not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(
+                f"{argument}: its parameter {name!r} is not finite; the training it comes from has "
+                "diverged, or the file is damaged. Load an earlier one"
+            )
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -76,7 +130,8 @@ def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
         from peft import PeftConfig
 
         name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-    return AutoTokenizer.from_pretrained(name)
+    with loading("processing_class", name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def policy_context(policy: nn.Module) -> int | None:

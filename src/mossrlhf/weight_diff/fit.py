@@ -29,6 +29,21 @@ def is_difference(key: str) -> bool:
     return "layers" in key
 
 
+def require_known(model_type: str) -> None:
+    """Refuse the name of no kind.
+
+    Args:
+        model_type: "reward", "sft" or "policy".
+
+    Raises:
+        DiffError: where it is none of them.
+
+    Source: ours.
+    """
+    if model_type not in ("reward", "sft", "policy"):
+        raise DiffError(f"model_type: got {model_type!r}, expected 'reward', 'sft' or 'policy'")
+
+
 def require_kind(shards: Shards, model_type: str) -> None:
     """Refuse weights of another kind.
 
@@ -41,8 +56,7 @@ def require_kind(shards: Shards, model_type: str) -> None:
 
     Source: ours.
     """
-    if model_type not in ("reward", "sft", "policy"):
-        raise DiffError(f"model_type: got {model_type!r}, expected 'reward', 'sft' or 'policy'")
+    require_known(model_type)
     heads = [name for name in HEADS if name in shards]
     if model_type == "reward" and not heads:
         raise DiffError(

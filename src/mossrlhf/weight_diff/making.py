@@ -34,6 +34,7 @@ from mossrlhf.weight_diff.fit import (
     is_difference,
     require_fit,
     require_kind,
+    require_known,
 )
 
 NOTES = "weight_diff.json"
@@ -76,6 +77,7 @@ def make_diff(
 
     Source: C's ``merge_weight_*.py``; storing whole what would not come back exactly is ours.
     """
+    require_known(model_type)
     raw, tuned, target = Shards(path_raw), Shards(path_tuned), Path(path_diff)
     require_kind(tuned, model_type)
     require_fit(raw, tuned, model_type)
@@ -145,6 +147,7 @@ def recover(
         known = ", ".join(CHECK_SUMS)
         raise DiffError(f"check_sum: got {check_sum!r}, expected a number or one of {known}")
     raw, diff, target = Shards(path_raw), Shards(path_diff), Path(path_tuned)
+    require_known(model_type)
     notes = _notes(diff, model_type)
     require_kind(diff, model_type)
     require_fit(raw, diff, model_type)

@@ -1,0 +1,108 @@
+"""Adapters that do not fit."""
+
+import json
+
+from peft import LoraConfig, get_peft_model
+
+from bad_inputs.room import Room
+from mossrlhf import RewardModel
+from mossrlhf.models import add_adapters
+
+room = Room("Adapters")
+row = room.row
+
+
+def lora(**options):
+    return LoraConfig(
+        **{"task_type": "CAUSAL_LM", "r": 2, "target_modules": "all-linear", **options}
+    )
+
+
+def twice(shop):
+    """A model with an adapter inside, given bare."""
+    model = shop.policy()
+    get_peft_model(model, lora())
+    return shop.trainer(model=model, peft_config=lora())
+
+
+def again(shop):
+    """Two adapters on a reward model."""
+    model = shop.reward_model()
+    for _ in range(2):
+        add_adapters(model, lora(task_type=None, target_modules=["q_proj"]))
+
+
+row(
+    "a dict for a LoRA config",
+    "TypeError: peft_config: got {'r': 8}, expected a peft.PeftConfig, such as LoraConfig(...)",
+    lambda shop: shop.trainer(peft_config={"r": 8}),
+)
+row(
+    "target modules that the model has none of",
+    "ValueError: peft_config: cannot be put on a LlamaForCausalLM (Target modules {'c_attn'} not "
+    "found in …); name modules that it has, or set target_modules='all-linear'",
+    lambda shop: shop.trainer(peft_config=lora(target_modules=["c_attn"])),
+)
+row(
+    "the inside of a model that has an adapter",
+    "ValueError: model: an adapter is inside it, put there by PEFT or by an earlier Trainer with "
+    "peft_config=; pass that trainer's policy to train the adapter on",
+    twice,
+)
+
+
+row(
+    "an adapted policy whose adapter is frozen",
+    "ValueError: model: none of its parameters requires a gradient, …load its adapter with "
+    "is_trainable=True",
+    lambda shop: shop.trainer(model=get_peft_model(shop.policy(), lora()).requires_grad_(False)),
+)
+
+
+@row(
+    "an adapter that has learned, and another on top", "warning: model: its adapter is merged into"
+)
+def merged(shop):
+    model = get_peft_model(shop.policy(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    return shop.trainer(model=model, peft_config=lora())
+
+
+row(
+    "adapters on a reward model that has some",
+    "ValueError: peft_config: the reward model has adapters inside already; train those on",
+    again,
+)
+
+
+row(
+    "modules to be trained whole beside adapters of a reward model",
+    "ValueError: peft_config: got modules_to_save=…; the head is trained anyway",
+    lambda shop: add_adapters(
+        shop.reward_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    ),
+)
+
+
+@row(
+    "a folder of adapters that does not say over which base",
+    "ValueError: path: …holds adapters, and does not say over which base; name it as "
+    "base_model_name_or_path in adapter_config.json",
+)
+def baseless(shop):
+    shared = shop.trainer(critic=lora(), peft_config=lora())
+    shared.save_model(shop.folder)
+    path = shop.folder / "critic" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    return RewardModel.from_pretrained(shop.folder / "critic")
+
+
+row(
+    "a critic's adapter, where the policy has none",
+    "ValueError: critic: an adapter shares the policy's base, and the policy has none of its own: "
+    "all of it is trained. Pass peft_config= for the policy too, or a whole model here",
+    lambda shop: shop.trainer(critic=lora()),
+)
