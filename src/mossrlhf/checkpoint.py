@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from mossrlhf.sharding import full, put, shape, share_of
+
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors by name and plain numbers.
+
+    Where it is sharded, all processes ask for it together, and get all of it.
 
     Args:
         optimizer: any of torch's.
@@ -31,7 +35,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     for index, slots in state["state"].items():
         for name, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = full(value.detach()).cpu().contiguous()
             else:
                 plain.setdefault(str(index), {})[name] = value
     return tensors, {"slots": plain, "groups": state["param_groups"]}
@@ -50,9 +54,10 @@ def unpack_optimizer(
     Source: ours.
     """
     slots: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["slots"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        slots.setdefault(int(index), {})[name] = value
+        slots.setdefault(int(index), {})[name] = share_of(parameters[int(index)], value)
     groups = [dict(group) for group in plain["groups"]]
     for group in groups:
         group["betas"] = tuple(group["betas"]) if "betas" in group else None
@@ -157,15 +162,14 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     odd = sorted(set(own) ^ set(tensors))
-    odd += [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+    odd += [n for n in own if n in tensors and shape(own[n]) != tensors[n].shape]
     if odd:
         raise ValueError(
             f"resume_from_checkpoint: the checkpoint was made by another model; {len(odd)} "
             f"parameters differ, {odd[:3]} among them. Build the trainer with the same models"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in own.items():
+        put(parameter, tensors[name])
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:

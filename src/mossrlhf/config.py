@@ -44,6 +44,7 @@ class TrainerConfig:
         critic_pretrain_steps: iterations in which the critic alone learns, before step 1.
         bootstrap_truncated: whether the critic's value stands in for the rest of a truncated
             response.
+        offload_frozen: whether reference and reward models wait on the CPU while not asked.
         bf16: whether to compute in bfloat16 (autocast; parameters stay float32).
         gradient_checkpointing: whether to recompute activations in the backward pass.
         disable_dropout: whether dropout is off in all models.
@@ -94,6 +95,7 @@ class TrainerConfig:
     max_prompt_length: int | None = None
     critic_pretrain_steps: int = 0
     bootstrap_truncated: bool = False
+    offload_frozen: bool = False
     bf16: bool = False
     gradient_checkpointing: bool = False
     disable_dropout: bool = True

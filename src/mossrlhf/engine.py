@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from mossrlhf.buffer import micro_batches
+from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
-from mossrlhf.faults import Fault, NonFiniteError, Suspect
+from mossrlhf.faults import Fault, Suspect
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
 from mossrlhf.processes import on_all
-from mossrlhf.suspects import describe, in_columns, in_models, weights_not_finite
+from mossrlhf.sharding import full, is_sharded
+from mossrlhf.suspects import not_finite, report
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy", "ptx")
@@ -70,9 +71,12 @@ class Engine:
             for role, rate in rates.items()
         }
         self.schedulers = {role: self._scheduler(role, o) for role, o in self.optimizers.items()}
-        prepared = accelerator.prepare(model, *self.optimizers.values())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        prepared = self.accelerator.prepare(self.bare, *self.optimizers.values())
         self.model = prepared[0]
-        self.optimizers = dict(zip(rates, prepared[1:], strict=True))
+        self.optimizers = dict(zip(self.optimizers, prepared[1:], strict=True))
 
     def _optimizer(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         args = self.args
@@ -155,16 +159,22 @@ class Engine:
             elif role in roles and role in self.optimizers:
                 weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
-        if broken := self._not_finite({**stats, **norms}):
-            raise on_all(self._report(broken, given, minibatch, loss, roles, ptx, weights))
+        if broken := not_finite(self, {**stats, **norms}):
+            raise on_all(report(self, broken, given, minibatch, loss, roles, ptx, weights))
         self.steps += 1
-        for role in roles:
-            if role in self.optimizers:
-                self.optimizers[role].step()
-                self.schedulers[role].step()
-        for optimizer in self.optimizers.values():  # a head on the policy has reached beneath it
-            optimizer.zero_grad()
+        self._move([role for role in roles if role in self.optimizers])
+        self.forget()  # all: a head on the policy has reached beneath it
         return StepOutput(stats, norms, weights)
+
+    def _move(self, roles: Sequence[str]) -> None:
+        for role in roles:
+            self.optimizers[role].step()
+            self.schedulers[role].step()
+
+    def forget(self) -> None:
+        """Drop all gradients: of a step that was taken, or given up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:
         parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
@@ -180,6 +190,36 @@ class Engine:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max()) - count
+
+    def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a role's optimizer, as `pack_optimizer` does; all processes ask for it together.
+
+        Args:
+            role: "policy" or "critic".
+        """
+        return pack_optimizer(self.optimizers[role])
+
+    def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Put back what `pack` returned.
+
+        Args:
+            role: "policy" or "critic".
+            tensors: by name, all of them on all processes.
+            plain: the rest.
+        """
+        unpack_optimizer(self.optimizers[role], tensors, plain)
+
+    def in_step(self, parts: list[Any]) -> list[Any]:
+        """Let all processes run as many forwards, where a forward takes all of them.
+
+        Args:
+            parts: what this process runs, one by one.
+
+        Returns:
+            them, the first again as often as the busiest process has more.
+        """
+        spare = self._spare(len(parts)) if is_sharded(self.bare) else 0
+        return parts + parts[:1] * spare
 
     def _backward(
         self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
@@ -247,7 +287,8 @@ class Engine:
     ) -> dict[str, Tensor]:
         # Gradients of earlier micro-batches wait for the last one to be averaged with it.
         with nullcontext() if sync else self.accelerator.no_sync(self.model):
-            output = self.model(role, part, share, **extra)
+            with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
+                output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)
         stats: dict[str, Tensor] = output.stats
         return stats
@@ -270,51 +311,9 @@ class Engine:
         bound = self.args.max_grad_norm
         limit = math.inf if bound is None else bound
         return {
-            f"{name}/grad_norm": self.accelerator.clip_grad_norm_(parameters, limit).detach()
+            f"{name}/grad_norm": full(self.accelerator.clip_grad_norm_(parameters, limit).detach())
             for name, parameters in groups.items()
         }
-
-    def _not_finite(self, stats: Mapping[str, Tensor]) -> list[str]:
-        values = torch.stack([value.float() for value in stats.values()])
-        broken = self.reduce((~torch.isfinite(values)).float()).tolist()
-        return [name for name, b in zip(stats, broken, strict=True) if b]
-
-    def _report(
-        self,
-        terms: list[str],
-        given: Rollout,
-        minibatch: Rollout,
-        loss: PPOMaxLoss,
-        roles: Sequence[str],
-        ptx: Mapping[str, Tensor] | None,
-        denominators: Mapping[str, Tensor],
-    ) -> NonFiniteError:
-        """Look for the samples at fault, keep the batch, and say both, on all processes alike."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        index = self.accelerator.process_index
-        weights = weights_not_finite(self)
-        found = in_columns(given)
-        if not found and not weights:
-            found = in_models(self, minibatch, loss, ptx, denominators)
-        fault = Fault(
-            terms=terms,
-            suspects=[Suspect(term, row, index) for term, row in found],
-            rollout=given,
-            roles=list(roles),
-            loss=repr(loss),
-            denominators={role: float(value) for role, value in denominators.items()},
-            ptx=ptx or {},
-            process=index,
-        )
-        kept, suspects = self.keep_fault(fault)
-        if self.accelerator.num_processes > 1:
-            suspects = gather_object(list(suspects))
-        return NonFiniteError(
-            f"not finite: {', '.join(terms)}; the step was not taken. "
-            f"{describe(suspects, weights, len(given) * self.accelerator.num_processes)} {kept}"
-            "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
-        )
 
 
 def _share_of_tokens(

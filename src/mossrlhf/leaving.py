@@ -114,8 +114,7 @@ def stop_at_once(run: "Run", number: int) -> None:
 
     Source: ours.
     """
-    for optimizer in run.trainer.engine.optimizers.values():
-        optimizer.zero_grad()
+    run.trainer.engine.forget()
     where = f"Stopped within iteration {run.state.global_step + 1}."
     if run.accelerator.num_processes == 1:
         tqdm.write(f"{where} train() goes on from here." if number == signal.SIGINT else where)

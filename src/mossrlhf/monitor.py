@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mossrlhf.sharding import local
+
 LATELY = 10
 """Iterations back that `CollapseWatch.lately` remembers."""
 
@@ -124,7 +126,8 @@ class StillWatch:
 
     def _look(self) -> Tensor:
         # Parameters sharded to nothing on this process have nothing to show.
-        parts = [p.detach().flatten()[: self.sample].float() for p in self.parameters if p.numel()]
+        held = [local(p.detach()) for p in self.parameters]
+        parts = [p.flatten()[: self.sample].float() for p in held if p.numel()]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def __call__(self, learning_rate: float) -> float:

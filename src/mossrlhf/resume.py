@@ -10,11 +10,9 @@ from transformers.trainer_callback import ExportableState
 from mossrlhf.checkpoint import (
     load_tensors,
     load_trained,
-    pack_optimizer,
     save_tensors,
     seal,
     trained_tensors,
-    unpack_optimizer,
     write_json,
 )
 from mossrlhf.models import weights_digest
@@ -23,6 +21,7 @@ from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
 from mossrlhf.rewinding import shaper_state
 from mossrlhf.saved_state import FORMAT, read_state
+from mossrlhf.sharding import whole
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:
@@ -50,12 +49,13 @@ def save_checkpoint(trainer: "Trainer", folder: Path | None = None) -> Path:
     run, accelerator = trainer.run, trainer.accelerator
     path = (folder or trainer.output_dir) / f"checkpoint-{run.state.global_step}"
     own_random = random_state()
-    randoms = [own_random]
-    if accelerator.num_processes > 1:
-        randoms = gather_object([own_random])
-    with together(accelerator):
-        if accelerator.is_main_process:
-            _write(trainer, path, randoms)
+    alone = accelerator.num_processes == 1
+    randoms = [own_random] if alone else gather_object([own_random])
+    packed = {role: trainer.engine.pack(role) for role in trainer.engine.optimizers}
+    main = accelerator.is_main_process
+    with together(accelerator), whole(main, trainer.model, trainer.ref_model):
+        if main:
+            _write(trainer, path, packed, randoms)
             if folder is None:
                 best = run.state.best_model_checkpoint
                 keep = trainer.args.save_total_limit
@@ -63,18 +63,17 @@ def save_checkpoint(trainer: "Trainer", folder: Path | None = None) -> Path:
     return path
 
 
-def _write(trainer: "Trainer", path: Path, randoms: list[Any]) -> None:
+def _write(trainer: "Trainer", path: Path, packed: dict[str, Any], randoms: list[Any]) -> None:
     with written_aside(path) as folder:
         trainer.save_model(folder)
         save_tensors(trained_tensors(trainer.model), folder / "trained.safetensors")
-        plain: dict[str, Any] = {}
-        for role, optimizer in trainer.engine.optimizers.items():
-            tensors, plain[role] = pack_optimizer(optimizer)
+        for role, (tensors, _) in packed.items():
             save_tensors(tensors, folder / f"optimizer_{role}.safetensors")
         for index, (tensors, _) in enumerate(randoms):
             save_tensors(tensors, folder / f"random_{index}.safetensors")
         order = {"minibatches": trainer.generator.get_state()}
         save_tensors(order, folder / "generator.safetensors")
+        plain = {role: numbers for role, (_, numbers) in packed.items()}
         state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
         write_json({**state, "files": seal(folder)}, folder / STATE)
 
@@ -158,9 +157,9 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     _require_same_shaper(shaper_state(trainer), saved["shaper"])
     _require_same_weights(_weights_beneath(trainer), saved["weights"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
-    for role, optimizer in trainer.engine.optimizers.items():
+    for role in trainer.engine.optimizers:
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
-        unpack_optimizer(optimizer, tensors, saved["optimizers"][role])
+        trainer.engine.unpack(role, tensors, saved["optimizers"][role])
         trainer.engine.schedulers[role].load_state_dict(saved["schedulers"][role])
     if saved["shaper"]:
         trainer.shaper.load_state_dict(saved["shaper"])

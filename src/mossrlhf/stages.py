@@ -21,8 +21,8 @@ from mossrlhf.data import (
     prompt_batch,
     require_fitting_prompts,
 )
-from mossrlhf.engine import Engine
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
+from mossrlhf.frozen import at_work, settle
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
@@ -31,8 +31,6 @@ from mossrlhf.returned import estimated, responses, shaped
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
-    checkpoint_activations,
-    disable_dropout,
     load_critic,
     load_policy,
     load_reference,
@@ -42,12 +40,14 @@ from mossrlhf.roles import (
     policy_context,
     prompt_budget,
     require_vocabulary,
+    set_switches,
     vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
+from mossrlhf.zero import make_engine
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -117,7 +117,7 @@ class Stages:
         self.args = args or TrainerConfig()
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
-        self.accelerator = accelerator or make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args, accelerator)
         # Its running moments are this trainer's alone, though a preset may serve several.
         self.shaper: Any = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
@@ -142,17 +142,13 @@ class Stages:
         self.ref_model = load_reference(ref_model, policy)
         made = load_critic(critic, policy, self.rewards.same_tokenizer(), seed=self.args.seed)
         actor_critic = ActorCritic(policy, made, self.sampler.temperature)
-        for module in (actor_critic, self.ref_model):
-            if module is not None and self.args.disable_dropout:
-                disable_dropout(module)
-        if self.args.gradient_checkpointing:
-            checkpoint_activations(policy)
-            if made is not None:
-                checkpoint_activations(made.backbone)
-        self.engine = Engine(actor_critic, self.args, self.accelerator)
-        announce(policy, "model")
-        if self.ref_model is not None:
-            announce(self.ref_model.to(self.accelerator.device), "ref_model")
+        set_switches(self.args, actor_critic, self.ref_model)
+        self.engine = make_engine(actor_critic, self.args, self.accelerator)
+        frozen = (self.ref_model, *self.rewards.models())
+        settle(actor_critic, *frozen, device=self.accelerator.device, args=self.args)
+        for asked, name in ((policy, "model"), (self.ref_model, "ref_model")):
+            with self._at_work(asked):
+                announce(asked, name)
         self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
         if ptx_dataset is not None:
             self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up
@@ -191,7 +187,7 @@ class Stages:
             ValueError: where a reward function raises or returns what is not asked for.
         """
         self.model.eval()
-        with self.accelerator.autocast():
+        with self._at_work(*self.rewards.models()), self.accelerator.autocast():
             scores, token_scores, by_name = self.rewards(rollout)
         extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
         return replace(
@@ -214,24 +210,28 @@ class Stages:
         """
         self.model.eval()
         noted: dict[str, Tensor] = {}
-        for rows in split(rollout, self.args.micro_batch_size, self.args.max_tokens):
-            part = rollout.select(rows)
-            place = rows.to(part.mask.device), rollout.mask.shape
-            with self.accelerator.autocast():
-                stats = self.model.score(part, entropy=True)
-                with as_reference(self.ref_model, self.policy) as reference:
-                    ref = self.model.score(part, policy=reference)
-                values = self.model.values(part) if self.critic is not None else None
-            note(noted, "logprobs", *place, part.mask, stats.logprob)
-            note(noted, "entropies", *place, part.mask, stats.entropy)
-            note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
-            if values is not None:
-                note(noted, "values", *place, part.states, values[0][part.states])
-                if self.args.bootstrap_truncated:
-                    after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
-                    noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
-        filled: dict[str, Any] = dict(noted)
-        return replace(rollout, **filled)
+        groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
+        with self._at_work(self.ref_model, lend=False):
+            for rows in self.engine.in_step(groups):
+                self._annotate(rollout, rows, noted)
+        return replace(rollout, **noted)  # type: ignore[arg-type]
+
+    def _annotate(self, rollout: Rollout, rows: Tensor, noted: dict[str, Tensor]) -> None:
+        part = rollout.select(rows)
+        place = rows.to(part.mask.device), rollout.mask.shape
+        with self.accelerator.autocast():
+            stats = self.model.score(part, entropy=True)
+            with as_reference(self.ref_model, self.policy) as reference:
+                ref = self.model.score(part, policy=reference)
+            values = self.model.values(part) if self.critic is not None else None
+        note(noted, "logprobs", *place, part.mask, stats.logprob)
+        note(noted, "entropies", *place, part.mask, stats.entropy)
+        note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
+        if values is not None:
+            note(noted, "values", *place, part.states, values[0][part.states])
+            if self.args.bootstrap_truncated:
+                after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
+                noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
 
     def estimate(self, rollout: Rollout) -> Rollout:
         """Shape scores into rewards, and rewards into advantages and returns.
@@ -288,12 +288,8 @@ class Stages:
             norms.add(done.norms, torch.ones_like(minibatch.token_weights.sum()))
         self.model.eval()
         rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
-        return {
-            **rollout_metrics(rollout, self.engine.reduce),
-            **shares.compute(self.engine.reduce),
-            **norms.compute(),
-            **rates,
-        }
+        described = rollout_metrics(rollout, self.engine.reduce)
+        return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
 
     # What the stages share.
 
@@ -314,12 +310,15 @@ class Stages:
 
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
         self.model.eval()
-        with self.accelerator.autocast():
+        with self._at_work(model), self.accelerator.autocast():
             rollout = responses(self.sampler, model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)
         return rollout
+
+    def _at_work(self, *models: nn.Module | None, lend: bool = True) -> Any:
+        return at_work(self.model, *models, device=self.accelerator.device, lend=lend)
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
@@ -333,7 +332,7 @@ class Stages:
         loaded = [
             (load_reward(r, self.processing_class, policy=policy), weight) for r, weight in pairs
         ]
-        return RewardSet(loaded, self.processing_class).to(self.accelerator.device)
+        return RewardSet(loaded, self.processing_class)
 
     def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:
         if self.ptx is None or self.loss.ptx_coef is None:

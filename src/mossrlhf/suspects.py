@@ -5,10 +5,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from mossrlhf.faults import Suspect
+from mossrlhf.faults import Fault, NonFiniteError, Suspect
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.types import LossOutput, Rollout
 
@@ -114,6 +114,70 @@ def weights_not_finite(engine: "Engine") -> list[str]:
     """
     named = engine.bare.named_parameters()
     return [name for name, p in named if not bool(torch.isfinite(p.detach()).all())]
+
+
+def not_finite(engine: "Engine", stats: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of statistics that are not finite on some process.
+
+    Args:
+        engine: that reduces over processes.
+        stats: losses and gradient norms, scalars.
+
+    Source: ours.
+    """
+    values = torch.stack([value.float() for value in stats.values()])
+    broken = engine.reduce((~torch.isfinite(values)).float()).tolist()
+    return [name for name, b in zip(stats, broken, strict=True) if b]
+
+
+def report(
+    engine: "Engine",
+    terms: list[str],
+    given: Rollout,
+    minibatch: Rollout,
+    loss: PPOMaxLoss,
+    roles: Sequence[str],
+    ptx: Mapping[str, Tensor] | None,
+    denominators: Mapping[str, Tensor],
+) -> NonFiniteError:
+    """Look for the samples at fault, keep the batch, and say both, on all processes alike.
+
+    Args:
+        engine: whose step it was; its gradients are gone afterwards.
+        terms: names of what is not finite.
+        given: this process's minibatch as it came.
+        minibatch: the same, prepared by the loss.
+        loss: what was to be minimized.
+        roles: who was to learn.
+        ptx: the batch of pre-training data, or None.
+        denominators: by role that was to learn, what its loss is divided by.
+
+    Source: ours.
+    """
+    engine.forget()
+    accelerator = engine.accelerator
+    weights = weights_not_finite(engine)
+    found = in_columns(given)
+    if not found and not weights:
+        found = in_models(engine, minibatch, loss, ptx, denominators)
+    fault = Fault(
+        terms=terms,
+        suspects=[Suspect(term, row, accelerator.process_index) for term, row in found],
+        rollout=given,
+        roles=list(roles),
+        loss=repr(loss),
+        denominators={role: float(value) for role, value in denominators.items()},
+        ptx=ptx or {},
+        process=accelerator.process_index,
+    )
+    kept, suspects = engine.keep_fault(fault)
+    if accelerator.num_processes > 1:
+        suspects = gather_object(list(suspects))
+    return NonFiniteError(
+        f"not finite: {', '.join(terms)}; the step was not taken. "
+        f"{describe(suspects, weights, len(given) * accelerator.num_processes)} {kept}"
+        "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
+    )
 
 
 def describe(suspects: Sequence[Suspect], weights: Sequence[str], size: int) -> str:

@@ -24,6 +24,7 @@ from mossrlhf.processes import together
 from mossrlhf.returned import as_scores
 from mossrlhf.roles import as_reference, count_parameters, only_its_own
 from mossrlhf.run import Run
+from mossrlhf.sharding import whole
 from mossrlhf.stages import Stages
 from mossrlhf.types import Rollout
 
@@ -173,13 +174,15 @@ class Trainer(Stages):
                 "eval_dataset: there is none, or fewer records than processes; pass one to "
                 "Trainer(eval_dataset=) or to evaluate()"
             )
-        judges = self.rewards if rewards is None else self._reward_set(rewards)
+        judges = self.rewards
+        if rewards is not None:
+            judges = self._reward_set(rewards).to(self.accelerator.device)
         ours = self.answer(dataset)
         theirs = self.answer(dataset, reference=True)
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
-        with together(self.accelerator):
+        with together(self.accelerator), self._at_work(*judges.models()):
             scores = judges(ours)[2], judges(theirs)[2]
         metrics.update(compare(*scores, self.engine.reduce))
         return metrics
@@ -213,7 +216,8 @@ class Trainer(Stages):
         size = max(1, self.args.rollout_size // accelerator.num_processes)
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
-        with own_randomness(self.args.seed), lent as model:
+        # Processes may have different numbers of parts: the weights are lent for all of them.
+        with own_randomness(self.args.seed), lent as model, self._at_work(model):
             return Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
 
     @property
@@ -253,9 +257,10 @@ class Trainer(Stages):
             output_dir: folder; None for `TrainerConfig.output_dir`.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
-        if not self.accelerator.is_main_process:
-            return
-        with no_progress_bars():
+        main = self.accelerator.is_main_process
+        with whole(main, self.model), no_progress_bars():
+            if not main:
+                return
             own = only_its_own(self.policy)
             self.policy.save_pretrained(folder / "policy", **own)  # type: ignore[operator]
             self.processing_class.save_pretrained(folder / "policy")
@@ -270,9 +275,11 @@ class Trainer(Stages):
             repo_id: ``owner/name``.
             kwargs: passed to ``PreTrainedModel.push_to_hub``.
         """
-        if self.accelerator.is_main_process:
-            self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
-            self.processing_class.push_to_hub(repo_id, **kwargs)
+        main = self.accelerator.is_main_process
+        with whole(main, self.model):
+            if main:
+                self.policy.push_to_hub(repo_id, **kwargs)  # type: ignore[operator]
+                self.processing_class.push_to_hub(repo_id, **kwargs)
 
     def __repr__(self) -> str:
         return describe(self)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mossrlhf.models.reward_model import RewardModel
 from mossrlhf.models.scoring import language_model_loss, policy_loss, policy_stats
+from mossrlhf.signature import inside
 from mossrlhf.types import Rollout, TokenStats
 
 Values = tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]
@@ -75,6 +76,15 @@ class ActorCritic(nn.Module):
             case "values":
                 return loss_fn(self._values(batch))
         raise ValueError(f"role: got {role!r}, expected 'policy', 'critic', 'ptx' or 'values'")
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # Where FSDP2 looks for the blocks that it shards one by one.
+        backbone = None if self.critic is None else self.critic.backbone
+        models = [model for model in (inside(self.policy), backbone) if model is not None]
+        return sorted(
+            {name for m in models for name in getattr(m, "_no_split_modules", None) or ()}
+        )
 
     def trained_parameters(self, role: str) -> list[nn.Parameter]:
         """Return the parameters that a role's optimizer moves; two on one base are told apart.

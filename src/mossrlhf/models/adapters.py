@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mossrlhf.sharding import entire, shape
 from mossrlhf.signature import inside
 
 WEIGHTS = "adapter_model.safetensors"
@@ -295,9 +296,9 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
-        numbers = weight.detach().flatten()
+        numbers = entire(weight).detach().flatten()
         some = numbers[:: max(1, len(numbers) // 64)].to(torch.bfloat16).float().tolist()
-        digest.update(repr((name, tuple(weight.shape), some)).encode())
+        digest.update(repr((name, tuple(shape(weight)), some)).encode())
     return digest.hexdigest()
 
 

@@ -199,11 +199,11 @@ def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
     return scale, next((c for name in caps if (c := getattr(text, name, None))), None)
 
 
-def announce(model: nn.Module, name: str) -> None:
+def announce(model: nn.Module | None, name: str) -> None:
     """Find a model's path anew, and say so where it is the long one.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; None says nothing.
         name: what to call it.
 
     Warns:
@@ -211,6 +211,8 @@ def announce(model: nn.Module, name: str) -> None:
 
     Source: ours.
     """
+    if model is None:
+        return
     _known.pop(model, None)
     path = token_path(model)
     if not path.by_hidden and not is_whole():

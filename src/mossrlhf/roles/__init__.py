@@ -6,6 +6,7 @@ from mossrlhf.roles.machine import (
     count_parameters,
     disable_dropout,
     make_accelerator,
+    set_switches,
 )
 from mossrlhf.roles.policy import (
     as_reference,
@@ -38,5 +39,6 @@ __all__ = [
     "policy_context",
     "prompt_budget",
     "require_vocabulary",
+    "set_switches",
     "vocabulary_size",
 ]

@@ -5,13 +5,16 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mossrlhf.config import TrainerConfig
-from mossrlhf.models import as_it_spoke
+from mossrlhf.models import ActorCritic, as_it_spoke
+from mossrlhf.sharding import count
 from mossrlhf.strict import suggest
 
 
@@ -41,13 +44,14 @@ class OwnPrecision(Accelerator):
         return super().autocast(autocast_handler)
 
 
-def make_accelerator(args: TrainerConfig) -> Accelerator:
+def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> Accelerator:
     """Make the accelerator a config asks for; without `bf16` the launcher's choice holds.
 
     What an earlier trainer or script in this process ran in has no say.
 
     Args:
         args: precision, trackers, output directory, how long processes wait for each other.
+        given: the user's own, to be used instead.
 
     Raises:
         ValueError: where several processes have begun in another precision, or were launched so
@@ -55,6 +59,8 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
 
     Source: ours.
     """
+    if given is not None:
+        return _spreading_later(given)
     known = [str(kind) for kind in LoggerType]
     for tracker in args.report_to:
         if tracker not in known:
@@ -90,7 +96,22 @@ def make_accelerator(args: TrainerConfig) -> Accelerator:
             f"accelerate takes it for one of {made.num_processes}; launch with `accelerate launch` "
             "(on CPUs --cpu, or ACCELERATE_USE_CPU=true)"
         )
-    return made
+    return _spreading_later(made)
+
+
+def _spreading_later(accelerator: Accelerator) -> Accelerator:
+    """See to it that models are loaded whole, and that losses are computed in float32."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Loaded in parts they could not be copied, and critic and reference are copies.
+        unset_hf_deepspeed_config()
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # Accelerate's own would round old log-probabilities, losses and gradients to bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return accelerator
 
 
 def _change_precision(wanted: str) -> None:
@@ -112,6 +133,27 @@ def checkpoint_activations(model: nn.Module) -> None:
     renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20
     enable: Any = renamed or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": partial(as_it_spoke, model)})
+
+
+def set_switches(
+    args: TrainerConfig, actor_critic: ActorCritic, ref_model: nn.Module | None
+) -> None:
+    """Set dropout and recomputed activations as a config asks for.
+
+    Args:
+        args: says whether.
+        actor_critic: what is trained.
+        ref_model: the reference; None where it is the policy.
+
+    Source: ours.
+    """
+    for module in (actor_critic, ref_model):
+        if module is not None and args.disable_dropout:
+            disable_dropout(module)
+    if args.gradient_checkpointing:
+        checkpoint_activations(actor_critic.policy)
+        if actor_critic.critic is not None:
+            checkpoint_activations(actor_critic.critic.backbone)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -141,8 +183,7 @@ def count_parameters(module: nn.Module | None) -> str:
     if module is None:
         return "none"
     parameters = list(module.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total, trained = count(parameters), count(p for p in parameters if p.requires_grad)
     types = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
     name = type(module).__name__
     return f"{name}, {total:,} parameters, {trained:,} trained, {types}, {parameters[0].device}"
