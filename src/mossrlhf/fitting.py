@@ -1,7 +1,7 @@
 """Parts of a trainer that do not fit together, refused before any model is loaded."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -61,10 +61,12 @@ def require_parts(given: Mapping[str, Any]) -> None:
 
 
 def _require_callbacks(callbacks: Any) -> None:
-    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    if isinstance(callbacks, Iterable) and not isinstance(callbacks, Collection):
+        return  # to look into a generator would be to use it up
+    listed = list(callbacks) if isinstance(callbacks, Collection) else [callbacks]
     kinds = (c if isinstance(c, type) else type(c) for c in listed)
     wrong = [c for c, kind in zip(listed, kinds, strict=True) if not hasattr(kind, "on_step_end")]
-    if wrong or not isinstance(callbacks, Iterable):
+    if wrong or not isinstance(callbacks, Collection):
         raise TypeError(
             f"callbacks: got {(wrong or [callbacks])[0]!r:.60}, expected a list of "
             "transformers.TrainerCallback objects; override the methods you want called"

@@ -3,7 +3,6 @@
 import inspect
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, TypeAlias, runtime_checkable
@@ -119,9 +118,6 @@ class RewardSet:
         Raises:
             ValueError: where a function raises or returns what is not asked for; it names the
                 function and the sample.
-
-        Warns:
-            UserWarning: where no reward applies to any response.
         """
         prompts = self._prompts(rollout)
         completion_ids = rollout.completions()
@@ -150,13 +146,6 @@ class RewardSet:
                 token_scores = weight * dense + (0.0 if token_scores is None else token_scores)
             else:
                 scores = weight * given if scores is None else _add(scores, weight * given)
-        if scores is not None and token_scores is None and bool(scores.isnan().all()):
-            warnings.warn(
-                f"reward: none of {self.names} applies to any of the {len(rollout)} responses "
-                "(None for each), so they are worth 0 and nothing is learned from them",
-                UserWarning,
-                stacklevel=2,
-            )
         return scores, token_scores, by_name
 
     def _prompts(self, rollout: Rollout) -> list[str | Messages]:

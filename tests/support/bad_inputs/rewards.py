@@ -187,8 +187,7 @@ returns(
 )
 returns(
     "… None for every completion",
-    "warning: reward: none of ['odd'] applies to any of the 8 responses (None for each), so they "
-    "are worth 0 and nothing is learned from them",
+    "taken: it applies to none of them, and each is worth 0",
     lambda texts: [None] * 8,
 )
 row(
