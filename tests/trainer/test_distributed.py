@@ -8,7 +8,7 @@ from launching import launch
 from rollouts import recorded_rollout
 from transformers import LlamaForCausalLM
 
-from mossrlhf import ActorCritic, RewardModel, ToyWorld
+from mossrlhf import ActorCritic, RewardModel, ToyWorld, micro_batches
 from mossrlhf.models import policy_stats, whole_logits
 
 
@@ -26,7 +26,10 @@ def folder(tmp_path_factory) -> Path:
 # has three micro-batches, the other two.
 @pytest.mark.parametrize(
     ("ptx", "splits"),
-    [("1", [{}, {"MICRO": "1"}, {"MICRO": "2"}, {"TOKENS": "34"}]), ("0", [{}, {"MICRO": "1"}])],
+    [
+        ("1", [{}, {"MICRO": "1"}, {"MICRO": "2"}, {"MICRO": "4"}, {"TOKENS": "34"}]),
+        ("0", [{}, {"MICRO": "1"}]),
+    ],
 )
 def test_two_processes_equal_one(folder, ptx, splits):
     one = launch(folder, 1, PTX=ptx)
@@ -38,6 +41,21 @@ def test_two_processes_equal_one(folder, ptx, splits):
         for name, value in one["metrics"].items():
             if not name.startswith(local):
                 assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+def test_log_normal_lengths_under_a_token_budget(tmp_path):
+    """One process has one micro-batch, the other three: neither waits for ever."""
+    lengths = torch.randn(8, generator=torch.Generator().manual_seed(5)).add(2.5).exp().clamp(1, 80)
+    rollout = recorded_rollout(ToyWorld(), lengths.long())
+    torch.save(rollout, tmp_path / "rollout.pt")
+    sizes = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    assert max(sizes) > 4 * min(sizes)
+    one = launch(tmp_path, 1)
+    two = launch(tmp_path, 2, TOKENS="60")
+    counts = [len(micro_batches(rollout.select(torch.arange(i, 8, 2)), None, 60)) for i in (0, 1)]
+    assert counts == [1, 3]
+    difference = torch.norm(one["parameters"] - two["parameters"])
+    assert difference <= 1e-12 * torch.norm(one["parameters"])
 
 
 @pytest.mark.parametrize("recomputed", ["0", "1"])
