@@ -5,15 +5,16 @@
 
 The SFT model is the base; a LoRA adapter of it is the reward model, trained on noisy pairs; the
 policy and the critic are two more (the critic starts as a copy of the reward's), and the reference
-is the base with all of them off. Learning rates were chosen on seed 10.
+is the base with all of them off. The settings were tried out on seed 10.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from part_two import between
 from peft import LoraConfig
 
 from mossrlhf import ToyWorld, Trainer
@@ -60,27 +61,26 @@ def weights(trainer: Trainer) -> dict[str, int]:
     return {"base_and_adapters": base, "all_roles": total}
 
 
-def table() -> None:
-    """Write the figures into the page."""
-    known = json.loads(FIGURES.read_text())["seeds"]
+def with_table(page: str, seeds: Mapping[str, Any]) -> str:
+    """Put the figures of seeds into the page, between the marks."""
     lines = [
         "| seed | reward model right | wins | loses | true quality | KL, nats per sequence |",
         "|---|---|---|---|---|---|",
     ]
-    for seed, row in known.items():
+    for seed, row in seeds.items():
         lines.append(
             f"| {seed} | {row['accuracy']:.1%} | {row['win_rate']:.0%} | {row['lose_rate']:.0%} | "
             f"{row['true_quality']:.2f} | {row['kl_per_sequence']:.1f} |"
         )
-    before, rest = PAGE.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1], 1)[1]
-    PAGE.write_text("".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after]))
+    return between(page, MARKS, lines)
 
 
 def main(words: Sequence[str]) -> None:
     """Run seeds, or write the table."""
     if words[0] == "table":
-        table()
+        known = json.loads(FIGURES.read_text(encoding="utf-8"))["seeds"]
+        page = with_table(PAGE.read_text(encoding="utf-8"), known)
+        PAGE.write_text(page, encoding="utf-8")
         return
     for seed in words[1:]:
         found = run(int(seed))

@@ -124,3 +124,24 @@ def test_the_page_has_a_place_for_the_table(load, name):
     assert between == page.replace(
         study.MARKS[0] + rest.split(study.MARKS[1])[0], study.MARKS[0] + "| new |\n"
     )
+
+
+@pytest.mark.parametrize("name", ["hh_part_two"])
+def test_the_page_says_what_the_figures_say(load, name):
+    study = load(name)
+    page = study.PAGE.read_text(encoding="utf-8")
+    kept = json.loads(study.FIGURES.read_text(encoding="utf-8"))
+    assert sorted(kept["seeds"]) == ["0", "1", "2"]
+    assert study.with_table(page, kept) == page
+
+
+def test_the_page_of_adapters_says_what_the_figures_say(load):
+    study = load("lora_toy")
+    page = study.PAGE.read_text(encoding="utf-8")
+    kept = json.loads(study.FIGURES.read_text(encoding="utf-8"))["seeds"]
+    assert sorted(kept) == ["0", "1", "2"]
+    assert study.with_table(page, kept) == page
+    for row in kept.values():
+        assert row["win_rate"] > row["lose_rate"]
+        assert not row["collapsed"]
+        assert row["weights"]["all_roles"] < 1.01 * row["weights"]["base_and_adapters"]
