@@ -12,6 +12,7 @@ from mossrlhf.models.adapters import (
     weights_digest,
 )
 from mossrlhf.models.classifiers import load_classifier
+from mossrlhf.models.quantized import is_quantized, keep_differentiable
 from mossrlhf.models.reward_model import SCORE_MOMENTS, RewardModel, ValueHead
 from mossrlhf.models.scoring import (
     IGNORED_LABEL,
@@ -44,6 +45,8 @@ __all__ = [
     "beside",
     "is_adapted",
     "is_over",
+    "is_quantized",
+    "keep_differentiable",
     "language_model_loss",
     "load_adapters",
     "load_classifier",

@@ -12,6 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mossrlhf.models.quantized import (
+    is_quantized,
+    keep_differentiable,
+    note_quantization,
+    plain_layer,
+)
 from mossrlhf.sharding import entire, shape
 from mossrlhf.signature import inside
 
@@ -62,13 +68,15 @@ def add_adapters(model: Any, peft_config: Any) -> None:
             "anyway, and other modules would have to be trained whole. Leave it out"
         )
     model.backbone.requires_grad_(False)
+    note_quantization(model.backbone)
+    keep_differentiable(model.backbone)
     inject_adapter_in_model(copy.deepcopy(peft_config), model.backbone)
     kinds = {}
     for layer in _adapted_layers(model).values():  # one of each kind: copies take time
         kinds[type(layer), getattr(layer.get_base_layer(), "bias", None) is None] = layer
     for layer in kinds.values():
         try:
-            copy.deepcopy(layer).merge()
+            _merged(layer)
         except Exception as error:  # whatever a kind of adapter raises: said before training
             raise ValueError(
                 f"peft_config: these adapters cannot be merged, as saving does ({error})"
@@ -136,13 +144,27 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Source: LoRA §4.1: W + (α/r) B A.
     """
     state: dict[str, Tensor] = model.state_dict()
-    for name, layer in _adapted_layers(model).items():
-        merged: Any = copy.deepcopy(layer)
-        merged.merge()
+    changed = _adapted_layers(model)
+    inside_those = tuple(f"{name}." for name in changed)
+    for name, module in model.named_modules():
+        if is_quantized(module) and not name.startswith(inside_those or ("\0",)):
+            changed[name] = module
+    for name, layer in changed.items():
         state = {key: w for key, w in state.items() if not key.startswith(f"{name}.")}
-        for key, weight in merged.get_base_layer().state_dict().items():
+        for key, weight in _merged(layer).state_dict().items():
             state[f"{name}.{key}"] = weight
     return state
+
+
+def _merged(layer: Any) -> nn.Module:
+    """Return a layer of its own with the adapters of another merged in."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if is_quantized(base):
+        return plain_layer(layer)  # merged into four bits, adapters would be rounded away
+    copied: Any = copy.deepcopy(layer)
+    copied.merge()
+    merged: nn.Module = copied.get_base_layer()
+    return merged
 
 
 def save_adapters(model: Any, folder: Path, adapter: str = "default") -> None:

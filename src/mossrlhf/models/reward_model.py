@@ -21,6 +21,7 @@ from mossrlhf.models.classifiers import (
     load_classifier,
     warn_of_padding,
 )
+from mossrlhf.models.quantized import forget_quantization
 from mossrlhf.signature import accepts
 
 SCORE_MOMENTS = ("score_mean", "score_std")
@@ -218,6 +219,7 @@ class RewardModel(nn.Module):
     def _shell(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         architecture = classifier_class(self.config)
         config: PreTrainedConfig = copy.deepcopy(self.config)
+        forget_quantization(config)
         config.num_labels = 1
         config.architectures = [architecture.__name__]
         with torch.device("meta"):

@@ -22,6 +22,7 @@ from mossrlhf.models.adapters import (
     load_adapters,
     save_adapters,
 )
+from mossrlhf.models.quantized import forget_quantization, is_quantized, plain_layer
 from mossrlhf.models.reward_model import RewardModel, ValueHead
 from mossrlhf.signature import inside
 
@@ -142,9 +143,13 @@ class SharedRewardModel(RewardModel):
         alone = RewardModel(copy.deepcopy(self.backbone), copy.deepcopy(self.score))
         with speaking_as(alone.backbone, self.adapter) if self.adapter else nullcontext():
             for name, layer in list(alone.backbone.named_modules()):
-                if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
+                base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+                if is_quantized(base):
+                    alone.backbone.set_submodule(name, plain_layer(layer))
+                elif base is not layer and hasattr(layer, "merge"):
                     layer.merge()
-                    alone.backbone.set_submodule(name, layer.get_base_layer())
+                    alone.backbone.set_submodule(name, base)
+        forget_quantization(alone.backbone)
         return alone.requires_grad_(True)
 
 

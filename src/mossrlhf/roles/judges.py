@@ -14,6 +14,7 @@ from mossrlhf.models import (
     adapter_folder,
     beside,
     is_over,
+    is_quantized,
     load_classifier,
     load_shared,
     share_base,
@@ -69,6 +70,11 @@ def load_critic(
             f"critic: its vocabulary has {vocabulary_size(made)} tokens, the policy's "
             f"{vocabulary}; it must read the policy's tokens. Resize its embeddings, or leave "
             "critic=None"
+        )
+    if any(is_quantized(module) for module in made.modules()):
+        raise ValueError(
+            "critic: its weights are quantized (to eight or four bits) and cannot be trained; put "
+            "it on the policy's base as an adapter: critic=LoraConfig(...)"
         )
     made.requires_grad_(True)
     for parameter in made.parameters():

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from mossrlhf.models import RewardModel
+from mossrlhf.models import RewardModel, keep_differentiable
 from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
 from mossrlhf.signature import inside
 
@@ -53,6 +53,7 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         )
     _require_own_weights(model)
     require_finite(model, "model")
+    keep_differentiable(model)
     if peft_config is not None:
         from peft import get_peft_model
 
