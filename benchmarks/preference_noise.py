@@ -1,8 +1,11 @@
 """Part II on pairs with label noise that is known: which methods help, and what strength tells.
 
 In the toy world a share of the labels is flipped at random; an ensemble of reward models measures
-the strength of every pair; each method, and their combinations, is trained on what it makes of the
-noisy pairs and asked about held-out pairs in their true order::
+the strength of every pair; each method alone, and all of them, make something of the noisy pairs,
+and a model of that is asked about held-out pairs in their true order. What the ensemble contradicts
+is flipped and measured anew, for `ROUNDS` in all: with fewer wrong labels it sees more of the rest.
+
+::
 
     python benchmarks/preference_noise.py run --seeds 0 1 2
     python benchmarks/preference_noise.py table
@@ -48,7 +51,7 @@ PAIRS, HELD_OUT, NOISE = 8000, 1000, 0.3
 CLEAR = 2.0
 """By how much the true qualities of a pair's responses differ at least, on a scale of -4 to 4."""
 
-MODELS, FOLDS = 6, 2
+MODELS, FOLDS, ROUNDS = 6, 2, 3
 JUDGED: Pace = {"learning_rate": 1e-3, "num_train_epochs": 8}
 """How the models that are compared learn: at a pace that serves clean labels, to the end."""
 
@@ -65,17 +68,25 @@ MEMBER: Pace = {
 FLIP = FlipLabels()
 SMOOTH = SmoothLabels()
 MARGIN = AdaptiveMargin(scale=0.5)
-ARMS: dict[str, tuple[Method, ...]] = {
+ALONE: dict[str, tuple[Method, ...]] = {
     "none": (),
     "flipping": (FLIP,),
     "smoothing": (SMOOTH,),
     "margin": (MARGIN,),
+}
+"""Arms that go by the strengths of the first round."""
+
+IN_ROUNDS: dict[str, tuple[Method, ...]] = {
+    "flipping in rounds": (FLIP,),
     "all three": (FLIP, SMOOTH, MARGIN),
 }
+"""Arms that go by those of the last, in which most wrong labels have been flipped already."""
+
 LABELS = {
     "clean": "labels without noise",
     "none": "the noisy labels",
     "sooner": "the noisy labels, for half as long",
+    "all three": "flipping in rounds, smoothing and margin",
 }
 
 
@@ -136,24 +147,43 @@ class Study:
         margins = pair_margins(model, self.held_out, PairCollator(self.tokenizer), 128)
         return ((margins > 0).double() + 0.5 * (margins == 0)).mean().item()
 
+    def measure(self, records: Records, turn: int) -> PreferenceStrength:
+        """Measure strengths by a new ensemble."""
+        return PreferenceStrength.measure(
+            self.member, records, PairCollator(self.tokenizer), models=MODELS, folds=FOLDS,
+            seed=100 * self.seed + 1000 * turn, batch_size=128,
+        )  # fmt: skip
+
     def run(self) -> dict[str, Any]:
         """Measure the strengths, then train and ask each arm."""
-        strength = PreferenceStrength.measure(
-            self.member, self.noisy, PairCollator(self.tokenizer), models=MODELS, folds=FOLDS,
-            seed=100 * self.seed, batch_size=128,
-        )  # fmt: skip
+        strength = self.measure(self.noisy, 0)
         annotated = strength.annotate(self.noisy)
         wrong = torch.tensor([pair["wrong"] for pair in self.noisy])
         found: dict[str, Any] = {
             "auc": auc(-strength.mean[wrong], -strength.mean[~wrong]),
             "flipped": describe(FLIP(annotated)),
-            "clean": self.accuracy(self.train(self.clean, self.seed)),
-            "sooner": self.accuracy(self.train(self.noisy, self.seed, SOONER)),
         }
-        for name, methods in ARMS.items():
-            found[name] = self.accuracy(self.train(treated(annotated, methods), self.seed))
-            print(f"  {name:24} {found[name]:.3f}", flush=True)
+        self.ask(found, "none", self.noisy)
+        self.ask(found, "clean", self.clean)
+        self.ask(found, "sooner", self.noisy, SOONER)
+        last = annotated
+        left = []
+        for turn in range(1, ROUNDS):
+            flipped = FLIP(last)
+            left.append(share_of_wrong(flipped))
+            last = self.measure(flipped, turn).annotate(flipped)
+        found["wrong_labels_left"] = [*left, share_of_wrong(FLIP(last))]
+        for name, methods in IN_ROUNDS.items():
+            self.ask(found, name, treated(last, methods))
+        for name, methods in ALONE.items():
+            if name not in found:
+                self.ask(found, name, treated(annotated, methods))
         return found
+
+    def ask(self, found: dict[str, Any], name: str, records: Records, pace: Pace = JUDGED) -> None:
+        """Train a model and note how often it is right."""
+        found[name] = self.accuracy(self.train(records, self.seed, pace))
+        print(f"  {name:24} {found[name]:.3f}", flush=True)
 
 
 def truly_ordered(pairs: Sequence[Record]) -> list[Record]:
@@ -186,6 +216,11 @@ def describe(records: Records) -> dict[str, float]:
     }
 
 
+def share_of_wrong(records: Records) -> float:
+    """Say how many labels are wrong after some have been flipped."""
+    return mean(record["wrong"] != record["flipped"] for record in records)
+
+
 def auc(positive: Tensor, negative: Tensor) -> float:
     """Return the probability that one of the first exceeds one of the second; ties are half."""
     order = negative.sort().values
@@ -208,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     settings = {
         "pairs": PAIRS, "held_out": HELD_OUT, "clear": CLEAR, "noise": NOISE, "models": MODELS,
-        "folds": FOLDS, "judged": JUDGED, "sooner": SOONER, "member": MEMBER,
+        "folds": FOLDS, "rounds": ROUNDS, "judged": JUDGED, "sooner": SOONER, "member": MEMBER,
         "methods": [repr(m) for m in (FLIP, SMOOTH, MARGIN)],
     }  # fmt: skip
 
@@ -232,7 +267,8 @@ def with_table(page: str, figures: Mapping[str, Any]) -> str:
         the page.
     """
     seeds = list(figures["seeds"].values())
-    names = [name for name in ("clean", "none", "sooner", *list(ARMS)[1:]) if name in seeds[0]]
+    arms = ("clean", "none", "sooner", *list(ALONE)[1:], *IN_ROUNDS)
+    names = [name for name in arms if name in seeds[0]]
     lines = ["", "| trained on | right on the held-out pairs | of what the noise took |"]
     lines += ["| --- | --- | --- |"]
     for name in names:
@@ -251,7 +287,10 @@ def with_table(page: str, figures: Mapping[str, Any]) -> str:
         f"flipped from clean pairs with an AUC of {mean(s['auc'] for s in seeds):.3f} "
         f"({spread([s['auc'] for s in seeds], '.3f')}); of the labels",
         f"that were flipped back {mean(f['precision'] for f in flipped):.0%} were wrong, and "
-        f"{mean(f['recall'] for f in flipped):.0%} of the wrong ones were found.",
+        f"{mean(f['recall'] for f in flipped):.0%} of the wrong ones were found. After "
+        f"{settings['rounds']} rounds {mean(s['wrong_labels_left'][-1] for s in seeds):.1%} of the "
+        "labels were",
+        "wrong.",
         "",
     ]
     return between(page, MARKS, lines)

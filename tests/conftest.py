@@ -17,6 +17,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed prints that it has found nothing else
 
 # Before the first import of the package: its annotations are checked from here on.
 jaxtyping.install_import_hook("mossrlhf", "shapecheck.checker")

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mossrlhf import cli
-from mossrlhf.recipes import toy
+from mossrlhf.recipes import toy, toy_stages
 
 
 def test_arguments_reach_the_recipe(monkeypatch):
@@ -26,7 +26,7 @@ def test_ctrl_c_before_ppo_is_one_line(monkeypatch, tmp_path, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "fine_tune", stop)
+    monkeypatch.setattr(toy_stages, "fine_tune", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--output_dir", str(tmp_path)])
     assert ended.value.code == 130

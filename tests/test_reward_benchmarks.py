@@ -52,12 +52,14 @@ def test_the_table_of_methods_by_hand(load):
     study = load("preference_noise")
     seed = {"clean": 0.9, "none": 0.7, "flipping": 0.8, "auc": 0.85}
     seed["flipped"] = {"share": 0.3, "precision": 0.75, "recall": 0.5}
-    settings = {"pairs": 10, "noise": 0.3, "models": 4, "folds": 2}
+    seed["wrong_labels_left"] = [0.1, 0.0725]
+    settings = {"pairs": 10, "noise": 0.3, "models": 4, "folds": 2, "rounds": 3}
     page = "before\n" + "stale\n".join(study.MARKS) + "after\n"
     new = study.with_table(page, {"seeds": {"0": seed, "1": seed}, "settings": settings})
     assert "| flipping | 0.800 (0.800, 0.800) | 50% (50%, 50%) |" in new
     assert "| labels without noise | 0.900 (0.900, 0.900) |  |" in new
     assert "AUC of 0.850" in new
+    assert "After 3 rounds 7.2% of the" in new
     assert "stale" not in new
 
 

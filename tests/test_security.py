@@ -11,6 +11,7 @@ from bad_inputs.shop import Shop
 from dangers import dangers
 from safetensors.torch import save_file
 
+from mossrlhf.checkpoint import sealed_state
 from mossrlhf.data import load_pairs, load_prompts, load_sft, stream_prompts
 from mossrlhf.retention import STATE
 from mossrlhf.shards import ShardError, Shards
@@ -215,7 +216,7 @@ def test_a_checkpoint_names_no_folders(tmp_path, changes):
     shop.trainer(args=args).train()
     path = tmp_path / "work" / "run" / "checkpoint-1"
     state = json.loads((path / STATE).read_text())
-    (path / STATE).write_text(json.dumps({**state, **changes}))
+    (path / STATE).write_text(json.dumps(sealed_state({**state, **changes})))
     with nothing_outside(tmp_path):
         again = shop.trainer(args={**args, "total_steps": 3})
         if "best_model_checkpoint" in changes:

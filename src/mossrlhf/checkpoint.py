@@ -15,6 +15,9 @@ from transformers.utils import logging
 
 from mossrlhf.sharding import full, put, shape, share_of
 
+CHECKSUM = "crc32"
+"""Under which name a state has its own."""
+
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors by name and plain numbers.
@@ -103,6 +106,19 @@ def seal(folder: Path) -> dict[str, dict[str, Any]]:
     Source: ours; safetensors holds no check sum.
     """
     return {path.name: _measure(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def sealed_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain data with its own check sum beside it.
+
+    Args:
+        state: what JSON can hold; a check sum that is in it already is made anew.
+
+    Source: ours.
+    """
+    data = {name: value for name, value in state.items() if name != CHECKSUM}
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False)
+    return {**data, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
 
 
 def require_sealed(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

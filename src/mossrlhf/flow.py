@@ -1,6 +1,7 @@
 """When a run logs, evaluates, saves and stops, and which of its checkpoints is the best."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,6 +108,8 @@ def is_best(args: TrainerConfig, best: float | None, latest: Mapping[str, float]
             f"TrainerConfig(metric_for_best_model={name!r}): there is no such metric; the closest "
             f"are {close}"
         )
+    if math.isnan(latest[name]):
+        return False  # nothing would ever be better
     if best is None:
         return True
     return latest[name] > best if args.greater_is_better else latest[name] < best

@@ -5,22 +5,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from mossrlhf.checkpoint import (
     load_tensors,
     load_trained,
+    read_json,
     save_tensors,
     seal,
+    sealed_state,
     trained_tensors,
     write_json,
 )
-from mossrlhf.models import weights_digest
+from mossrlhf.models import RewardModel, weights_digest
+from mossrlhf.models.adapters import adapter_parameters
 from mossrlhf.processes import together
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
 from mossrlhf.rewinding import shaper_state
 from mossrlhf.saved_state import FORMAT, read_state
+from mossrlhf.settings import adapters_of, apply_settings, require_same_adapters
 from mossrlhf.sharding import whole
 from mossrlhf.version import __version__
 
@@ -75,7 +80,7 @@ def _write(trainer: "Trainer", path: Path, packed: dict[str, Any], randoms: list
         save_tensors(order, folder / "generator.safetensors")
         plain = {role: numbers for role, (_, numbers) in packed.items()}
         state = _plain_state(trainer, plain, [numbers for _, numbers in randoms])
-        write_json({**state, "files": seal(folder)}, folder / STATE)
+        write_json(sealed_state({**state, "files": seal(folder)}), folder / STATE)
 
 
 def is_saved(trainer: "Trainer") -> bool:
@@ -86,8 +91,11 @@ def is_saved(trainer: "Trainer") -> bool:
 
     Source: ours.
     """
-    step = trainer.run.state.global_step
-    return any(path.name == f"checkpoint-{step}" for path in checkpoints(trainer.output_dir))
+    path = trainer.output_dir / f"checkpoint-{trainer.run.state.global_step}"
+    if not (path / STATE).is_file():
+        return False
+    saved: int = read_json(path / STATE)["pretrained"]
+    return saved == trainer.run.pretrained
 
 
 def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[Any]) -> Any:
@@ -112,21 +120,38 @@ def _plain_state(trainer: "Trainer", optimizers: dict[str, Any], randoms: list[A
         "random": randoms,
         "scaler": None if scaler is None else scaler.state_dict(),
         "watches": {name: watch.state_dict() for name, watch in trainer.run.watches().items()},
-        "callbacks": {name: c.state()["attributes"] for name, c in _callbacks(trainer).items()},
+        "callbacks": {
+            name: [callback.state()["attributes"] for callback in callbacks]
+            for name, callbacks in _callbacks(trainer).items()
+        },
+        "adapters": adapters_of(trainer),
         "history": state.log_history,
     }
 
 
-def _callbacks(trainer: "Trainer") -> dict[str, ExportableState]:
-    found = trainer.run.callbacks.callbacks
-    return {type(c).__name__: c for c in found if isinstance(c, ExportableState)}
+def _callbacks(trainer: "Trainer") -> dict[str, list[ExportableState]]:
+    found: dict[str, list[ExportableState]] = {}
+    for callback in trainer.run.callbacks.callbacks:
+        if isinstance(callback, ExportableState):
+            found.setdefault(type(callback).__name__, []).append(callback)
+    return found
 
 
 def _weights_beneath(trainer: "Trainer") -> dict[str, str | None]:
     """Tell the weights that are not trained, and so are not in the checkpoint."""
-    frozen = {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    adapters = {id(p) for p in adapter_parameters(trainer.policy).values()}
+    frozen = {
+        name: p
+        for name, p in trainer.model.named_parameters()
+        if not p.requires_grad and id(p) not in adapters
+    }
     ref = trainer.ref_model
+    judges: dict[str, Tensor] = {}
+    for index, model in enumerate(trainer.rewards.models()):
+        own = model.own_parameters() if isinstance(model, RewardModel) else model.named_parameters()
+        judges |= {f"{index}.{name}": p for name, p in dict(own).items()}
     return {
+        "rewards": weights_digest(judges) if judges else None,
         "frozen": weights_digest(frozen) if frozen else None,
         "reference": None if ref is None else weights_digest(dict(ref.named_parameters())),
     }
@@ -156,6 +181,7 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     saved = read_state(path)
     _require_same_shaper(shaper_state(trainer), saved["shaper"])
     _require_same_weights(_weights_beneath(trainer), saved["weights"])
+    require_same_adapters(adapters_of(trainer), saved["adapters"])
     load_trained(trainer.model, load_tensors(path / "trained.safetensors"))
     for role in trainer.engine.optimizers:
         tensors = load_tensors(path / f"optimizer_{role}.safetensors")
@@ -169,7 +195,7 @@ def load_checkpoint(trainer: "Trainer", source: str | Path | bool) -> None:
     if trainer.ptx is not None and saved["ptx"] is not None:
         trainer.ptx.load_state_dict(saved["ptx"])
     trainer.generator.set_state(load_tensors(path / "generator.safetensors")["minibatches"])
-    _apply_new_settings(trainer, saved["settings"])
+    apply_settings(trainer, saved["settings"])
     _restore_run(trainer, path, saved)
     _restore_randomness(trainer, path, saved["random"])
 
@@ -183,9 +209,10 @@ def _restore_run(trainer: "Trainer", path: Path, saved: dict[str, Any]) -> None:
     run.pretrained = saved["pretrained"]
     for name, watch in run.watches().items():
         watch.load_state_dict(saved["watches"][name])
-    for name, callback in _callbacks(trainer).items():
-        for attribute, value in saved["callbacks"].get(name, {}).items():
-            setattr(callback, attribute, value)
+    for name, callbacks in _callbacks(trainer).items():
+        for callback, attributes in zip(callbacks, saved["callbacks"].get(name, ()), strict=False):
+            for attribute, value in attributes.items():
+                setattr(callback, attribute, value)
 
 
 def _restore_randomness(trainer: "Trainer", path: Path, saved: list[Any]) -> None:
@@ -209,6 +236,13 @@ def _require_same_weights(own: dict[str, str | None], saved: dict[str, str | Non
             "resume_from_checkpoint: what was trained stood on other frozen weights than this "
             "trainer's models have; build them from the same base"
         )
+    if own["rewards"] != saved["rewards"]:
+        warnings.warn(
+            "resume_from_checkpoint: the reward models are not those the run began with; from here "
+            "on it is trained for something else",
+            UserWarning,
+            stacklevel=2,
+        )
     if own["reference"] != saved["reference"]:
         warnings.warn(
             "resume_from_checkpoint: the reference is not the one the run began with, so the KL "
@@ -227,25 +261,6 @@ def _require_same_shaper(own: dict[str, Any], saved: dict[str, Any]) -> None:
             f"resume_from_checkpoint: the checkpoint's shaper remembers {names[1]}, this trainer's "
             f"{names[0]}; build the trainer with the same kind of shaper and of moments"
         )
-
-
-def _apply_new_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
-    """Let what the user has changed since the checkpoint win over what it holds, and say so."""
-    for name, now in trainer.run.settings.items():
-        if before.get(name) == now:
-            continue
-        warnings.warn(
-            f"resume_from_checkpoint: {name} was {before.get(name)} when the run began and is "
-            f"{now} now; from here on it is {now}",
-            UserWarning,
-            stacklevel=2,
-        )
-        if name == "kl_coef":
-            trainer.shaper.kl_coef = now
-        else:
-            role = "critic" if name.startswith("critic") else "policy"
-            if role in trainer.engine.schedulers:
-                trainer.engine.set_learning_rate(role, now)
 
 
 def _find(output_dir: Path, source: str | Path | bool) -> Path:

@@ -36,6 +36,8 @@ def written_aside(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
+        if path.exists():
+            shutil.rmtree(path)  # `finish_renames` of somebody who looked in at this instant
         aside.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -115,7 +117,8 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
     """
     if keep is None:
         return
-    others = [path for path in checkpoints(folder) if path != best]
+    stays = None if best is None else best.resolve()  # named by another way, perhaps
+    others = [path for path in checkpoints(folder) if path.resolve() != stays]
     for path in others[:-keep]:
         # Renamed first: half of it is no checkpoint, should the run be killed meanwhile.
         gone = path.rename(path.with_name(f".{path.name}.gone"))

@@ -22,6 +22,7 @@ from mossrlhf.processes import together
 from mossrlhf.resume import load_checkpoint, save_checkpoint
 from mossrlhf.retention import set_aside, sweep
 from mossrlhf.rewinding import snapshot
+from mossrlhf.settings import settings_of
 from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
@@ -70,11 +71,7 @@ class Run:
         self.before: dict[str, Any] | None = None
         self.steps_before = 0
         self.folder_cleared = False
-        self.settings: dict[str, Any] = {
-            "learning_rate": self.args.learning_rate,
-            "critic_learning_rate": self.args.critic_learning_rate,
-            "kl_coef": getattr(trainer.shaper, "kl_coef", None),
-        }
+        self.settings = settings_of(trainer)
         self._fire("on_init_end")
 
     def _fire(self, event: str, **kwargs: Any) -> None:
@@ -112,6 +109,7 @@ class Run:
             self.collapse = CollapseWatch(self.args.collapse_kl, variety)
         if resume_from_checkpoint:
             load_checkpoint(self.trainer, resume_from_checkpoint)
+            self.folder_cleared = False  # what came after that checkpoint is another run now
         self.control.should_training_stop = self.stopping = self.interrupted = False
         self.before = None
         self._clear_the_folder()

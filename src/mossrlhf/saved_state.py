@@ -7,7 +7,7 @@ is taken for one.
 from pathlib import Path
 from typing import Any
 
-from mossrlhf.checkpoint import read_json, require_sealed
+from mossrlhf.checkpoint import CHECKSUM, read_json, require_sealed, sealed_state
 from mossrlhf.retention import STATE, checkpoints
 from mossrlhf.version import __version__
 
@@ -33,7 +33,9 @@ KINDS: dict[str, Any] = {
     "watches": dict,
     "callbacks": dict,
     "history": list,
+    "adapters": dict,
     "files": dict,
+    CHECKSUM: str,
 }
 """What a state holds beside its format, and of which kind it is."""
 
@@ -77,6 +79,9 @@ def _whole_state(path: Path) -> dict[str, Any]:
     for name in ("global_step", "pretrained"):
         if state[name] < 0:
             raise ValueError(f"{STATE} is damaged (its {name} is {state[name]})")
+    # What is read is made into JSON again, as it was when it was written.
+    if sealed_state(state)[CHECKSUM] != state[CHECKSUM]:
+        raise ValueError(f"{STATE} is damaged (its check sum is of something else)")
     require_sealed(path, state["files"])
     whole: dict[str, Any] = state
     return whole

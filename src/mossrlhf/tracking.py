@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,5 +218,10 @@ def completion_table(path: Path | str, step: int | None = None) -> list[dict[str
 def _rows(path: Path) -> list[dict[str, Any]]:
     # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold. The
     # last line has no end where a run was killed while writing it.
+    # A machine that was switched off may leave NUL bytes.
+    rows = []
     with path.open(encoding="utf-8", errors="replace") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                rows += [json.loads(line)] if line.endswith("\n") else []
+    return rows

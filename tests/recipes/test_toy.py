@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mossrlhf import Trainer
-from mossrlhf.recipes import toy
+from mossrlhf.recipes import toy, toy_stages
 from mossrlhf.toyworld import ToyWorld
 
 ARMS = ("vanilla_ppo", "vanilla_ppo_tuned", "ppo_max")
@@ -29,8 +29,8 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """A world with few examples, so that a run takes seconds; the code is the same."""
-    monkeypatch.setattr(toy, "EXAMPLES", 64)
-    monkeypatch.setattr(toy, "PAIRS", 64)
+    monkeypatch.setattr(toy_stages, "EXAMPLES", 64)
+    monkeypatch.setattr(toy_stages, "PAIRS", 64)
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 1)
     monkeypatch.setattr(toy, "_held_out", lambda world: world.prompts(24, split="eval", seed=3))
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_ctrl_c_before_the_arms_names_the_stage_and_leaves_no_older_report(
     small, tmp_path, monkeypatch
 ):
     (tmp_path / "summary.json").write_text("of an earlier run")
-    monkeypatch.setattr(toy, "train_reward_model", stop)
+    monkeypatch.setattr(toy_stages, "train_reward_model", stop)
     with pytest.raises(KeyboardInterrupt, match=r"^reward_model$"):
         toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=1))
     assert [path.name for path in tmp_path.glob("*.*")] == ["config.json"]

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from mossrlhf import checkpoint, last_checkpoint
+from mossrlhf.checkpoint import sealed_state
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.resume import save_checkpoint
 from mossrlhf.retention import STATE
@@ -164,7 +165,7 @@ def test_names_in_a_state_do_not_lead_out_of_the_folder(damaged):
     state = folder / "checkpoint-2" / STATE
     content = json.loads(state.read_text())
     content["files"]["../secret.safetensors"] = {"bytes": 0, "crc32": "00000000"}
-    state.write_text(json.dumps(content))
+    state.write_text(json.dumps(sealed_state(content)))
     with pytest.raises(ValueError, match=r"\.\./secret\.safetensors is missing"):
         fresh().train(resume_from_checkpoint=True)
 

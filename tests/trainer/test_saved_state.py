@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mossrlhf.checkpoint import sealed_state
 from mossrlhf.retention import STATE, checkpoints
 from mossrlhf.saved_state import FORMAT, KINDS, read_state
 
@@ -25,13 +26,13 @@ def state(tmp_path):
         format=FORMAT, version="0.1.0", weights={}, global_step=3, pretrained=0, best_metric=None,
         best_global_step=None, best_model_checkpoint=None, settings={}, shaper={}, prompts={},
         ptx=None, schedulers={}, optimizers={}, random=[], scaler=None, watches={}, callbacks={},
-        history=[], files={},
+        history=[], adapters={}, files={},
     )  # fmt: skip
 
     def write(**changes):
         folder = tmp_path / "checkpoint-3"
         folder.mkdir(exist_ok=True)
-        (folder / STATE).write_text(json.dumps({**good, **changes}))
+        (folder / STATE).write_text(json.dumps(sealed_state({**good, **changes})))
         return folder
 
     return write
