@@ -2,6 +2,7 @@
 
     python tools/kill_runs.py                           # 25 on one process, 25 on two: minutes
     python tools/kill_runs.py --runs 3 --processes 2
+    python tools/kill_runs.py --runs 3 --processes 1 --adapters   # policy and critic on one base
 
 A tiny PPO-max run with everything that has a state (critic warm-up, PTX term, running moments,
 evaluations, a best checkpoint, a reward that draws from Python's and NumPy's generators) is run
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -76,8 +78,10 @@ def noisy(*, completions: Sequence[str], **columns: Any) -> list[float]:
     return [len(c) / 20 + random.random() + float(np.random.rand()) for c in completions]
 
 
-def build(folder: Path, total_steps: int = 5) -> Announcing:
+def build(folder: Path, total_steps: int = 5, adapters: bool = False) -> Announcing:
     """A run of a few seconds in which everything that has a state is switched on."""
+    lora = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+    roles = {"peft_config": LoraConfig(**lora), "critic": LoraConfig(**lora)} if adapters else {}
     world = ToyWorld()
     torch.manual_seed(0)
     policy = LlamaForCausalLM(world.model_config(hidden_size=16, num_layers=1))
@@ -106,13 +110,14 @@ def build(folder: Path, total_steps: int = 5) -> Announcing:
             metric_for_best_model="reward/score_mean",
             disable_tqdm=True,
         ),
+        **roles,
     )
 
 
-def work(folder: Path, pipe: int | None) -> None:
+def work(folder: Path, pipe: int | None, adapters: bool) -> None:
     """Start the run in a folder, or go on with it, and leave its end beside it."""
     torch.set_num_threads(1)
-    trainer = build(folder / "run")
+    trainer = build(folder / "run", adapters=adapters)
     trainer.pipe = pipe if trainer.accelerator.is_main_process else None
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "run"))
     if trainer.accelerator.is_main_process:
@@ -126,7 +131,7 @@ def work(folder: Path, pipe: int | None) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def launch(folder: Path, processes: int) -> tuple[list[int], int]:
+def launch(folder: Path, processes: int, adapters: bool) -> tuple[list[int], int]:
     """Fork the processes of a run; return their ids and the pipe's end that hears the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,7 +149,7 @@ def launch(folder: Path, processes: int) -> tuple[list[int], int]:
                 os.environ.update({name: str(value) for name, value in places.items()})
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             os.environ["ACCELERATE_USE_CPU"] = "true"
-            work(folder, said)
+            work(folder, said, adapters)
             sys.stdout.flush()
             os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time
         except BaseException as error:
@@ -201,10 +206,12 @@ def differences(folder: Path, expected: Path) -> list[str]:
     return found
 
 
-def study(runs: int, processes: int, seed: int, folder: Path) -> dict[str, Any]:
+def study(
+    runs: int, processes: int, seed: int, folder: Path, adapters: bool = False
+) -> dict[str, Any]:
     """Kill a number of runs, and compare each with one that was left alone."""
     whole = folder / "whole"
-    said = finish(*launch(whole, processes))
+    said = finish(*launch(whole, processes, adapters))
     ends = [moment for moment, _ in said[1:]] + [said[-1][0]]
     lasting: dict[bytes, list[float]] = {}
     for (moment, byte), end in zip(said, ends, strict=True):
@@ -217,9 +224,9 @@ def study(runs: int, processes: int, seed: int, folder: Path) -> dict[str, Any]:
         durations = lasting[PHASES[phase]]
         mine = folder / f"run-{index}"
         wait = chance.uniform(0, sum(durations) / len(durations))
-        kill(*launch(mine, processes), phase, chance.randint(1, len(durations)), wait)
+        kill(*launch(mine, processes, adapters), phase, chance.randint(1, len(durations)), wait)
         killed = last_checkpoint(mine / "run")
-        finish(*launch(mine, processes))
+        finish(*launch(mine, processes, adapters))
         result["killed_while"][phase] += 1
         result["resumed_from_nothing"] += killed is None
         odd = differences(mine, whole)
@@ -236,15 +243,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--adapters", action="store_true", help="policy and critic on one base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default=str(FIGURES))
     args = parser.parse_args(words)
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"no end after {PATIENCE * args.runs:.0f} s"))
     results = {}
+    if args.json == str(FIGURES) and FIGURES.is_file():
+        results = json.loads(FIGURES.read_text())  # what is not run now is kept
     for processes in args.processes:
         signal.alarm(int(PATIENCE * (args.runs + 1)))
         with tempfile.TemporaryDirectory(prefix="kill-runs-") as folder:
-            results[str(processes)] = study(args.runs, processes, args.seed, Path(folder))
+            name = f"{processes} with adapters" if args.adapters else str(processes)
+            results[name] = study(args.runs, processes, args.seed, Path(folder), args.adapters)
     signal.alarm(0)
     Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return int(any(result["different"] for result in results.values()))

@@ -14,16 +14,18 @@ from mossrlhf import last_checkpoint
 from mossrlhf.retention import STATE
 
 
-@pytest.mark.parametrize(("processes", "runs"), [(1, 3), (2, 3)])
-def test_killed_runs_end_as_if_they_had_not_been(root, tmp_path, processes, runs):
+@pytest.mark.parametrize(
+    ("processes", "runs", "more"), [(1, 3, []), (2, 3, []), (1, 3, ["--adapters"])]
+)
+def test_killed_runs_end_as_if_they_had_not_been(root, tmp_path, processes, runs, more):
     """While sampling, while updating, while saving; all 25: tools/kill_runs.py."""
     figures = tmp_path / "figures.json"
-    words = ["--runs", str(runs), "--processes", str(processes), "--json", str(figures)]
+    words = ["--runs", str(runs), "--processes", str(processes), "--json", str(figures), *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(root / "tools" / "kill_runs.py"), *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(figures.read_text())[str(processes)]
+    [found] = json.loads(figures.read_text()).values()
     assert found["equal"] == runs
     assert set(found["killed_while"].values()) == {1}
 
@@ -49,7 +51,7 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path, before, after):
 
 def test_the_25_runs_that_are_kept_came_out_equal(root):
     kept = json.loads((root / "benchmarks" / "results" / "kill_runs.json").read_text())
-    for processes in ("1", "2"):
+    for processes in ("1", "2", "1 with adapters"):
         assert kept[processes]["runs"] == kept[processes]["equal"] == 25
         assert min(kept[processes]["killed_while"].values()) >= 8
     assert torch.tensor([kept[p]["resumed_from_nothing"] for p in kept]).max() < 13
