@@ -217,7 +217,7 @@ def test_a_reward_is_asked_again(world):
     calls = []
 
     def judged(*, completions, topic):
-        calls.append((random.random(), np.random.random(), torch.rand(()).item()))  # noqa: NPY002
+        calls.append((random.random(), np.random.random(), torch.rand(()).item()))
         if len(calls) < 3:
             raise ConnectionError("not now")
         return [1.0] * len(completions)
@@ -276,8 +276,8 @@ def test_a_patient_reward_runs_in_the_callers_mode():
     ],
 )
 def test_patience_out_of_range(options, message):
+    made = object.__new__(PatientReward)
     with pytest.raises(ValueError, match=message):
-        made = object.__new__(PatientReward)
         unwrap(PatientReward.__init__)(made, lambda **_: [], **options)  # unchecked types
 
 
