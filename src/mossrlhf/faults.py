@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mossrlhf.checkpoint import load_tensors, read_json, save_tensors, write_json
 from mossrlhf.types import Rollout
@@ -74,6 +74,9 @@ class Fault:
 def write_fault(fault: Fault, folder: Path) -> Path:
     """Write a fault as JSON and safetensors; an older one of the same name is replaced.
 
+    Each process replaces its own folder; process 0 removes those of processes there are no more,
+    as an earlier run on more of them leaves. No folder is touched by two of them.
+
     Args:
         fault: of this process.
         folder: of the step; each process has a folder of its own in it.
@@ -89,6 +92,8 @@ def write_fault(fault: Fault, folder: Path) -> Path:
     path = folder / f"process-{fault.process}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+    if fault.process == 0:
+        _remove_beyond(folder, _processes())
     rollout, tensors = fault.rollout, {}
     for spec in fields(rollout):
         if isinstance(value := getattr(rollout, spec.name), Tensor):
@@ -173,6 +178,18 @@ def with_prompts(fault: Fault, rows: Sequence[int], dataset: Sequence[Mapping[st
 
     named = [replace(suspect, prompt=row_of(suspect)) for suspect in fault.suspects]
     return replace(fault, suspects=named)
+
+
+def _processes() -> int:
+    there = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if there else 1
+
+
+def _remove_beyond(folder: Path, processes: int) -> None:
+    for older in folder.glob("process-*"):
+        number = older.name.removeprefix("process-")
+        if number.isdecimal() and int(number) >= processes:
+            shutil.rmtree(older)
 
 
 def _by_prefix(path: Path) -> dict[str, dict[str, Tensor]]:

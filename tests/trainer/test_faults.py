@@ -7,15 +7,17 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import unwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer, checkpoint
-from mossrlhf.faults import NonFiniteError, read_fault
+from mossrlhf.faults import NonFiniteError, read_fault, write_fault
 from mossrlhf.retention import checkpoints
 
 
@@ -190,6 +192,19 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_fault(make):
         trainer.train()
 
 
+def test_what_an_earlier_run_on_more_processes_left_is_not_read(make):
+    trainer = make(advantage=spoiled(5), args=dict(minibatch_size=8))
+    folder = trainer.output_dir / "faults" / "step-1"
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    fault = read_fault(folder)
+    (suspect,) = fault.suspects
+    write_fault(replace(fault, suspects=[replace(suspect, process=1)], process=1), folder)
+    write_fault(replace(fault, suspects=[]), folder)  # now on one process, which suspects nothing
+    assert (read_fault(folder).process, read_fault(folder).suspects) == (0, [])
+    assert [path.name for path in folder.iterdir()] == ["process-0"]
+
+
 def test_a_folder_without_a_fault_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="name a folder like <output_dir>/faults/step-3"):
         read_fault(tmp_path)
@@ -202,7 +217,7 @@ def test_a_reward_is_asked_again(world):
     calls = []
 
     def judged(*, completions, topic):
-        calls.append(random.random() + torch.rand(()).item())
+        calls.append((random.random(), np.random.random(), torch.rand(()).item()))
         if len(calls) < 3:
             raise ConnectionError("not now")
         return [1.0] * len(completions)
@@ -253,11 +268,17 @@ def test_a_patient_reward_runs_in_the_callers_mode():
         (dict(timeout=0), r"PatientReward\(timeout=\): got 0"),
         (dict(retries=-1), r"PatientReward\(retries=\): got -1"),
         (dict(wait=-1), r"PatientReward\(wait=\): got -1"),
+        (dict(timeout=float("inf")), r"PatientReward\(timeout=\): got inf, expected a number in"),
+        (dict(timeout=1e10), r"PatientReward\(timeout=\): got 10000000000.0"),
+        (dict(retries=1.5), r"PatientReward\(retries=\): got 1.5, expected a whole number"),
+        (dict(wait=float("inf")), r"PatientReward\(wait=\): got inf"),
+        (dict(retries=50), r"PatientReward\(wait=1, retries=50\): the wait doubles"),
     ],
 )
 def test_patience_out_of_range(options, message):
+    made = object.__new__(PatientReward)
     with pytest.raises(ValueError, match=message):
-        PatientReward(lambda **_: [], **options)
+        unwrap(PatientReward.__init__)(made, lambda **_: [], **options)  # unchecked types
 
 
 def test_models_need_no_patience(reward_model):

@@ -1,17 +1,19 @@
 """`plan` makes the roles that `Trainer` makes, and says what they need and what to change."""
 
 import copy
+import warnings
 from dataclasses import replace
+from inspect import unwrap
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mossrlhf import ModelReward, RewardModel, TrainerConfig, ValueHead, plan
 from mossrlhf.models import add_adapters, save_adapters
 from mossrlhf.planning.ledger import nbytes, tensors_of
-from mossrlhf.planning.report import ROLES
+from mossrlhf.planning.report import ROLES, _row
 
 WIDE = dict(hidden_size=64, num_hidden_layers=3, intermediate_size=160, vocab_size=3000)
 
@@ -134,15 +136,23 @@ def test_shares_of_several_devices(policy):
     gradients = sum(role.gradients for role in alone.roles.values())
     assert ddp.extra == gradients
     fsdp = plan(config, processes=4, sharding="fsdp", frozen="sharded", **lengths)
-    for name, role in fsdp.roles.items():
+    zero3 = plan(config, processes=4, sharding="zero3", **lengths)
+    # Embeddings of references stay whole.
+    blocks = [nbytes(layer.parameters()) for layer in policy(**WIDE).model.layers]
+    whole = alone.roles["reference"].weights
+    assert fsdp.roles["reference"].weights == whole - sum(blocks) + sum(blocks) / 4
+    assert zero3.roles["reference"].weights == pytest.approx(whole / 4, abs=1)
+    for name in ("policy", "critic"):
+        role = fsdp.roles[name]
         for part in ("weights", "gradients", "optimizer"):
             whole = getattr(alone.roles[name], part)
             assert getattr(role, part) == pytest.approx(whole / 4, abs=1)
     zero2 = plan(config, processes=4, sharding="zero2", **lengths)
     assert zero2.roles["policy"].weights == alone.roles["policy"].weights
     assert zero2.roles["policy"].gradients == fsdp.roles["policy"].gradients
-    offloaded = plan(config, processes=4, sharding="zero3", frozen="offloaded", **lengths)
-    assert offloaded.roles["reference"].weights == 0
+    # Lent whole while it scores; the reference is gathered layer by layer.
+    judged = plan(config, processes=4, sharding="fsdp", reward=config, **lengths)
+    assert judged.lent == {"reward": sum(blocks)}
     assert fsdp.peak < zero2.peak < ddp.peak
 
 
@@ -172,6 +182,111 @@ def test_what_to_change(policy):
     small = ahead.suggest(1000)
     assert small.startswith("Nothing tried here")
     assert "8 devices" in small
+    assert max(map(len, f"{said}\n{small}".splitlines())) <= 80 < len(small)
+
+
+def test_frozen_models_wait_on_the_cpu_as_the_trainer_lets_them(policy):
+    """Under DDP and ZeRO-2; FSDP2 and ZeRO-3 shard them instead."""
+    config = policy(**WIDE).config
+    asked = dict(reward=config, prompt_tokens=8, max_new_tokens=8)
+    args = TrainerConfig(rollout_size=2, minibatch_size=2)
+    waits = replace(args, offload_frozen=True)
+    here, away = plan(config, args=args, **asked), plan(config, args=waits, **asked)
+    sizes = {name: here.roles[name].weights for name in ("reference", "reward")}
+    assert away.lent == sizes
+    assert away.roles["reference"].weights == away.roles["reward"].weights == 0
+    assert here.weights - away.weights == sum(sizes.values())
+    assert "on the CPU until asked" in str(away)
+    assert max(map(len, str(away).splitlines())) <= 80
+    for phase in ("sampling", "update"):
+        assert here.phases[phase] - away.phases[phase] == sum(sizes.values())
+    # One at a time is there while it is asked.
+    less = here.phases["scoring"] - away.phases["scoring"]
+    assert min(sizes.values()) <= less <= max(sizes.values())
+    for sharding in (None, "zero2"):
+        shared = plan(config, args=waits, processes=2, sharding=sharding, **asked)
+        assert shared.lent == sizes
+    for sharding in ("fsdp", "zero3"):
+        both = [
+            plan(config, args=a, processes=2, sharding=sharding, **asked) for a in (args, waits)
+        ]
+        assert both[0].phases == both[1].phases
+    assert plan(config, args=waits, device="cpu", **asked).weights == here.weights
+    # Adapters on the policy's base stay with it.
+    one_base = dict(asked, reward=lora(), critic=lora(), peft_config=lora())
+    assert plan(config, args=waits, **one_base).phases == plan(config, args=args, **one_base).phases
+    assert "set TrainerConfig(offload_frozen=True)" in here.suggest(away.peak).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("init", "changed"),
+    [(True, False), ("gaussian", False), (False, True), ("pissa", True), ("olora", True)],
+)
+def test_a_policy_that_starts_changed_has_a_reference_of_its_own(init, changed, make, policy):
+    base = policy()
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    ahead = plan(
+        base, reward=of_length, peft_config=config, prompt_tokens=8, max_new_tokens=8, device="cpu"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the memory it costs
+        trainer = make(model=base, reward=of_length, peft_config=config)
+    assert (trainer.ref_model is not None) == changed == bool(ahead.roles["reference"].weights)
+    assert ahead.weights == counted(trainer)[1]
+
+
+def test_adapters_that_cannot_be_told_are_refused(policy):
+    asked = dict(prompt_tokens=8, max_new_tokens=8, peft_config=AdaptionPromptConfig(
+        adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"
+    ))  # fmt: skip
+    config = policy().config
+    with pytest.raises(ValueError, match=r"peft_config: whether a new AdaptionPrompt.*pass ref_"):
+        plan(config, **asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes": 0}, "processes: got 0, expected at least 1"),
+        ({"processes": -2}, "processes: got -2, expected at least 1"),
+        ({"processes": 1.5}, "processes: got 1.5, expected a whole number"),
+        ({"prompt_tokens": 0}, "prompt_tokens: got 0, expected at least 1"),
+        ({"prompt_tokens": -8}, "prompt_tokens: got -8, expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
+        ({"max_new_tokens": -8}, "max_new_tokens: got -8, expected at least 1"),
+        ({"args": {}}, r"args: got \{\}, expected a TrainerConfig"),
+        ({"sampler": 3}, "sampler: got 3, expected an HFSampler"),
+        ({"critic": 3}, "critic: got 3, expected a RewardModel"),
+        ({"loss": 3}, "loss: got 3, expected a PPOMaxLoss"),
+        ({"reward": 3}, "reward: got 3, expected a reward function"),
+        ({"reward": [(3, 1.0)]}, "reward: got 3, expected a reward function"),
+        ({"ref_model": 3}, "ref_model: got 3, expected a causal language model"),
+        ({"generation_config": {}}, "generation_config: got {}, expected a transformers"),
+        ({"dtype": "bf16"}, "dtype: got 'bf16', expected a torch.dtype"),
+        (
+            {"frozen": "offloaded"},
+            r"frozen: got 'offloaded', but TrainerConfig\(offload_frozen=False\)",
+        ),
+        ({"frozen": "whole", "sharding": "fsdp", "processes": 2}, "frozen: got 'whole', but under"),
+        (
+            {"frozen": "whole", "args": TrainerConfig(offload_frozen=True)},
+            r"frozen: got 'whole', but TrainerConfig\(offload_frozen=True\)",
+        ),
+    ],
+)
+def test_arguments_are_refused_by_name(options, message, policy):
+    with pytest.raises((TypeError, ValueError), match=message):
+        unwrap(plan)(policy().config, **{"prompt_tokens": 8, "max_new_tokens": 8, **options})
+
+
+def test_a_long_remark_takes_a_line_of_its_own():
+    for words, remark in (
+        ("activations, update of the critic", "64 x 16384 tokens, not checkpointed"),
+        ("rollout", "1048576 responses, 1048576 again, and more than that"),
+    ):
+        lines = _row(words, "1,234.56", remark)
+        assert max(map(len, lines)) <= 80
+        assert " ".join(" ".join(lines).split()) == f"{words} 1,234.56 {remark}"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from mossrlhf.models import (
 )
 from mossrlhf.models.classifiers import classifier_class
 from mossrlhf.planning.ledger import tensors_of
+from mossrlhf.planning.starting import starts_changed
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles import is_adapted, load_policy, vocabulary_size
 from mossrlhf.roles.policy import at_least_float32, has_effect
@@ -91,8 +92,9 @@ class Maker:
         policy = load_policy(bare, peft_config)
         rewards = [self._reward(one, policy) for one in _listed(reward)]
         found = [one for one in rewards if one is not None]
-        made = self._critic(critic, model, policy, [m for m, _ in found])
+        # Before the critic, which may put an adapter on the policy that is not copied.
         reference = self._reference(ref_model, model, policy, peft_config)
+        made = self._critic(critic, model, policy, [m for m, _ in found])
         return Parts(policy, made, reference, found)
 
     def language_model(self, model: Any) -> Any:
@@ -184,12 +186,11 @@ class Maker:
     ) -> nn.Module | None:
         if ref_model is not None:
             return self.language_model(ref_model).eval().requires_grad_(False)
-        if is_adapted(policy) and (peft_config is not None or _rests(model)):
-            return None
-        made = self.language_model(model)
-        for copied, own in zip(made.parameters(), policy.parameters(), strict=True):
-            copied.data = copied.data.to(own.dtype)  # a copy of the policy, which is trained in it
-        return made.requires_grad_(False)
+        if is_adapted(policy):
+            fresh = peft_config is not None
+            if not starts_changed(policy, peft_config) if fresh else _rests(model):
+                return None
+        return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 def without_weights(module: nn.Module) -> Any:

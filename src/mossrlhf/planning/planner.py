@@ -12,11 +12,12 @@ from transformers import GenerationConfig
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import ActorCritic, SharedRewardModel
+from mossrlhf.planning.arguments import require_plannable, where_frozen
 from mossrlhf.planning.ledger import nbytes, tensors_of, untouched_randomness
 from mossrlhf.planning.parts import Maker, Parts
 from mossrlhf.planning.passes import Passes, Taken, Work, chunk_bytes
 from mossrlhf.planning.report import MemoryPlan, RoleMemory
-from mossrlhf.planning.spread import SHARDINGS, Spread
+from mossrlhf.planning.spread import Spread
 from mossrlhf.roles import (
     checkpoint_activations,
     disable_dropout,
@@ -25,7 +26,6 @@ from mossrlhf.roles import (
     vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler
-from mossrlhf.strict import suggest
 
 TOKEN_BYTES = 28
 """Of a response token in a rollout: seven float32 numbers."""
@@ -46,7 +46,7 @@ def plan(
     max_new_tokens: int | None = None,
     processes: int = 1,
     sharding: str | None = None,
-    frozen: str = "whole",
+    frozen: str | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -71,8 +71,9 @@ def plan(
             `generation_config`, else 512.
         processes: devices, one to each.
         sharding: None (each holds everything), "fsdp", "zero3" or "zero2".
-        frozen: where the reference and reward models are under sharding: "whole" on each device,
-            "sharded", or "offloaded" to the CPU.
+        frozen: where reference and reward models are: "whole" on each device, "sharded", or
+            "offloaded" to the CPU until they are asked. It follows from `sharding` and
+            ``offload_frozen``, and anything else is refused; None for what follows.
         dtype: of weights that are loaded by name; None for that of their configuration. What is
             trained is float32 at least, as with `Trainer`.
         device: "cuda" or "cpu"; chunks of logits and optimizers differ.
@@ -81,15 +82,16 @@ def plan(
         the plan: a table when printed.
 
     Raises:
-        ValueError: where a length is not known, an option is unknown, or processes cannot share
-            the rollout.
-        TypeError: where a model is none.
+        ValueError: where a length is not known, a number or word is out of range, processes cannot
+            share the rollout, or it cannot be told whether adapters start without effect.
+        TypeError: where an argument is of another kind.
 
     Source: ours.
     """
     given = {name: value for name, value in locals().items() if name != "model"}
+    require_plannable(given)
     args = args or TrainerConfig()
-    _require_known(sharding, frozen, device)
+    frozen = where_frozen(frozen, sharding, args)
     args.require_shareable(processes)
     with untouched_randomness():
         parts = Maker(dtype).parts(model, reward, critic, ref_model, peft_config)
@@ -115,6 +117,8 @@ def plan(
         sampling, scoring = passes.sampling(), passes.scoring()
         kept, gradients = passes.update(args.gradient_checkpointing or not args.disable_dropout)
     roles = _roles(parts, reward)
+    if frozen == "offloaded" and device == "cpu":
+        frozen = "whole"  # the CPU is where they wait
     spread = Spread(parts, processes, sharding, frozen, args.bf16)
     found = _Found(parts, work, args, sampling, scoring, kept, gradients)
     return _put_together(found, roles, spread, partial(plan, model), given)
@@ -139,7 +143,11 @@ def _put_together(
     held = sum(role.weights + role.optimizer for role in shared.values())
     row = 8 * work.length + work.response * (TOKEN_BYTES + 1) + 24
     rollout = row * (work.rollout + work.minibatch)
-    scored = max(taken.peak for taken in found.scoring.values())
+    lent = {name: spread.lent(name) for name in ("reference", "reward")}
+    peaks = {name: taken.peak for name, taken in found.scoring.items()}
+    # Rewards are asked first, and are gone again when policy, reference and critic are.
+    judged = peaks.pop("reward", 0) + lent["reward"]
+    scored = max(judged, max(peaks.values()) + lent["reference"] + spread.gathered)
     # Gradients are there in full while they are made; under sharding a share of them stays.
     less = found.gradients - spread.gradients(found.gradients)
     passed = max(taken.peak for taken in found.kept.values()) - less
@@ -147,7 +155,7 @@ def _put_together(
     extra = spread.extra(found.gradients)
     phases = {
         "sampling": held + found.sampling.peak + spread.gathered,
-        "scoring": held + rollout + scored + spread.gathered,
+        "scoring": held + rollout + scored,
         "update": held + rollout + max(passed, stepped) + extra,
     }
     vocabulary = vocabulary_size(found.parts.policy)
@@ -159,26 +167,13 @@ def _put_together(
         logits=chunk_bytes(vocabulary, work.updated * work.response, work),
         rollout=rollout,
         extra=extra,
+        lent={name: size for name, size in lent.items() if size},
         phases=phases,
         settings=_settings(found, spread, given),
         work=work,
         given=given,
         planned=again,
     )
-
-
-def _require_known(sharding: str | None, frozen: str, device: str) -> None:
-    known = {
-        "sharding": (sharding, SHARDINGS),
-        "frozen": (frozen, ("whole", "sharded", "offloaded")),
-        "device": (device, ("cuda", "cpu")),
-    }
-    for name, (value, among) in known.items():
-        if value not in among:
-            listed = ", ".join(map(repr, among))
-            words = [word for word in among if isinstance(word, str)]
-            hint = suggest(str(value), words)
-            raise ValueError(f"{name}: got {value!r}, expected one of {listed}{hint}")
 
 
 def _work(
@@ -274,4 +269,5 @@ def _settings(found: _Found, spread: Spread, given: dict[str, Any]) -> dict[str,
         "sampling": f"{work.drawn} x {work.length} tokens",
         "rollout": f"{work.rollout} responses, {work.minibatch} again",
         "extra": spread.words,
+        "lent": "gathered" if spread.frozen == "sharded" else "from the CPU",
     }

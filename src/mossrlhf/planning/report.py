@@ -1,5 +1,6 @@
 """`MemoryPlan`: what a run will need, in figures and in a table."""
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class MemoryPlan:
         logits: of one chunk in the token path, in float32.
         rollout: the rollout with all its annotations, and a minibatch of it.
         extra: what several processes add: buckets of gradients, weights gathered for a moment.
+        lent: by role, what comes to the device beside `roles` while frozen models are asked.
         phases: "sampling", "scoring" and "update" → the peak of each, everything included.
         settings: what was assumed, in words.
         work: how much there is at a time.
@@ -66,6 +68,7 @@ class MemoryPlan:
     logits: int
     rollout: int
     extra: int
+    lent: Mapping[str, int]
     phases: Mapping[str, int]
     settings: Mapping[str, str]
     work: Work
@@ -112,12 +115,16 @@ class MemoryPlan:
     def suggest(self, memory: float) -> str:
         """Say what to change so that the run fits, in one sentence; each change is planned.
 
+        Lines of at most 80 columns.
+
         Args:
             memory: bytes of one device.
         """
         from mossrlhf.planning.suggesting import suggestion
 
-        return suggestion(self, memory)
+        return textwrap.fill(
+            suggestion(self, memory), WIDTH, break_long_words=False, break_on_hyphens=False
+        )
 
     def __str__(self) -> str:
         unit, size = ("GiB", GIB) if self.peak >= 10 * GIB else ("MiB", MIB)
@@ -135,7 +142,7 @@ class MemoryPlan:
         sums = [sum(getattr(r, n) for r in held) for n in ("weights", "gradients", "optimizer")]
         lines += [f"{'together':12}" + "".join(f"{shown(n):>11}" for n in sums), ""]
         for words, number, remark in self._lines():
-            lines.append(f"{words:36}{shown(number):>9}  {remark}".rstrip())
+            lines += _row(words, shown(number), remark)
         lines.append("")
         for name, number in self.phases.items():
             mark = "<- the peak" if name == self.peak_phase else ""
@@ -155,9 +162,24 @@ class MemoryPlan:
             ("one chunk of logits", self.logits, "within the above"),
             ("rollout", self.rollout, said["rollout"]),
         ]
+        for role, number in self.lent.items():
+            lines.append((f"{role}, while asked", number, said["lent"]))
         if self.extra:
             lines.append(("buckets, gathered weights", self.extra, said["extra"]))
         return lines
+
+
+WIDTH = 80
+"""Columns of the table, and of what `MemoryPlan.suggest` says."""
+
+
+def _row(words: str, number: str, remark: str) -> list[str]:
+    """One line of the table, or two where the remark is too long to stand beside its figure."""
+    line = f"{words:36}{number:>9}  {remark}".rstrip()
+    if len(line) <= WIDTH:
+        return [line]
+    first, _, rest = remark.rpartition(", ")
+    return [f"{words:36}{number:>9}  {first}{',' if first else ''}".rstrip(), f"{'':47}{rest}"]
 
 
 def _counted(role: RoleMemory) -> str:

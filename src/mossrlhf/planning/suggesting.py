@@ -144,6 +144,13 @@ def _recomputed(plan: MemoryPlan) -> Iterator[Change]:
         yield words, {"args": replace(args, gradient_checkpointing=True)}
 
 
+def _waiting(plan: MemoryPlan) -> Iterator[Change]:
+    args = plan.given["args"] or TrainerConfig()
+    if not args.offload_frozen and plan.given["sharding"] not in ("fsdp", "zero3"):
+        words = "set TrainerConfig(offload_frozen=True)"
+        yield words, {"args": replace(args, offload_frozen=True), "frozen": None}
+
+
 def _adapters(plan: MemoryPlan) -> Iterator[Change]:
     if plan.given["peft_config"] is None and not isinstance(plan.given["critic"], nn.Module):
 
@@ -169,7 +176,7 @@ def _shared_out(plan: MemoryPlan) -> Iterator[Change]:
         except ValueError:
             continue
         if processes > plan.given["processes"]:
-            changed = dict(processes=processes, sharding="fsdp", frozen="sharded")
+            changed = dict(processes=processes, sharding="fsdp", frozen=None)
             yield f"share it among {processes} devices (FSDP2)", changed
 
 
@@ -180,6 +187,7 @@ STEPS = (
     (_fewer_drawn, ("sampling",)),
     (_fewer_at_a_time, ("scoring", "update")),
     (_recomputed, ("update",)),
+    (_waiting, ("sampling", "scoring", "update")),
     (_adapters, ("sampling", "scoring", "update")),
     (_half_base, ("sampling", "scoring", "update")),
     (_shared_out, ("sampling", "scoring", "update")),

@@ -2,7 +2,6 @@
 
 import inspect
 import queue
-import random
 import threading
 import time
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.rewards.model import ModelReward
 from mossrlhf.rewards.together import reward_name
 from mossrlhf.strict import check_range
@@ -22,7 +22,8 @@ class PatientReward:
     """Asks a reward function again where it raises or does not answer, and then gives up.
 
     It stands wherever the function would: alone, in a list, with a weight. Each attempt begins
-    with the random numbers of the first, so that one which fails changes nothing of the run. Once
+    with the random numbers of the first (Python's, NumPy's, torch's on every device), so that one
+    which fails changes nothing of the run. Once
     it gives up, what the function raised last (a `TimeoutError` where it did not answer) stops
     the run, and the checkpoint it leaves begins the iteration anew.
 
@@ -34,13 +35,14 @@ class PatientReward:
 
     Args:
         reward: ``reward(*, prompts, completions, completion_ids, **columns)``.
-        timeout: seconds an attempt may take; None for no bound, in the caller's own thread.
-        retries: further attempts.
+        timeout: seconds an attempt may take, at most `threading.TIMEOUT_MAX`; None for no bound, in
+            the caller's own thread.
+        retries: further attempts, a whole number.
         wait: seconds before the second attempt; twice as long before each one after it.
 
     Raises:
         TypeError: where `reward` is a model, which is local and does not get better by waiting.
-        ValueError: where a number is out of range.
+        ValueError: where a number is out of range, or the last wait would be.
 
     Source: ours.
     """
@@ -58,9 +60,19 @@ class PatientReward:
                 f"reward: got {type(reward).__name__}, expected a function reward(*, prompts, "
                 "completions, completion_ids, **columns); pass models as they are"
             )
-        check_range("PatientReward", "timeout", timeout, 0, above=True)
+        longest = threading.TIMEOUT_MAX  # what the system can wait for at all
+        check_range("PatientReward", "timeout", timeout, 0, longest, above=True)
         check_range("PatientReward", "retries", retries, 0)
-        check_range("PatientReward", "wait", wait, 0)
+        if isinstance(retries, bool) or not isinstance(retries, int):
+            raise ValueError(
+                f"PatientReward(retries=): got {retries!r}, expected a whole number of attempts"
+            )
+        check_range("PatientReward", "wait", wait, 0, longest)
+        if wait and (retries > 64 or wait * 2 ** max(0, retries - 1) > longest):
+            raise ValueError(
+                f"PatientReward(wait={wait:g}, retries={retries}): the wait doubles each time, and "
+                f"the last would exceed {longest:g} s; lower one of them, or set wait=0"
+            )
         self.reward, self.timeout, self.retries, self.wait = reward, timeout, retries, wait
         # What metrics call it, and what it is called with, are the function's.
         self.__name__ = reward_name(reward)
@@ -76,7 +88,7 @@ class PatientReward:
             TimeoutError: where the last attempt did not answer in time.
             Exception: whatever the last attempt raised.
         """
-        numbers = random.getstate(), torch.get_rng_state()
+        numbers = random_state()
         for attempt in range(self.retries + 1):
             try:
                 return self._attempt(arguments)
@@ -91,8 +103,7 @@ class PatientReward:
                     stacklevel=2,
                 )
                 time.sleep(pause)
-                random.setstate(numbers[0])
-                torch.set_rng_state(numbers[1])
+                set_random_state(*numbers)
 
     def _attempt(self, arguments: dict[str, Any]) -> Any:
         if self.timeout is None:
