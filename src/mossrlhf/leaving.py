@@ -4,7 +4,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,8 +95,12 @@ def leave_in_error(run: "Run", error: Exception) -> Exception:
         tqdm.write(f"{type(error).__name__} in iteration {step + 1}.")
     if isinstance(error, NonFiniteError) and run.steps_before == run.trainer.engine.steps:
         run.between_iterations = True  # the first step of an update was not taken: nothing moved
-    with suppress(OSError, PeerError):  # said by `leave`; what is raised is how it began
+    try:
         leave(run)
+    except (OSError, PeerError):
+        pass  # said by `leave`; what is raised is how it began
+    except Exception as unsaved:  # nor may anything else that saving raises take its place
+        tqdm.write(f"Nothing could be saved: {type(unsaved).__name__}: {unsaved}")
     return error
 
 

@@ -34,7 +34,7 @@ from mossrlhf.roles import (
     load_critic,
     load_policy,
     load_reference,
-    load_reward,
+    load_rewards,
     load_tokenizer,
     make_accelerator,
     policy_context,
@@ -328,10 +328,7 @@ class Stages:
         return Shuffled(dataset, self.args.seed, index, count)
 
     def _reward_set(self, rewards: Any, policy: nn.Module | None = None) -> RewardSet:
-        pairs = reward_pairs(rewards)
-        loaded = [
-            (load_reward(r, self.processing_class, policy=policy), weight) for r, weight in pairs
-        ]
+        loaded = load_rewards(reward_pairs(rewards), self.processing_class, policy)
         return RewardSet(loaded, self.processing_class)
 
     def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:

@@ -22,7 +22,8 @@ from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
 from mossrlhf.processes import together
 from mossrlhf.returned import as_scores
-from mossrlhf.roles import as_reference, count_parameters, only_its_own
+from mossrlhf.rewards import RewardSet
+from mossrlhf.roles import as_reference, count_parameters, lent_base, save_policy
 from mossrlhf.run import Run
 from mossrlhf.sharding import whole
 from mossrlhf.stages import Stages
@@ -174,9 +175,13 @@ class Trainer(Stages):
                 "eval_dataset: there is none, or fewer records than processes; pass one to "
                 "Trainer(eval_dataset=) or to evaluate()"
             )
-        judges = self.rewards
-        if rewards is not None:
-            judges = self._reward_set(rewards).to(self.accelerator.device)
+        if rewards is None:
+            return self._compare(dataset, self.rewards)
+        with lent_base(self.policy) as base:
+            judges = self._reward_set(rewards, base).to(self.accelerator.device)
+            return self._compare(dataset, judges)
+
+    def _compare(self, dataset: Dataset, judges: RewardSet) -> dict[str, float]:
         ours = self.answer(dataset)
         theirs = self.answer(dataset, reference=True)
         ours = self.annotate(ours)
@@ -261,8 +266,7 @@ class Trainer(Stages):
         with whole(main, self.model), no_progress_bars():
             if not main:
                 return
-            own = only_its_own(self.policy)
-            self.policy.save_pretrained(folder / "policy", **own)  # type: ignore[operator]
+            save_policy(self.policy, folder / "policy")
             self.processing_class.save_pretrained(folder / "policy")
             if self.critic is not None:
                 self.critic.save_pretrained(folder / "critic", scores=False)

@@ -11,6 +11,7 @@ from mossrlhf.models.adapters import (
     save_adapters,
     weights_digest,
 )
+from mossrlhf.models.beneath import bare_module, rewriting_initialization, trained_beneath
 from mossrlhf.models.classifiers import load_classifier
 from mossrlhf.models.quantized import is_quantized, keep_differentiable
 from mossrlhf.models.reward_model import SCORE_MOMENTS, RewardModel, ValueHead
@@ -42,6 +43,7 @@ __all__ = [
     "add_adapters",
     "announce",
     "as_it_spoke",
+    "bare_module",
     "beside",
     "is_adapted",
     "is_over",
@@ -55,10 +57,12 @@ __all__ = [
     "merged_state_dict",
     "policy_loss",
     "policy_stats",
+    "rewriting_initialization",
     "save_adapters",
     "share_base",
     "speaking_as",
     "token_path",
+    "trained_beneath",
     "weights_digest",
     "whole_logits",
 ]

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mossrlhf.models.quantized import (
-    is_quantized,
-    keep_differentiable,
-    note_quantization,
-    plain_layer,
-)
+from mossrlhf.models.beneath import merged_layer, merged_modules
+from mossrlhf.models.quantized import keep_differentiable, note_quantization
 from mossrlhf.sharding import entire, shape
 from mossrlhf.signature import inside
 
@@ -76,7 +73,7 @@ def add_adapters(model: Any, peft_config: Any) -> None:
         kinds[type(layer), getattr(layer.get_base_layer(), "bias", None) is None] = layer
     for layer in kinds.values():
         try:
-            _merged(layer)
+            merged_layer(layer)
         except Exception as error:  # whatever a kind of adapter raises: said before training
             raise ValueError(
                 f"peft_config: these adapters cannot be merged, as saving does ({error})"
@@ -144,27 +141,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Source: LoRA §4.1: W + (α/r) B A.
     """
     state: dict[str, Tensor] = model.state_dict()
-    changed = _adapted_layers(model)
-    inside_those = tuple(f"{name}." for name in changed)
-    for name, module in model.named_modules():
-        if is_quantized(module) and not name.startswith(inside_those or ("\0",)):
-            changed[name] = module
-    for name, layer in changed.items():
+    for name, layer in merged_modules(model).items():
         state = {key: w for key, w in state.items() if not key.startswith(f"{name}.")}
-        for key, weight in _merged(layer).state_dict().items():
+        for key, weight in layer.state_dict().items():
             state[f"{name}.{key}"] = weight
     return state
-
-
-def _merged(layer: Any) -> nn.Module:
-    """Return a layer of its own with the adapters of another merged in."""
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    if is_quantized(base):
-        return plain_layer(layer)  # merged into four bits, adapters would be rounded away
-    copied: Any = copy.deepcopy(layer)
-    copied.merge()
-    merged: nn.Module = copied.get_base_layer()
-    return merged
 
 
 def save_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
@@ -300,7 +281,7 @@ def _digest(backbone: Any) -> str:
     """Tell the weights beneath adapters, whatever the names that adapters give them."""
     adapters = {id(parameter) for parameter in adapter_parameters(backbone).values()}
     bare = {
-        name.replace(".base_layer", "").replace(".original_module", ""): weight
+        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): weight
         for name, weight in backbone.named_parameters()
         if id(weight) not in adapters
     }

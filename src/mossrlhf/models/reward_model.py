@@ -72,6 +72,9 @@ class RewardModel(nn.Module):
         backbone: a bare transformer (``AutoModel``).
         head: its value head; None for a new one that says 0 everywhere.
 
+    Raises:
+        ValueError: where the head reads hidden states of another size.
+
     Source: P1 §3.1; C's `LlamaRewardModel`.
     """
 
@@ -79,7 +82,12 @@ class RewardModel(nn.Module):
         super().__init__()
         self._prefix = backbone.base_model_prefix
         self.config = backbone.config
-        hidden_size = backbone.config.get_text_config().hidden_size
+        hidden_size = _hidden_size(backbone.config)
+        if head is not None and head.in_features != hidden_size:
+            raise ValueError(
+                f"head: it reads {head.in_features} numbers a token, and the backbone's hidden "
+                f"states have {hidden_size}; pass ValueHead({hidden_size})"
+            )
         self.add_module(self._prefix, backbone)
         self.score = head if head is not None else ValueHead(hidden_size)
         self._known = {name for name in ("position_ids", "use_cache") if accepts(backbone, name)}
@@ -216,6 +224,25 @@ class RewardModel(nn.Module):
         shell.load_state_dict(state)
         shell.push_to_hub(repo_id, **kwargs)
 
+    def require_layout(self, argument: str) -> None:
+        """Refuse a model whose head no sequence classifier of its family has, before it is trained.
+
+        Args:
+            argument: what the error calls it.
+
+        Raises:
+            ValueError: where `save_pretrained` would lose weights.
+        """
+        with torch.device("meta"):
+            shell: Any = classifier_class(self.config)(copy.deepcopy(self.config))
+        theirs = {*getattr(shell, "score", nn.Module()).state_dict()}
+        if theirs and (extra := sorted({*self.score.state_dict()} - theirs)):
+            raise ValueError(
+                f"{argument}: transformers' {type(shell).__name__} has no place for its head's "
+                f"{extra[0]}, so it could not be saved; pass a head without, as ValueHead("
+                f"{self.score.in_features}) is"
+            )
+
     def _shell(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         architecture = classifier_class(self.config)
         config: PreTrainedConfig = copy.deepcopy(self.config)
@@ -231,3 +258,9 @@ class RewardModel(nn.Module):
                 f"{different[:3]}, so saving would lose weights; save its state_dict() yourself"
             )
         return shell
+
+
+def _hidden_size(config: PreTrainedConfig) -> int:
+    text = config.get_text_config()
+    # OPT's smaller hidden states are what its backbone gives.
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)

@@ -6,6 +6,7 @@ the other role its gradient.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,8 @@ from mossrlhf.models.adapters import (
     load_adapters,
     save_adapters,
 )
-from mossrlhf.models.quantized import forget_quantization, is_quantized, plain_layer
+from mossrlhf.models.beneath import checksums, merged_modules, require_resting, trained_beneath
+from mossrlhf.models.quantized import forget_quantization
 from mossrlhf.models.reward_model import RewardModel, ValueHead
 from mossrlhf.signature import inside
 
@@ -40,14 +42,34 @@ def speaking_as(model: nn.Module, adapter: str | None) -> Iterator[None]:
     layers = adapter_layers(model)
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = adapter is None
+        # Of another role's tokens and whole modules PEFT would look for this adapter's.
+        layer._disable_adapters = adapter is None or adapter not in _adapters_of(layer)
         if adapter is not None:
             layer._active_adapter = [adapter]
     try:
         yield
     finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        _put_back(before)
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    names: set[str] = set(layer._get_available_adapters())
+    return names
+
+
+def _put_back(states: list[tuple[Any, Any, bool]]) -> None:
+    for layer, active, disabled in states:
+        layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@contextmanager
+def _in_state(states: list[tuple[Any, Any, bool]]) -> Iterator[None]:
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer, _, _ in states]
+    _put_back(states)
+    try:
+        yield
+    finally:
+        _put_back(before)
 
 
 def as_it_spoke(
@@ -62,11 +84,8 @@ def as_it_spoke(
         the backward, when another role may have the word.
     """
     layers = adapter_layers(model)
-    if not layers:
-        return nullcontext(), nullcontext()
-    active = layers[0]._active_adapter
-    name = active if isinstance(active, str) else active[0]
-    return nullcontext(), speaking_as(model, None if layers[0]._disable_adapters else name)
+    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    return nullcontext(), _in_state(states)
 
 
 class SharedRewardModel(RewardModel):
@@ -142,13 +161,8 @@ class SharedRewardModel(RewardModel):
         """Return a model that stands alone: a copy of the base, this one's adapter merged in."""
         alone = RewardModel(copy.deepcopy(self.backbone), copy.deepcopy(self.score))
         with speaking_as(alone.backbone, self.adapter) if self.adapter else nullcontext():
-            for name, layer in list(alone.backbone.named_modules()):
-                base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-                if is_quantized(base):
-                    alone.backbone.set_submodule(name, plain_layer(layer))
-                elif base is not layer and hasattr(layer, "merge"):
-                    layer.merge()
-                    alone.backbone.set_submodule(name, base)
+            for name, layer in merged_modules(alone.backbone).items():
+                alone.backbone.set_submodule(name, layer)
         forget_quantization(alone.backbone)
         return alone.requires_grad_(True)
 
@@ -166,12 +180,13 @@ def share_base(
     Args:
         policy: a ``peft.PeftModel`` around a causal language model.
         peft_config: of the adapter, of the same kind as the policy's.
-        name: of the adapter.
+        name: of the adapter; a number is put behind it where another has it.
         head: above it; None for one that says 0 everywhere.
         seed: of the adapter's first weights, whatever was drawn before.
 
     Raises:
-        ValueError: where the policy has no adapters, or these cannot stand beside them.
+        ValueError: where the policy has no adapters, its base is trained or would be changed, or
+            these cannot stand beside them.
 
     Source: ours.
     """
@@ -187,20 +202,42 @@ def share_base(
             f"{name}: got modules_to_save={peft_config.modules_to_save}, which would be copies of "
             "whole modules; the head is trained anyway, leave it out"
         )
-    flags = [(p, p.requires_grad) for p in policy.parameters()]
+    require_resting(peft_config, name)
+    if trained := trained_beneath(policy):
+        raise ValueError(
+            f"{name}: an adapter shares the policy's base, and that is trained beneath the "
+            f"policy's own ({', '.join(trained[:3])}), so what this says would move along. Pass "
+            "peft_config= with bias='none' for the policy, or a whole model here"
+        )
+    adapter = _free_name(policy, name)
+    known = dict(policy.named_parameters())
+    flags = [(p, p.requires_grad) for p in known.values()]
+    before = checksums(known)
     try:
         with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
             torch.default_generator.manual_seed(seed)
-            policy.add_adapter(name, copy.deepcopy(peft_config))
+            policy.add_adapter(adapter, copy.deepcopy(peft_config))
     except ValueError as error:
         raise ValueError(
             f"{name}: its adapter cannot stand beside the policy's ({error})"
         ) from error
     for parameter, flag in flags:
         parameter.requires_grad_(flag)  # PEFT trains the newest alone
+    if (after := checksums(known)) != before:
+        changed = [key for key in before if after[key] != before[key]]
+        raise ValueError(
+            f"{name}: putting its adapter on has changed the base it shares ({changed[0]}); load "
+            "the policy anew, and leave the adapter's initialization as it is"
+        )
     backbone: Any = inside(policy).base_model
     backbone.peft_config = policy.peft_config  # where PEFT looks for what it is to write
-    return SharedRewardModel(backbone, head, name).requires_grad_(True)
+    return SharedRewardModel(backbone, head, adapter).requires_grad_(True)
+
+
+def _free_name(policy: Any, name: str) -> str:
+    """A name that no adapter of the policy has: PEFT would put the new one in its place."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(free for free in names if free not in policy.peft_config)
 
 
 def load_shared(policy: nn.Module, folder: str | Path, name: str) -> SharedRewardModel:
@@ -221,7 +258,7 @@ def load_shared(policy: nn.Module, folder: str | Path, name: str) -> SharedRewar
     config = PeftConfig.from_pretrained(str(folder))
     config.modules_to_save, config.inference_mode = None, False
     model = share_base(policy, config, name)
-    load_adapters(model, Path(folder), name)
+    load_adapters(model, Path(folder), str(model.adapter))
     return model
 
 
@@ -238,7 +275,7 @@ def beside(policy: nn.Module, other: SharedRewardModel, name: str) -> SharedRewa
     config = policy.peft_config[other.adapter]  # type: ignore[index]
     head = copy.deepcopy(other.score)
     model = share_base(policy, config, name, head)
-    own = adapter_parameters(policy, name)
+    own = adapter_parameters(policy, model.adapter)
     with torch.no_grad():
         for key, weight in adapter_parameters(policy, str(other.adapter)).items():
             own[key].copy_(weight)

@@ -1,6 +1,6 @@
 """The four models of PPO, made of whatever a user gives: objects, names or nothing."""
 
-from mossrlhf.roles.judges import load_critic, load_reward
+from mossrlhf.roles.judges import lent_base, load_critic, load_reward, load_rewards
 from mossrlhf.roles.machine import (
     checkpoint_activations,
     count_parameters,
@@ -13,7 +13,7 @@ from mossrlhf.roles.policy import (
     is_adapted,
     load_policy,
     load_reference,
-    only_its_own,
+    save_policy,
 )
 from mossrlhf.roles.reading import (
     load_tokenizer,
@@ -29,16 +29,18 @@ __all__ = [
     "count_parameters",
     "disable_dropout",
     "is_adapted",
+    "lent_base",
     "load_critic",
     "load_policy",
     "load_reference",
     "load_reward",
+    "load_rewards",
     "load_tokenizer",
     "make_accelerator",
-    "only_its_own",
     "policy_context",
     "prompt_budget",
     "require_vocabulary",
+    "save_policy",
     "set_switches",
     "vocabulary_size",
 ]

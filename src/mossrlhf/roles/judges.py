@@ -1,6 +1,8 @@
 """The critic and the rewards, made of objects, names or nothing."""
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mossrlhf.models import (
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
 from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
+from mossrlhf.sharding import is_sharded
 from mossrlhf.signature import inside
 
 
@@ -65,6 +68,8 @@ def load_critic(
         if any(made.score.weight is model.score.weight for model in rewards):
             made = copy.deepcopy(made)  # or the reward would be trained along
     require_finite(made, "critic")
+    if made.score.bias is not None:
+        made.require_layout("critic")
     if vocabulary_size(made) != vocabulary:
         raise ValueError(
             f"critic: its vocabulary has {vocabulary_size(made)} tokens, the policy's "
@@ -92,7 +97,9 @@ def _shared_critic(
         return share_base(policy, critic, "critic", seed=seed + 1)  # not the policy's over again
     if isinstance(critic, ValueHead):
         backbone: Any = inside(policy).base_model
-        return SharedRewardModel(backbone, critic)
+        made = SharedRewardModel(backbone, critic)
+        made.require_layout("critic")
+        return made
     if isinstance(critic, (str, Path)) and (folder := adapter_folder(critic)) is not None:
         return load_shared(policy, folder, "critic") if is_over(policy, folder) else None
     if critic in (None, True) and rewards and isinstance(rewards[0], SharedRewardModel):
@@ -165,6 +172,58 @@ def load_reward(
                 "through text"
             )
     return reward
+
+
+def load_rewards(
+    rewards: Sequence[tuple[Any, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    policy: nn.Module | None = None,
+) -> list[tuple[Any, Any]]:
+    """Load several rewards as `load_reward` does, with a name of its own for each that is named.
+
+    Args:
+        rewards: with their weights.
+        tokenizer: the policy's.
+        policy: whose base they may share; None to load them whole.
+
+    Source: ours.
+    """
+    loaded, named = [], 0
+    for reward, weight in rewards:
+        named += isinstance(reward, (str, Path))
+        name = f"reward_model_{named}" if isinstance(reward, (str, Path)) and named > 1 else ""
+        loaded.append((load_reward(reward, tokenizer, name, policy), weight))
+    return loaded
+
+
+@contextmanager
+def lent_base(policy: nn.Module) -> Iterator[nn.Module | None]:
+    """Lend the policy's base to rewards that are asked for once, and take their adapters off.
+
+    Args:
+        policy: of a trainer.
+
+    Yields:
+        the policy; None where it is sharded, and takes no adapters any more.
+
+    Source: ours.
+    """
+    if not is_adapted(policy) or is_sharded(policy):
+        yield None
+        return
+    adapted: Any = policy
+    before = set(adapted.peft_config)
+    modes = [(module, module.training) for module in policy.modules()]
+    try:
+        yield policy
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        flags = [(p, p.requires_grad) for p in policy.parameters()]
+        for name in set(adapted.peft_config) - before:
+            adapted.delete_adapter(name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _remembered_tokenizer(

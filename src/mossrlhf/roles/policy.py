@@ -15,7 +15,12 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from mossrlhf.models import RewardModel, keep_differentiable
+from mossrlhf.models import (
+    RewardModel,
+    keep_differentiable,
+    rewriting_initialization,
+    trained_beneath,
+)
 from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
 from mossrlhf.signature import inside
 
@@ -188,19 +193,17 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
         ValueError: where its vocabulary is not the policy's, or a weight is not finite.
 
     Warns:
-        UserWarning: where the policy's adapters were trained before, so that it is copied whole.
+        UserWarning: where the policy is copied whole, since its adapters were trained before, or
+            its base is trained along or has been rewritten by them.
 
     Source: P1 §3.2: the reference is the SFT model.
     """
     if ref_model is None:
         if is_adapted(policy):
-            if not has_effect(policy):
+            if (why := _why_copied(policy)) is None:
                 return None
             warnings.warn(
-                "ref_model: got None, and the policy's adapter already changes what it says, so "
-                "the reference is a copy of the whole policy, which costs the memory of a second "
-                "base. To do without, pass peft_config=: the adapter is merged and a new one put "
-                "on top",
+                f"ref_model: got None, and {why}",
                 UserWarning,
                 stacklevel=2,
             )
@@ -223,6 +226,29 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
             "or leave ref_model=None for the policy as it is now"
         )
     return ref_model.eval().requires_grad_(False)
+
+
+def _why_copied(policy: Any) -> str | None:
+    """Why a policy with its adapters off is not its reference, and what to do; None where it is."""
+    costs = "the reference is a copy of the whole policy, which costs the memory of a second base"
+    if trained := trained_beneath(policy):
+        return (
+            f"parameters of the policy's base are trained beneath its adapter "
+            f"({', '.join(trained[:3])}), so {costs}. To do without, leave bias='none' in "
+            "peft_config"
+        )
+    if not has_effect(policy):
+        return None
+    names = map(rewriting_initialization, policy.peft_config.values())
+    if name := next(filter(None, names), None):
+        return (
+            f"init_lora_weights={name!r} has rewritten the base beneath the policy's adapter, so "
+            f"{costs}. To do without, leave init_lora_weights as it is"
+        )
+    return (
+        f"the policy's adapter already changes what it says, so {costs}. To do without, pass "
+        "peft_config=: the adapter is merged and a new one put on top"
+    )
 
 
 @torch.no_grad()
@@ -263,17 +289,26 @@ def is_adapted(policy: nn.Module) -> bool:
     return isinstance(policy, PeftModel)
 
 
-def only_its_own(policy: nn.Module) -> dict[str, Any]:
-    """Return what keeps a policy's ``save_pretrained`` from writing other roles' adapters along.
+def save_policy(policy: Any, folder: Path) -> None:
+    """Write a policy to a folder, of its adapters the one it speaks by alone.
 
     Args:
         policy: with or without adapters.
+        folder: made where absent.
 
-    Source: ours.
+    Source: ours; PEFT writes an adapter with a name of its own to a folder below, where its
+        ``from_pretrained`` does not look.
     """
-    if is_adapted(policy) and len(policy.peft_config) > 1:  # type: ignore[arg-type]
-        return {"selected_adapters": list(policy.active_adapters)}  # type: ignore[arg-type]
-    return {}
+    if not is_adapted(policy):
+        policy.save_pretrained(folder)
+        return
+    own = list(policy.active_adapters)
+    policy.save_pretrained(folder, selected_adapters=own)
+    if len(own) == 1 and own != ["default"]:
+        below = folder / own[0]
+        for file in below.iterdir():
+            file.replace(folder / file.name)
+        below.rmdir()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.config import TrainerConfig
-from mossrlhf.models import RewardModel
+from mossrlhf.models import RewardModel, bare_module
 
 
 @contextmanager
@@ -72,7 +72,8 @@ def vocabulary_size(model: nn.Module) -> int:
     Source: ours.
     """
     backbone = model.backbone if isinstance(model, RewardModel) else model
-    return int(backbone.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    table: Any = bare_module(backbone.get_input_embeddings())  # type: ignore[operator]
+    return int(table.num_embeddings)
 
 
 def require_vocabulary(
