@@ -156,7 +156,7 @@ def test_what_saving_raises_does_not_hide_the_cause(make, monkeypatch, capsys):
 
 
 def test_adapters_that_judge_share_the_base_and_leave(make, base, scorer):
-    judges, asked = [scorer(1), scorer(2)], [{"prompt": "1"}]
+    judges, other, asked = [scorer(1), scorer(2)], scorer(3), [{"prompt": "1"}]
     trainer = make(model=base, peft_config=lora(), reward=judges, eval_dataset=asked)
     assert trainer.rewards.names == ["reward_model", "reward_model_2"]
     kept = trainer.rewards.same_tokenizer()
@@ -164,15 +164,15 @@ def test_adapters_that_judge_share_the_base_and_leave(make, base, scorer):
     first = [model(IDS, MASK).item() for model in kept]
     assert first[0] != first[1]
     before = {n: (p, p.requires_grad) for n, p in trainer.policy.named_parameters()}
-    asked = trainer.evaluate(rewards=str(scorer(3)))
+    asked = trainer.evaluate(rewards=str(other))
     told = trainer.evaluate()
-    assert asked["eval/reward_model/mean"] != told["eval/reward_model/mean"]
+    assert asked["eval/reward_model/policy"] != told["eval/reward_model/policy"]
     after = {n: (p, p.requires_grad) for n, p in trainer.policy.named_parameters()}
     assert {n: id(p) for n, (p, _) in before.items()} == {n: id(p) for n, (p, _) in after.items()}
     assert [flag for _, flag in before.values()] == [flag for _, flag in after.values()]
     assert [model(IDS, MASK).item() for model in kept] == first
-    theirs = trainer.evaluate(rewards=load_shared(trainer.policy, scorer(3), "theirs"))
-    assert asked["eval/reward_model/mean"] == pytest.approx(theirs["eval/reward_model/mean"])
+    theirs = trainer.evaluate(rewards=load_shared(trainer.policy, other, "theirs"))
+    assert asked["eval/reward_model/policy"] == pytest.approx(theirs["eval/reward_model/policy"])
     trainer.train()
 
 

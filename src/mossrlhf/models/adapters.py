@@ -5,6 +5,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mossrlhf.models.beneath import merged_layer, merged_modules
+from mossrlhf.models.beneath import merged_layer, merged_modules, only_tokens_of
 from mossrlhf.models.quantized import keep_differentiable, note_quantization
 from mossrlhf.sharding import entire, shape
 from mossrlhf.signature import inside
@@ -119,7 +120,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> dict[str
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer in adapter_layers(model):
         for kind in layer.adapter_layer_names:
-            for name, part in getattr(layer, kind).items():
+            for name, part in attrgetter(kind)(layer).items():
                 if adapter not in (None, name):
                     continue
                 parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
@@ -162,7 +163,8 @@ def save_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
     from peft.utils import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    inside = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
+    with only_tokens_of(model.backbone, adapter):
+        inside = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
     before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
     state = {f"{before}{name}": weight for name, weight in inside.items()}
     for name, weight in model.score.state_dict().items():
@@ -199,7 +201,8 @@ def load_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
     before = f"{_OUTSIDE}{model.backbone.base_model_prefix}."
     head = {k.removeprefix(f"{_OUTSIDE}score."): v for k, v in state.items() if ".score." in k}
     inside = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
-    own = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
+    with only_tokens_of(model.backbone, adapter):
+        own = get_peft_model_state_dict(model.backbone, adapter_name=adapter)
     different = sorted(own.keys() ^ inside.keys()) + sorted(head.keys() ^ {*_names(model.score)})
     if different:
         raise ValueError(
@@ -212,7 +215,7 @@ def load_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
             f"{folder / WEIGHTS}: these adapters were trained on other weights than the model has "
             "beneath them; begin with the model that training began with"
         )
-    with torch.no_grad():
+    with torch.no_grad(), only_tokens_of(model.backbone, adapter):
         set_peft_model_state_dict(model.backbone, inside, adapter_name=adapter)
     model.score.load_state_dict(head)
 

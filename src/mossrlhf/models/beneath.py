@@ -1,7 +1,8 @@
 """What lies beneath adapters: that they leave it as it is, and what it is with them merged in."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,11 +98,46 @@ def bare_module(module: Any) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        tuner = isinstance(module, BaseTunerLayer)
-        module = module.get_base_layer() if tuner else module.original_module
-    bare: nn.Module = module
-    return bare
+    bare: Any = module
+    while isinstance(bare, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        tuner = isinstance(bare, BaseTunerLayer)
+        bare = bare.get_base_layer() if tuner else bare.original_module  # type: ignore[union-attr]
+    found: nn.Module = bare
+    return found
+
+
+@contextmanager
+def only_tokens_of(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Have PEFT read and write an adapter without looking for it among other roles' tokens.
+
+    Args:
+        model: with adapters inside.
+        adapter: that may have no tokens of its own.
+
+    Source: ours; of wrapped modules PEFT passes over those of others, of wrapped tokens it does
+        not.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    asked = ("adapter_state_dict", "adapter_state_dict_load_map")
+    others = [
+        module
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        and adapter not in module._get_available_adapters()
+    ]
+    for module in others:
+        vars(module).update(dict.fromkeys(asked, _nothing))
+    try:
+        yield
+    finally:
+        for module in others:
+            for name in asked:
+                vars(module).pop(name)
+
+
+def _nothing(*_: Any) -> dict[str, Any]:
+    return {}
 
 
 def merged_modules(model: nn.Module) -> dict[str, nn.Module]:

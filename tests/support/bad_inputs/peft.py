@@ -5,7 +5,7 @@ import json
 from peft import LoraConfig, get_peft_model
 
 from bad_inputs.room import Room
-from mossrlhf import RewardModel
+from mossrlhf import RewardModel, ValueHead
 from mossrlhf.models import add_adapters
 
 room = Room("Adapters")
@@ -105,4 +105,47 @@ row(
     "ValueError: critic: an adapter shares the policy's base, and the policy has none of its own: "
     "all of it is trained. Pass peft_config= for the policy too, or a whole model here",
     lambda shop: shop.trainer(critic=lora()),
+)
+
+
+row(
+    "a critic's adapter whose initialization rewrites the base it shares",
+    "ValueError: critic: got init_lora_weights='pissa', which rewrites the base beneath the "
+    "adapter, and with it what policy and reference say; leave init_lora_weights as it is",
+    lambda shop: shop.trainer(critic=lora(init_lora_weights="pissa"), peft_config=lora()),
+)
+row(
+    "a policy's adapter whose initialization rewrites its base",
+    "warning: ref_model: got None, and init_lora_weights='olora' has rewritten the base beneath "
+    "the policy's adapter, so the reference is a copy of the whole policy, which costs the memory "
+    "of a second base. To do without, leave init_lora_weights as it is",
+    lambda shop: shop.trainer(critic=False, peft_config=lora(init_lora_weights="olora")),
+)
+row(
+    "biases of the base trained beside the policy's adapter",
+    "warning: …ref_model: got None, and parameters of the policy's base are trained beneath its "
+    "adapter (…bias…), so the reference is a copy of the whole policy, which costs the memory of "
+    "a second base. To do without, leave bias='none' in peft_config",
+    lambda shop: shop.trainer(model=shop.policy(attention_bias=True), peft_config=lora(bias="all")),
+)
+row(
+    "those, and a critic's adapter on that base",
+    "ValueError: critic: an adapter shares the policy's base, and that is trained beneath the "
+    "policy's own (…bias…), so what this says would move along. Pass peft_config= with "
+    "bias='none' for the policy, or a whole model here",
+    lambda shop: shop.trainer(
+        model=shop.policy(attention_bias=True), peft_config=lora(bias="all"), critic=lora()
+    ),
+)
+row(
+    "a head with a bias as the critic",
+    "ValueError: critic: transformers' LlamaForSequenceClassification has no place for its head's "
+    "bias, so it could not be saved; pass a head without, as ValueHead(16) is",
+    lambda shop: shop.trainer(critic=ValueHead(16, bias=True)),
+)
+row(
+    "a head for hidden states of another size",
+    "ValueError: head: it reads 17 numbers a token, and the backbone's hidden states have 16; "
+    "pass ValueHead(16)",
+    lambda shop: shop.trainer(critic=ValueHead(17)),
 )
