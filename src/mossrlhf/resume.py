@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from mossrlhf.checkpoint import (
@@ -18,7 +17,7 @@ from mossrlhf.checkpoint import (
     trained_tensors,
     write_json,
 )
-from mossrlhf.models import RewardModel, weights_digest
+from mossrlhf.models import weights_digest
 from mossrlhf.models.adapters import adapter_parameters
 from mossrlhf.processes import together
 from mossrlhf.randomness import random_state, set_random_state
@@ -146,12 +145,8 @@ def _weights_beneath(trainer: "Trainer") -> dict[str, str | None]:
         if not p.requires_grad and id(p) not in adapters
     }
     ref = trainer.ref_model
-    judges: dict[str, Tensor] = {}
-    for index, model in enumerate(trainer.rewards.models()):
-        own = model.own_parameters() if isinstance(model, RewardModel) else model.named_parameters()
-        judges |= {f"{index}.{name}": p for name, p in dict(own).items()}
     return {
-        "rewards": weights_digest(judges) if judges else None,
+        "rewards": trainer.run.judges,
         "frozen": weights_digest(frozen) if frozen else None,
         "reference": None if ref is None else weights_digest(dict(ref.named_parameters())),
     }

@@ -22,7 +22,7 @@ from mossrlhf.processes import together
 from mossrlhf.resume import load_checkpoint, save_checkpoint
 from mossrlhf.retention import set_aside, sweep
 from mossrlhf.rewinding import snapshot
-from mossrlhf.settings import settings_of
+from mossrlhf.settings import judges_of, settings_of
 from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
@@ -72,6 +72,7 @@ class Run:
         self.steps_before = 0
         self.folder_cleared = False
         self.settings = settings_of(trainer)
+        self.judges = judges_of(trainer)
         self._fire("on_init_end")
 
     def _fire(self, event: str, **kwargs: Any) -> None:

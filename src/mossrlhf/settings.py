@@ -5,6 +5,9 @@ import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from mossrlhf.models import RewardModel, weights_digest
 from mossrlhf.roles import is_adapted
 
 if TYPE_CHECKING:
@@ -35,6 +38,21 @@ def settings_of(trainer: "Trainer") -> dict[str, Any]:
         "kl_coef": getattr(trainer.shaper, "kl_coef", None),
         "len(train_dataset)": len(trainer.prompts.dataset),
     }
+
+
+def judges_of(trainer: "Trainer") -> str | None:
+    """Tell the reward models from others; all processes ask together, as these may be sharded.
+
+    Args:
+        trainer: built; None where no model is among its rewards.
+
+    Source: ours.
+    """
+    found: dict[str, Tensor] = {}
+    for index, model in enumerate(trainer.rewards.models()):
+        own = model.own_parameters() if isinstance(model, RewardModel) else model.named_parameters()
+        found |= {f"{index}.{name}": parameter for name, parameter in dict(own).items()}
+    return weights_digest(found) if found else None
 
 
 def apply_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
