@@ -234,11 +234,11 @@ class RewardModel(nn.Module):
             ValueError: where `save_pretrained` would lose weights.
         """
         with torch.device("meta"):
-            shell: Any = classifier_class(self.config)(copy.deepcopy(self.config))
-        theirs = {*getattr(shell, "score", nn.Module()).state_dict()}
+            empty: Any = classifier_class(self.config)(copy.deepcopy(self.config))
+        theirs = {*getattr(empty, "score", nn.Module()).state_dict()}
         if theirs and (extra := sorted({*self.score.state_dict()} - theirs)):
             raise ValueError(
-                f"{argument}: transformers' {type(shell).__name__} has no place for its head's "
+                f"{argument}: transformers' {type(empty).__name__} has no place for its head's "
                 f"{extra[0]}, so it could not be saved; pass a head without, as ValueHead("
                 f"{self.score.in_features}) is"
             )
