@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, WatermarkingConfig
 
 from mossrlhf.models import policy_stats
-from mossrlhf.recording import WARPERS, Recorder, unwarped
+from mossrlhf.sampling.recording import WARPERS, Recorder, unwarped
 from mossrlhf.sampling import HFSampler
 
 V, END = 30, 2

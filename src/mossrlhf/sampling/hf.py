@@ -1,85 +1,20 @@
-"""Drawing responses: the sampler protocol, and `generate` of transformers behind it."""
+"""`generate` of transformers behind the sampler protocol."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.recording import Recorder, require_recordable, unwarped
+from mossrlhf.sampling.distribution import FREE, NEUTRAL, require_distribution, require_plain
+from mossrlhf.sampling.recording import Recorder, unwarped
 from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
-
-FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Sampling from the policy's own distribution; what a config leaves unset becomes this."""
-
-NEUTRAL = {
-    **FREE,
-    "begin_suppress_tokens": None,
-    "bad_words_ids": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "guidance_scale": 1.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "min_p": 0.0,
-    "no_repeat_ngram_size": 0,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "watermarking_config": None,
-}
-"""The values, besides None, at which a field of a config leaves the distribution alone."""
-
-_SEARCH = "tokens would not be drawn one by one from a distribution that can be scored"
-_ASSISTED = "assisted decoding takes one prompt at a time and draws several tokens at once"
-
-REFUSED = {
-    "stop_strings": "a response ends with a token here; name it by eos_token_id=",
-    "max_time": "responses would end by the clock; shorten them by max_new_tokens=",
-    "token_healing": "prompts would be changed; rewards and log-probabilities are of those given",
-    "assistant_early_exit": _ASSISTED,
-    "is_assistant": _ASSISTED,
-    "prompt_lookup_num_tokens": _ASSISTED,
-    "speculation_type": _ASSISTED,
-    "use_mtp": _ASSISTED,
-    "constraints": _SEARCH,
-    "dola_layers": _SEARCH,
-    "force_words_ids": _SEARCH,
-    "penalty_alpha": _SEARCH,
-}
-"""Fields of a config that no sampling of one response per prompt knows, and what to do instead."""
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Draws one response for each prompt. `temperature` is the one they are scored at.
-
-    Source: ours.
-    """
-
-    @property
-    def temperature(self) -> float:
-        """Temperature τ of the distribution the responses come from."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest response possible, in tokens."""
-
-    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Draw one response for each of B prompts (token ids)."""
 
 
 @strict
@@ -120,13 +55,13 @@ class HFSampler:
                 "generation_config: max_new_tokens is None; say how long a response may become, "
                 "e.g. GenerationConfig(max_new_tokens=512)"
             )
-        _require_plain(config)
+        require_plain(config)
         check_range("HFSampler", "batch_size", self.batch_size, 1)
         greedy = config.do_sample is False  # then transformers warns of what concerns sampling
         for name, value in FREE.items():
             if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
                 setattr(config, name, value)
-        _require_distribution(config)
+        require_distribution(config)
         eos = self.eos_token_id
         if not isinstance(eos, int) and len(eos) == 0:
             raise ValueError(
@@ -269,41 +204,6 @@ class HFSampler:
             truncated=~ended,
             mask=mask,
         )
-
-
-def _require_distribution(config: GenerationConfig) -> None:
-    """Refuse numbers that make no distribution, which `generate` would find out, or not."""
-    if not config.do_sample:
-        return
-    ranges = {
-        "temperature": (0 < config.temperature < math.inf, "above 0"),
-        "top_p": (0 <= config.top_p <= 1, "in [0, 1]"),  # 95 would be passed over in silence
-        "top_k": (0 <= config.top_k < math.inf, "of at least 0 (0 for all tokens)"),
-        "repetition_penalty": (0 < config.repetition_penalty < math.inf, "above 0 (1 for none)"),
-    }
-    for name, (fits, expected) in ranges.items():
-        if not fits:
-            raise ValueError(
-                f"generation_config: {name} = {getattr(config, name)}, expected a number {expected}"
-                "; for the likeliest token each time set do_sample=False"
-            )
-
-
-def _require_plain(config: GenerationConfig) -> None:
-    """Refuse what is not the sampling of one response per prompt, token by token."""
-    for name in ("num_beams", "num_return_sequences"):
-        if (getattr(config, name) or 1) != 1:
-            raise ValueError(
-                f"generation_config: {name} = {getattr(config, name)}, expected 1; for several "
-                "responses to a prompt set TrainerConfig.samples_per_prompt"
-            )
-    for name, instead in REFUSED.items():
-        # Older releases of transformers lack the newest of them.
-        value = getattr(config, name, None)
-        off = value is None or value is False or (name == "penalty_alpha" and value == 0)
-        if not off:
-            raise ValueError(f"generation_config: {name} = {value!r}, expected None: {instead}")
-    require_recordable(config)
 
 
 @contextmanager
