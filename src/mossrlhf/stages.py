@@ -1,7 +1,8 @@
 """The five stages of an iteration, and the parts they work with."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mossrlhf.data import (
 )
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.frozen import at_work, settle
+from mossrlhf.kernels import FastProducts
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
@@ -187,7 +189,7 @@ class Stages:
             ValueError: where a reward function raises or returns what is not asked for.
         """
         self.model.eval()
-        with self._at_work(*self.rewards.models()), self.accelerator.autocast():
+        with self._at_work(*self.rewards.models()), self._computing():
             scores, token_scores, by_name = self.rewards(rollout)
         extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
         return replace(
@@ -219,13 +221,14 @@ class Stages:
     def _annotate(self, rollout: Rollout, rows: Tensor, noted: dict[str, Tensor]) -> None:
         part = rollout.select(rows)
         place = rows.to(part.mask.device), rollout.mask.shape
-        with self.accelerator.autocast():
-            stats = self.model.score(part, entropy=True)
+        with self._computing():
+            if rollout.logprobs is None or rollout.entropies is None:
+                stats = self.model.score(part, entropy=True)
+                note(noted, "logprobs", *place, part.mask, stats.logprob)
+                note(noted, "entropies", *place, part.mask, stats.entropy)
             with as_reference(self.ref_model, self.policy) as reference:
                 ref = self.model.score(part, policy=reference)
             values = self.model.values(part) if self.critic is not None else None
-        note(noted, "logprobs", *place, part.mask, stats.logprob)
-        note(noted, "entropies", *place, part.mask, stats.entropy)
         note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
         if values is not None:
             note(noted, "values", *place, part.states, values[0][part.states])
@@ -310,7 +313,7 @@ class Stages:
 
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
         self.model.eval()
-        with self._at_work(model), self.accelerator.autocast():
+        with self._at_work(model), self._computing():
             rollout = responses(self.sampler, model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
@@ -319,6 +322,11 @@ class Stages:
 
     def _at_work(self, *models: nn.Module | None, lend: bool = True) -> Any:
         return at_work(self.model, *models, device=self.accelerator.device, lend=lend)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with FastProducts(), self.accelerator.autocast():
+            yield
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import FREE, NEUTRAL, REFUSED, HFSampler
@@ -118,15 +119,16 @@ class Scripted(nn.Module):
     def generate(self, ids, attention_mask, generation_config):
         self.asked = ids.tolist(), attention_mask.tolist()
         self.with_gradients = torch.is_grad_enabled()
-        return torch.cat([ids, self.responses], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([ids, self.responses], dim=1))
 
 
 def test_assembly_by_hand():
     """Prompts go in padded on the left and come out padded on the right; 9 ends and pads."""
-    model = Scripted([[4, 9, 9], [3, 9, 9], [4, 4, 9], [4, 4, 4]])
-    rollout = sampler(eos=9, pad=9)(model, [[5], [9, 6], [7], [8, 8]])
-    assert model.asked[0] == [[9, 5], [9, 6], [9, 7], [8, 8]]
-    assert model.asked[1] == [[0, 1], [1, 1], [0, 1], [1, 1]]
+    model = Scripted([[4, 9, 9], [4, 4, 9], [3, 9, 9], [4, 4, 4]])  # shorter prompts first
+    subject = sampler(eos=9, pad=9, do_sample=False, max_new_tokens=3)
+    rollout = subject(model, [[5], [9, 6], [7], [8, 8]])
+    assert model.asked[0] == [[9, 5], [9, 7], [9, 6], [8, 8]]
+    assert model.asked[1] == [[0, 1], [0, 1], [1, 1], [1, 1]]
     assert not model.with_gradients
     assert rollout.input_ids.tolist() == [
         [5, 4, 9, 9, 9],

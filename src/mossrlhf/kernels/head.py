@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mossrlhf.functional.reduce import upcast
 from mossrlhf.kernels.dispatch import backend_of
+from mossrlhf.kernels.products import add_product, product
 
 CPU_CHUNK_BYTES = 2**25
 """Of the float32 logits of one chunk: few enough to be lean, rows enough for the matrix product."""
@@ -76,6 +77,7 @@ class Head:
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.gradients: list[tuple[Tensor, torch.dtype] | None] = [None, None, None]
         self._inputs = (hidden, weight, bias)
+        self._logits: Tensor | None = None
 
     def chunks(self) -> Iterator[slice]:
         """Cut N rows into chunks of like size."""
@@ -83,10 +85,19 @@ class Head:
 
     def logits(self, rows: slice) -> Tensor:
         """Compute the logits ``[n, V]`` of a chunk."""
-        z = _product(self.hidden[rows], self.weight.t(), self.wide)
+        x = self.hidden[rows]
+        z = _product(x, self.weight.t(), self.wide, self._room(len(x)))
         if self.bias is not None:
             z += self.bias
         return capped(z, self.scale, self.softcap, in_place=True)
+
+    def _room(self, count: int) -> Tensor | None:
+        """Where the logits of every chunk go in turn; on CUDA the allocator does as well."""
+        if self.hidden.is_cuda or self.dtype != self.wide:
+            return None
+        if self._logits is None:
+            self._logits = self.hidden.new_empty(count, len(self.weight))
+        return self._logits[:count]
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Make room for the gradients of hidden states, weight and bias, as they are wanted."""
@@ -137,17 +148,17 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32 if half and not hidden.is_cuda else dtype
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """A·B, summed in float32 and rounded once, to `dtype`."""
     half = a.dtype in (torch.bfloat16, torch.float16)
     if half and dtype == torch.float32 and a.is_cuda:  # the one pair of types CUDA has
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    return product(a, b, out).to(dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add A·B to `total` in the type of `total`."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        add_product(total, a, b)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

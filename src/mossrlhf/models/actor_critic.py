@@ -135,7 +135,7 @@ class ActorCritic(nn.Module):
     def _values(self, batch: Rollout) -> Values:
         if self.critic is None:
             raise ValueError("critic: there is none (critic=False), so there are no values")
-        values = self.critic.token_values(batch.input_ids, batch.attention_mask)
+        values = self.critic.token_values(batch.input_ids, batch.attention_mask, True)
         last = batch.prompt_lengths + batch.response_lengths - 1
         return values.gather(1, batch.state_index), values.gather(1, last[:, None]).squeeze(1)
 

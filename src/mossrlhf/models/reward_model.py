@@ -21,6 +21,7 @@ from mossrlhf.models.classifiers import (
     load_classifier,
     warn_of_padding,
 )
+from mossrlhf.models.padding import needed_mask
 from mossrlhf.models.quantized import forget_quantization
 from mossrlhf.signature import accepts
 
@@ -107,19 +108,25 @@ class RewardModel(nn.Module):
         return dict(self.named_parameters())
 
     def token_values(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Shaped[Tensor, "B L"],
+        right_padded: bool | None = None,
     ) -> Float[Tensor, "B L"]:
         """Return the head's value at every position; positions count attended tokens only.
 
         Args:
             input_ids: ``[B, L]``.
             attention_mask: ``[B, L]`` 1 on tokens, 0 on padding, on either side.
+            right_padded: whether it is known that all padding is on the right.
 
         Returns:
             ``[B, L]`` float32, in units of reward; meaningless on padding.
         """
-        mask = attention_mask.long()
-        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+        mask = needed_mask(self.backbone, attention_mask, right_padded)
+        extra: dict[str, Any] = {"use_cache": False}
+        if mask is not None:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         known = {name: value for name, value in extra.items() if name in self._known}
         output = self.backbone(input_ids, attention_mask=mask, **known)
         return self.score(output.last_hidden_state)

@@ -109,19 +109,23 @@ class SharedRewardModel(RewardModel):
         self.adapter = adapter
 
     def token_values(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Shaped[Tensor, "B L"],
+        right_padded: bool | None = None,
     ) -> Float[Tensor, "B L"]:
         """Return the head's value at every position, as `RewardModel` does, by its own adapter.
 
         Args:
             input_ids: ``[B, L]``.
             attention_mask: ``[B, L]`` 1 on tokens, 0 on padding, on either side.
+            right_padded: whether it is known that all padding is on the right.
 
         Returns:
             ``[B, L]`` float32, in units of reward; meaningless on padding.
         """
         with self.speaking():
-            return super().token_values(input_ids, attention_mask)
+            return super().token_values(input_ids, attention_mask, right_padded)
 
     def speaking(self) -> AbstractContextManager[None]:
         """Return a context in which the backbone speaks by this model's adapter."""

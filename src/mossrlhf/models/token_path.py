@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mossrlhf.kernels.head import capped
 from mossrlhf.kernels.modules import applied, is_linear
+from mossrlhf.models.padding import needed_mask
 from mossrlhf.signature import inside
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -84,9 +85,10 @@ def hidden_states(
 
     Source: ours.
     """
-    backbone = inside(model).base_model
-    hidden: Tensor = backbone(  # type: ignore[operator]
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    backbone: Any = inside(model).base_model
+    mask = needed_mask(backbone, attention_mask, right_padded=True)
+    hidden: Tensor = backbone(
+        input_ids=input_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
     return hidden
 

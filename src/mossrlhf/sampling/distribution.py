@@ -1,10 +1,11 @@
 """What a generation config may ask for, where what is drawn is scored afterwards."""
 
 import math
+from typing import Any
 
 from transformers import GenerationConfig
 
-from mossrlhf.sampling.recording import require_recordable
+from mossrlhf.sampling.draws import require_recordable
 
 FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """Sampling from the policy's own distribution; what a config leaves unset becomes this."""
@@ -51,6 +52,18 @@ REFUSED = {
     "penalty_alpha": _SEARCH,
 }
 """Fields of a config that no sampling of one response per prompt knows, and what to do instead."""
+
+
+def departures(config: GenerationConfig) -> dict[str, Any]:
+    """Return the fields by which what is drawn differs from what is scored, temperature apart.
+
+    Args:
+        config: the one in force.
+
+    Source: ours.
+    """
+    given = {name: getattr(config, name, None) for name in NEUTRAL if name != "temperature"}
+    return {n: v for n, v in given.items() if v is not None and v != NEUTRAL[n]}
 
 
 def require_distribution(config: GenerationConfig) -> None:

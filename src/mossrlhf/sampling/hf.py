@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.sampling.distribution import FREE, NEUTRAL, require_distribution, require_plain
-from mossrlhf.sampling.recording import Recorder, unwarped
+from mossrlhf.sampling.distribution import (
+    FREE,
+    departures,
+    require_distribution,
+    require_plain,
+)
+from mossrlhf.sampling.segments import drawn
 from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
@@ -32,6 +37,8 @@ class HFSampler:
         eos_token_id: token(s) that end a response.
         pad_token_id: any id of the vocabulary; masks come from lengths.
         batch_size: prompts at a time; None for all at once.
+        segment: tokens after which responses that have ended are let go; None to wait for the
+            last. Like `batch_size` it changes speed and memory alone.
 
     Raises:
         ValueError: where ``max_new_tokens`` is missing or a number makes no distribution (a
@@ -46,6 +53,7 @@ class HFSampler:
     eos_token_id: int | Sequence[int]
     pad_token_id: int
     batch_size: int | None = None
+    segment: int | None = 16
     effective: GenerationConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +65,7 @@ class HFSampler:
             )
         require_plain(config)
         check_range("HFSampler", "batch_size", self.batch_size, 1)
+        check_range("HFSampler", "segment", self.segment, 1)
         greedy = config.do_sample is False  # then transformers warns of what concerns sampling
         for name, value in FREE.items():
             if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
@@ -123,12 +132,7 @@ class HFSampler:
     @property
     def departures(self) -> list[str]:
         """What makes the drawn distribution differ from the scored one, temperature apart."""
-        given = {name: getattr(self.effective, name, None) for name in NEUTRAL}
-        return [
-            f"{name}={value}"
-            for name, value in given.items()
-            if name != "temperature" and value is not None and value != NEUTRAL[name]
-        ]
+        return [f"{name}={value}" for name, value in departures(self.effective).items()]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
@@ -150,36 +154,41 @@ class HFSampler:
                 f"prompts: got {len(prompts)}, of which {empty} are empty; expected at least one, "
                 "and at least one token in each"
             )
-        size = self.batch_size or len(prompts)
-        parts = [
-            self._draw(model, prompts[start : start + size])
-            for start in range(0, len(prompts), size)
-        ]
-        return Rollout.concat(parts)
+        # All that is random, so that no way to split the work changes an answer.
+        uniform = torch.rand(len(prompts), self.max_new_tokens, dtype=torch.float64)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        order = lengths.argsort(stable=True)  # prompts of like length together: little padding
+        with _only(model, self.effective):
+            parts = [
+                self._draw(model, [prompts[row] for row in rows], uniform[rows])
+                for rows in order.split(self.batch_size or len(prompts))
+            ]
+        rollout = Rollout.concat(parts).select(order.argsort())
+        _require_numbers(rollout)
+        return rollout
 
-    def _draw(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
+    def _draw(self, model: nn.Module, prompts: Sequence[Sequence[int]], uniform: Tensor) -> Rollout:
         device = next(model.parameters()).device
         width = max(len(prompt) for prompt in prompts)
-        # Padding on the left lives in this function alone: `generate` continues the last column.
+        # Padding on the left lives in this method alone: `generate` continues the last column.
         ids = torch.tensor(
             [[self.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device
         )
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         attended = torch.arange(width, device=device) >= (width - lengths)[:, None]
-        config, extra, recorder = self.effective, {}, None
-        if self.departures and config.do_sample:
-            # What is drawn differs from what is scored: by how much is seen in the metrics.
-            recorder = Recorder(config, device)
-            config, extra = unwarped(config), {"logits_processor": [recorder]}
-        with _only(model, config):
-            drawn: Tensor = model.generate(  # type: ignore[operator]
-                ids, attention_mask=attended.long(), generation_config=config, **extra
-            )
-        rollout = self._assemble(ids, lengths, drawn[:, width:])
-        if recorder is None:
+        config, uniform = self.effective, uniform.to(device)
+        found = drawn(model, ids, attended, config, uniform, self.segment)
+        rollout = self._assemble(ids, lengths, found.tokens)
+        if found.logprobs is None or found.entropies is None:
             return rollout
-        logprobs = recorder.logprobs(drawn)[:, : rollout.mask.shape[1]]
-        return replace(rollout, sampler_logprobs=torch.where(rollout.mask, logprobs, 0.0))
+        mask = rollout.mask
+        logprobs, entropies = (
+            torch.where(mask, noted[:, : mask.shape[1]], 0.0)
+            for noted in (found.logprobs, found.entropies)
+        )
+        if self.departures or not _says_the_same_twice(model):
+            return replace(rollout, sampler_logprobs=logprobs)
+        return replace(rollout, logprobs=logprobs, entropies=entropies)
 
     def _assemble(self, ids: Tensor, prompt_lengths: Tensor, responses: Tensor) -> Rollout:
         """Turn left-padded prompts and their continuations into ``[prompt][response][pad]``."""
@@ -204,6 +213,31 @@ class HFSampler:
             truncated=~ended,
             mask=mask,
         )
+
+
+def _require_numbers(rollout: Rollout) -> None:
+    """Refuse what a policy of broken weights draws: nobody else would notice."""
+    noted = (rollout.logprobs, rollout.sampler_logprobs)
+    logprobs = next((given for given in noted if given is not None), torch.zeros(1, 1))
+    broken = (~torch.isfinite(logprobs)).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        raise FloatingPointError(
+            f"model: its logits are not finite in responses to {len(broken)} of {len(logprobs)} "
+            f"prompts, the first of them number {broken[0]}; its weights are broken, or too large "
+            "for their type"
+        )
+
+
+def _says_the_same_twice(model: nn.Module) -> bool:
+    """Whether a token's log-probability is the same by a cache and by a whole sequence.
+
+    To rounding that is; in half precision the two are a hundredth of a nat apart, and float64
+    logits become float32 in `generate`.
+    """
+    devices = {parameter.device.type for parameter in model.parameters()}
+    rough = "cuda" in devices and torch.get_float32_matmul_precision() != "highest"
+    cast = any(torch.is_autocast_enabled(device) for device in devices)
+    return not rough and not cast and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @contextmanager

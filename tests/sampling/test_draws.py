@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from mossrlhf.sampling.recording import WARPERS, Recorder, unwarped
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, WatermarkingConfig
 
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.recording import WARPERS, Recorder, unwarped
 
 V, END = 30, 2
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]] * 4
