@@ -128,7 +128,7 @@ def test_the_page_has_a_place_for_the_table(load, name):
     )
 
 
-@pytest.mark.parametrize("name", ["hh_part_two"])
+@pytest.mark.parametrize("name", ["preference_noise", "hh_part_two"])
 def test_the_page_says_what_the_figures_say(load, name):
     study = load(name)
     page = study.PAGE.read_text(encoding="utf-8")
@@ -147,3 +147,12 @@ def test_the_page_of_adapters_says_what_the_figures_say(load):
         assert row["win_rate"] > row["lose_rate"]
         assert not row["collapsed"]
         assert row["weights"]["all_roles"] < 1.01 * row["weights"]["base_and_adapters"]
+
+
+def test_what_the_noise_took_is_regained(load):
+    """By the kept figures: strength tells flipped pairs, and the methods together give back half."""
+    seeds = json.loads(load("preference_noise").FIGURES.read_text(encoding="utf-8"))["seeds"]
+    regained = [(s["all three"] - s["none"]) / (s["clean"] - s["none"]) for s in seeds.values()]
+    assert len(regained) == 3
+    assert sum(regained) / 3 >= 0.5
+    assert min(s["auc"] for s in seeds.values()) >= 0.8
