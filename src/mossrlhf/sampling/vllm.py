@@ -73,6 +73,11 @@ class VLLMSampler(Configured):
             )
         config = effective_config(self.generation_config, self.eos_token_id, self.pad_token_id)
         require_known(config, KNOWN, _WHO)
+        if config.do_sample and config.top_p == 0:
+            raise ValueError(
+                "generation_config: top_p = 0, expected a number in (0, 1]; for the likeliest "
+                "token each time set do_sample=False"
+            )
         object.__setattr__(self, "effective", config)
         object.__setattr__(self, "synchronizer", Synchronizer(self.engine))
 
@@ -122,8 +127,8 @@ class VLLMSampler(Configured):
         config = self.effective
         return Asked(
             temperature=float(config.temperature) if config.do_sample else 0.0,
-            top_p=float(config.top_p or 1.0) if config.do_sample else 1.0,
-            top_k=int(config.top_k or 0) if config.do_sample else 0,
+            top_p=float(config.top_p) if config.do_sample else 1.0,
+            top_k=int(config.top_k) if config.do_sample else 0,
             min_p=float(config.min_p or 0.0) if config.do_sample else 0.0,
             repetition_penalty=float(config.repetition_penalty),
             max_new_tokens=self.max_new_tokens,

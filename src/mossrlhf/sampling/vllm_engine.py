@@ -28,7 +28,7 @@ class WeightReceiver:
     def load_policy_weights(self, file: str) -> int:
         """Put the weights of a safetensors file into the worker's model; return how many."""
         weights = load_file(file)
-        self.model_runner.model.load_weights(weights.items())
+        self.model_runner.model.load_weights(list(weights.items()))
         return len(weights)
 
 
@@ -144,8 +144,16 @@ def sampling_params(asked: Asked) -> dict[str, Any]:
     Args:
         asked: how to draw.
 
+    Raises:
+        ValueError: where vLLM would draw at another temperature than the one asked for.
+
     Source: vLLM's documentation.
     """
+    if 0 < asked.temperature < 0.01:
+        raise ValueError(
+            f"generation_config: temperature = {asked.temperature}, expected at least 0.01, to "
+            "which vLLM raises it; for the likeliest token each time set do_sample=False"
+        )
     return {
         "n": 1,
         "temperature": asked.temperature,
