@@ -8,7 +8,7 @@ import torch
 from mossrlhf.sampling import assemble
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
-COMPLETIONS = [[11], [12, 13, 14, 15], [16, 2]]
+COMPLETIONS = [[11], [12, 0, 14, 15], [16, 2]]
 LOGPROBS = [[-0.5], [-1.0, -2.0, -3.0, -4.0], [-0.25, -0.125]]
 ENDED = [False, False, True]
 
@@ -21,7 +21,7 @@ def test_layout_by_hand():
     rollout = made(pad=9)
     assert rollout.input_ids.tolist() == [
         [5, 6, 7, 11, 9],
-        [8, 12, 13, 14, 15],
+        [8, 12, 0, 14, 15],
         [9, 10, 16, 2, 9],  # a token with the padding's id stays
     ]
     assert rollout.prompt_lengths.tolist() == [3, 1, 2]

@@ -9,7 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 from mossrlhf import Sampler, ToyWorld
 from mossrlhf.models import policy_stats
-from mossrlhf.sampling import ContinuousSampler, HFSampler
+from mossrlhf.sampling import ContinuousSampler, HFSampler, continuous
 
 V, END, LIMIT = 40, 2, 6
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -69,7 +69,7 @@ class TestGreedy:
         free = [greedy(model, prompt, []) for prompt in PROMPTS]
         ends = [free[0][2], free[1][3]]
         # Too few pages for all at once: prompts wait, and begin again.
-        few = ContinuousBatchingConfig(page_size=4, num_blocks=3, max_batch_tokens=8)
+        few = ContinuousBatchingConfig(**{continuous._PAGE: 4}, num_blocks=3, max_batch_tokens=8)
         subject = sampler(eos=ends, batching=few if tight else None, do_sample=False)
         rollout = subject(model, PROMPTS)
         expected = [greedy(model, prompt, ends) for prompt in PROMPTS]
@@ -132,6 +132,16 @@ class TestSampling:
         assert first != drawn(1)
 
 
+def test_cache_on_a_cpu_is_of_what_can_be_needed(model):
+    """Left to itself transformers takes more than half of the memory there is."""
+    assert sampler()._batching(model, PROMPTS, 1).num_blocks == 2 + 2 + 2
+    four = ContinuousBatchingConfig(**{continuous._PAGE: 4})
+    assert sampler(batching=four)._batching(model, PROMPTS, 1).num_blocks == 4 + 3 + 4
+    told = ContinuousBatchingConfig(num_blocks=5, max_batch_tokens=7)
+    found = sampler(batching=told)._batching(model, PROMPTS, 1)
+    assert (found.num_blocks, found.max_batch_tokens, found.seed) == (5, 7, 1)
+
+
 class TestAsFound:
     """What drawing changes is put back, where it fails too."""
 
@@ -158,12 +168,12 @@ class TestAsFound:
         assert torch.equal(torch.get_rng_state(), expected)
         assert not [t for t in threading.enumerate() if "_run_generation_loop" in t.name]
 
-    def test_where_it_cannot_begin(self):
-        """The attention is switched before the configuration is looked at."""
+    def test_where_it_cannot_begin(self, monkeypatch):
+        """The attention is switched first."""
         model = llama(attn_implementation="eager")
-        wrong = ContinuousBatchingConfig(page_size=1)
-        with pytest.raises(ValueError, match="page_size"):
-            sampler(batching=wrong)(model, PROMPTS)
+        monkeypatch.setattr(type(model), "_get_logits_processor", broken)
+        with pytest.raises(FloatingPointError, match="a fault of the model"):
+            sampler()(model, PROMPTS)
         assert model.config._attn_implementation == "eager"
 
     def test_checkpoint_leaks_nothing_in(self, model):

@@ -107,8 +107,11 @@ class TestSynchronization:
         model, subject = llama(), sampler()
         for _ in range(3):
             self.check(subject, model)
-        assert subject.synchronizer.times == 1
-        assert "times=1" in repr(subject.synchronizer)
+        assert subject.synchronizer(model) is False
+        assert subject.synchronizer(llama(2)) is True
+        subject.synchronizer(model)
+        assert subject.synchronizer.times == 3
+        assert "times=3" in repr(subject.synchronizer)
 
     def test_changes_that_leave_the_sum_of_bits(self):
         """Two weights change places."""
@@ -222,6 +225,8 @@ class TestDrawing:
         assert rollout.truncated.tolist() == [not set(r) & set(ends) for r in expected]
         assert 0 < rollout.truncated.sum() < 4
         assert rollout.sampler_logprobs is None
+        asked = subject.engine.llm.asked[0]
+        assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p) == (0.0, 1.0, -1, 0.0)
 
     def test_end_at_the_limit_is_an_end(self):
         model = llama()
@@ -238,6 +243,7 @@ class TestDrawing:
         subject(llama(), PROMPTS)
         asked = subject.engine.llm.asked
         assert len({one.seed for one in asked}) == len(PROMPTS)
+        assert 2**28 < max(one.seed for one in asked) < 2**31
         assert replace(asked[0], seed=None) == stand_in_vllm.SamplingParams(
             n=1, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.2,
             temperature=0.7, top_p=0.9, top_k=9, min_p=0.05, seed=None, stop=None,

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
 
 _WHO = "continuous batching"
+
+_FIELDS = {spec.name for spec in fields(ContinuousBatchingConfig)}
+_PAGE = "page_size" if "page_size" in _FIELDS else "block_size"  # in transformers 5.17
 
 KNOWN = ("do_sample", "temperature", "top_k", "top_p")
 """Fields that continuous batching heeds; transformers drops its other processors by itself."""
@@ -143,12 +146,12 @@ class ContinuousSampler(Configured):
             changed["auto_switch_to_flash"] = False  # flash attention knows no other types
         if model.device.type == "cpu" and batching.num_blocks is None:
             # Left to itself it fills most of the machine's memory, whatever is asked.
-            page = batching.page_size if self.batching else 32
+            size = getattr(batching, _PAGE) if self.batching else 32
             longest = [len(prompt) + self.max_new_tokens for prompt in prompts]
-            changed["page_size"] = page
-            changed["num_blocks"] = sum(math.ceil(length / page) + 1 for length in longest)
+            changed[_PAGE] = size
+            changed["num_blocks"] = sum(math.ceil(length / size) + 1 for length in longest)
             changed["max_batch_tokens"] = batching.max_batch_tokens or max(256, len(prompts))
-        return replace(batching, **changed)
+        return replace(batching, **{name: changed[name] for name in changed if name in _FIELDS})
 
 
 def _drawable(model: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from mossrlhf.models.adapters import adapter_layers, merged_state_dict
@@ -122,7 +121,6 @@ class Synchronizer:
         return True
 
 
-@torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Tell a model's weights, and which of its adapters speak, from earlier ones.
 
@@ -143,7 +141,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
 def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
     """Return a model's weights as its checkpoint has them: adapters merged in, tied ones once.
 
@@ -161,7 +158,7 @@ def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
         if weight.numel() and place in taken:
             continue
         taken.add(place)
-        once[name] = weight.detach()
+        once[name] = weight
     return _as_saved(bare, once)
 
 

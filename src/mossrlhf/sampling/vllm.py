@@ -200,7 +200,7 @@ class VLLMSampler(Configured):
                     f"{list(self.ends)} as its last token, or {self.max_new_tokens} tokens"
                 )
         # At the limit the last token may be an end all the same.
-        return [one.token_ids[-1:] != [] and one.token_ids[-1] in self.ends for one in drawn]
+        return [bool(one.token_ids) and one.token_ids[-1] in self.ends for one in drawn]
 
     def _logprobs(self, drawn: Sequence[Drawn]) -> list[list[float]] | None:
         if not self.effective.do_sample:
@@ -230,5 +230,5 @@ class VLLMSampler(Configured):
             'nothing. Build the engine with logprobs_mode="processed_logprobs", as VLLMEngine.load '
             "does",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
