@@ -16,7 +16,7 @@ _HOMES = {
     "advantage": ("AdvantageEstimator", "GroupRelative", "LeaveOneOut", "ReinforcePlusPlus"),
     "loss": ("PPOMaxLoss",),
     "buffer": ("RolloutBuffer", "micro_batches"),
-    "sampling": ("HFSampler", "Sampler"),
+    "sampling": ("ContinuousSampler", "HFSampler", "Sampler", "VLLMSampler"),
     "config": ("TrainerConfig",),
     "retention": ("last_checkpoint",),
     "planning": ("MemoryPlan", "plan"),
@@ -38,6 +38,7 @@ __all__ = [
     "Advantages",
     "CollapseWarning",
     "CollapseWatch",
+    "ContinuousSampler",
     "FlipLabels",
     "GroupRelative",
     "HFSampler",
@@ -69,6 +70,7 @@ __all__ = [
     "ToyWorld",
     "Trainer",
     "TrainerConfig",
+    "VLLMSampler",
     "ValueHead",
     "__version__",
     "data",
@@ -107,7 +109,7 @@ if TYPE_CHECKING:
     from mossrlhf.retention import last_checkpoint
     from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
     from mossrlhf.rewards import ModelReward, PatientReward, RewardFunction, RewardSet
-    from mossrlhf.sampling import HFSampler, Sampler
+    from mossrlhf.sampling import ContinuousSampler, HFSampler, Sampler, VLLMSampler
     from mossrlhf.sft_trainer import SFTTrainer
     from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments
     from mossrlhf.toyworld import ToyWorld

@@ -5,7 +5,8 @@ from transformers import GenerationConfig
 
 from bad_inputs.room import Room
 from bad_inputs.shop import WORLD
-from mossrlhf import HFSampler
+from mossrlhf import ContinuousSampler, HFSampler, VLLMSampler
+from mossrlhf.sampling import Drawn, assemble
 from mossrlhf.types import Rollout
 
 room = Room("Samplers")
@@ -34,6 +35,38 @@ class Odd:
 
     def __call__(self, model, prompts):
         return self.change(sampler()(model, prompts))
+
+
+class Told:
+    """An engine of one's own that returns what it is told to."""
+
+    processed_logprobs = True
+
+    def __init__(self, drawn=(), vocabulary=None):
+        self.drawn, self.vocabulary = list(drawn), vocabulary
+
+    def load_weights(self, weights):
+        list(weights)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, asked, seeds):
+        return self.drawn
+
+
+def by_engine(engine, **options):
+    config = GenerationConfig(**{"max_new_tokens": 4, "do_sample": True, **options})
+    return VLLMSampler.for_tokenizer(WORLD.tokenizer(), config, engine)
+
+
+def continuous(**options):
+    config = GenerationConfig(**{"max_new_tokens": 4, "do_sample": True, **options})
+    return ContinuousSampler.for_tokenizer(WORLD.tokenizer(), config)
+
+
+def drawn(tokens, logprobs=None, finish_reason="length"):
+    return Drawn(token_ids=tokens, logprobs=logprobs, finish_reason=finish_reason)
 
 
 def joined(shop):
@@ -153,4 +186,57 @@ row(
     "ValueError: rollouts: scores is filled in 1 of 2 rollouts; bring all of them through the same "
     "stages before joining them",
     joined,
+)
+row(
+    "a repetition penalty for continuous batching",
+    "ValueError: generation_config: repetition_penalty = 1.2, expected 1.0: continuous batching "
+    "would pass over it; leave it out, or draw with HFSampler",
+    lambda shop: continuous(repetition_penalty=1.2),
+)
+row(
+    "a prompt without tokens for continuous batching",
+    "ValueError: prompts: got 2, of which [1] are empty",
+    lambda shop: continuous()(shop.policy(), [[5], []]),
+)
+row(
+    "something that is no engine",
+    "TypeError: engine: got 3, expected VLLMEngine(llm) around a vllm.LLM, or an object with "
+    "load_weights, reset_prefix_cache, generate, vocabulary and processed_logprobs",
+    lambda shop: by_engine(3),
+)
+row(
+    "an engine of another vocabulary",
+    "ValueError: engine: it chooses among 7 tokens, the model among … build it of the checkpoint "
+    "the policy starts from",
+    lambda shop: by_engine(Told(vocabulary=7))(shop.policy(), [[5]]),
+)
+row(
+    "an engine that loses a response",
+    "ValueError: engine: returned 1 responses to 2 prompts, expected one to each, in their order",
+    lambda shop: by_engine(Told([drawn([4], [-1.0])]))(shop.policy(), [[5], [6]]),
+)
+row(
+    "an engine without log-probabilities",
+    "ValueError: engine: returned no log-probabilities for 1 of 1 responses",
+    lambda shop: by_engine(Told([drawn([4])]))(shop.policy(), [[5]]),
+)
+row(
+    "an engine that gives up",
+    "RuntimeError: engine: broke response 0 off (finish_reason='abort')",
+    lambda shop: by_engine(Told([drawn([4], [-1.0], "abort")]))(shop.policy(), [[5]]),
+)
+row(
+    "a field that the engine does not know",
+    "ValueError: generation_config: typical_p = 0.9, expected 1.0: the engine would pass over it",
+    lambda shop: by_engine(Told(), typical_p=0.9),
+)
+row(
+    "a response without tokens, to be assembled",
+    "ValueError: completions: [1] have no token, expected at least one in each",
+    lambda shop: assemble([[5], [6]], [[7], []], [True, True], pad_token_id=0),
+)
+row(
+    "fewer log-probabilities than tokens, to be assembled",
+    "ValueError: logprobs: got 1 for the 2 tokens of response 0, expected one for each",
+    lambda shop: assemble([[5]], [[7, 8]], [True], pad_token_id=0, logprobs=[[-1.0]]),
 )
