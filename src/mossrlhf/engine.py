@@ -16,7 +16,7 @@ from mossrlhf.buffer import micro_batches
 from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.faults import Fault, Suspect
-from mossrlhf.kernels import FastProducts
+from mossrlhf.kernels import fast_products
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
 from mossrlhf.processes import on_all
@@ -288,7 +288,7 @@ class Engine:
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any
     ) -> dict[str, Tensor]:
         # Gradients of earlier micro-batches wait for the last one to be averaged with it.
-        with FastProducts(), nullcontext() if sync else self.accelerator.no_sync(self.model):
+        with fast_products(), nullcontext() if sync else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
                 output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)

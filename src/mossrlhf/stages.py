@@ -24,7 +24,7 @@ from mossrlhf.data import (
 )
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.frozen import at_work, settle
-from mossrlhf.kernels import FastProducts
+from mossrlhf.kernels import fast_products
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
@@ -325,7 +325,7 @@ class Stages:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with FastProducts(), self.accelerator.autocast():
+        with fast_products(), self.accelerator.autocast():
             yield
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:

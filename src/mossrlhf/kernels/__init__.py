@@ -3,15 +3,15 @@
 from mossrlhf.kernels.dispatch import Backend, backend, use_backend
 from mossrlhf.kernels.linear import linear_token_loss, linear_token_stats
 from mossrlhf.kernels.modules import head_token_loss, head_token_stats
-from mossrlhf.kernels.products import FastProducts, Products, products, use_products
+from mossrlhf.kernels.products import Products, fast_products, products, use_products
 from mossrlhf.kernels.rows import IGNORED_ID, token_stats
 
 __all__ = [
     "IGNORED_ID",
     "Backend",
-    "FastProducts",
     "Products",
     "backend",
+    "fast_products",
     "head_token_loss",
     "head_token_stats",
     "linear_token_loss",

@@ -5,17 +5,17 @@ The BLAS in torch's builds for x86 is MKL, which on processors of other makers t
 about twice as fast, and as exact (`benchmarks/products.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 WORTH_IT = 2**20
 """Multiplications below which a product is left to BLAS: the detour costs more than it saves."""
@@ -91,13 +91,19 @@ def use_products(name: str) -> Iterator[None]:
 
 
 BLOCK = 2048
-"""Of a long side of a matrix: what is copied for oneDNN then stays in the cache."""
+"""Of a vocabulary: what is copied for oneDNN then stays in the cache."""
+
+SIZES = (1024, 256, 64, 16)
+"""Rows that oneDNN is given at a time, unless there are a multiple of `ROUND`: for each new size
+it keeps half a megabyte of instructions, and no two batches have the same number of tokens."""
+
+ROUND = 128
 
 
 def product(
     a: Float[Tensor, "N K"], b: Float[Tensor, "K M"], out: Float[Tensor, "N M"] | None = None
 ) -> Float[Tensor, "N M"]:
-    """A·B, without a gradient.
+    """A·B for any number N of rows, without a gradient.
 
     Args:
         a: ``[N, K]``.
@@ -111,18 +117,18 @@ def product(
     out = a.new_empty(len(a), b.shape[1]) if out is None else out
     if a.shape[1] <= b.shape[1]:
         for columns in _blocks(b.shape[1]):
-            out[:, columns] = _multiplied(a, b[:, columns].t(), None)
+            _write_rows(out[:, columns], a, b[:, columns].t())
         return out
     out.zero_()
     for inner in _blocks(a.shape[1]):
-        out.add_(_multiplied(a[:, inner], b[inner].t(), None))
+        out.add_(_by_rows(a[:, inner], b[inner].t(), None))
     return out
 
 
 def add_product(
     total: Float[Tensor, "N M"], a: Float[Tensor, "N K"], b: Float[Tensor, "K M"]
 ) -> None:
-    """Add A·B to a matrix, in place.
+    """Add A·B to a matrix, in place, for any length K of the sum.
 
     Args:
         total: ``[N, M]``.
@@ -134,60 +140,102 @@ def add_product(
     if not _by_onednn(a, b, 1):
         total.addmm_(a, b)
         return
-    turned = b.t().contiguous()  # once for all blocks
-    for rows in _blocks(len(a)):
-        total[rows].add_(_multiplied(a[rows], turned, None))
+    for inner in _pieces(a.shape[1]):
+        turned = b[inner].t().contiguous()  # once for all blocks
+        for rows in _blocks(len(a)):
+            total[rows].add_(_multiplied(a[rows, inner], turned, None))
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, BLOCK):
-        yield slice(start, min(start + BLOCK, size))
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Within this context linear layers of any model multiply as `product` does, both ways.
 
+    Nothing is changed in the model: ``torch.nn.functional.linear`` and ``torch.addmm`` are others
+    meanwhile, in all threads. They leave other types, devices, tensor subclasses and weights that
+    ZeRO-3 lends to torch, and all of it where `products` says "blas".
 
-class FastProducts(TorchFunctionMode):
-    """Within it linear layers of any model multiply as `product` does, gradients included.
-
-    Nothing is changed in the model: ``torch.nn.functional.linear`` and ``torch.addmm`` are caught
-    as they are called. Other types, devices, tensor subclasses and weights lent by ZeRO-3 go
-    their usual way, and so does everything where `products` says "blas".
-
-    Source: ours.
+    Source: ours; a `TorchFunctionMode` would cost a microsecond in every other function.
     """
+    global _inside
+    with _lock:
+        if _inside == 0:
+            nn.functional.linear, torch.addmm = linear, _addmm  # type: ignore[assignment]
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            # Who has put a function of its own there meanwhile keeps it.
+            if _inside == 0 and nn.functional.linear is linear:
+                nn.functional.linear = _torch_linear
+            if _inside == 0 and torch.addmm is _addmm:
+                torch.addmm = _torch_addmm
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Multiply, or leave it to torch."""
-        if func is nn.functional.linear and not kwargs:
-            x, weight, bias = (*args, None)[:3]
-            if _by_onednn(x, weight, 0):
-                return _linear(x, weight, bias)
-        elif func is torch.addmm and not kwargs:
-            bias, x, weight = args
-            if bias.ndim == 1 and _by_onednn(x, weight, 1):  # transformers' Conv1D
-                return _linear(x, weight.t(), bias)
-        return func(*args, **(kwargs or {}))
+
+_lock, _inside = Lock(), 0
+_torch_linear, _torch_addmm = nn.functional.linear, torch.addmm
+
+
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """``torch.nn.functional.linear``, by oneDNN where that is faster.
+
+    Args:
+        input: ``[..., K]``.
+        weight: ``[M, K]``.
+        bias: ``[M]`` or None.
+
+    Source: torch's signature.
+    """
+    if not _by_onednn(input, weight, 0):
+        return _torch_linear(input, weight, bias)
+    return _linear(input, weight, bias)
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
+    """``torch.addmm``, by which GPT-2 and its like have their linear layers."""
+    if kwargs or getattr(input, "ndim", 0) != 1 or not _by_onednn(mat1, mat2, 1):
+        return _torch_addmm(input, mat1, mat2, **kwargs)
+    return _linear(mat1, mat2.t(), input)
 
 
 class _Linear(torch.autograd.Function):
+    """x Wᵀ + b, with N rows; its gradients are made of products as well."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiplied(x, weight, bias)
+        return _by_rows(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (dy,) = grads
-        wanted = ctx.needs_input_grad
-        # By the same function again, so that there is a second derivative.
+        (dy,), wanted = grads, ctx.needs_input_grad
         dx = _linear(dy, weight.t(), None) if wanted[0] else None
-        dw = _linear(dy.t(), x.t(), None) if wanted[1] else None
+        dw = _Outer.apply(dy, x) if wanted[1] else None
         return dx, dw, dy.sum(0) if wanted[2] else None
+
+
+class _Outer(torch.autograd.Function):
+    """yᵀ x, a sum over N rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y, x)
+        # What comes first is copied: the narrower of the two.
+        turned = x.shape[1] < y.shape[1]
+        a, b = (x, y) if turned else (y, x)
+        parts = [_multiplied(a[rows].t(), b[rows].t(), None) for rows in _pieces(len(x))]
+        total = parts[0]
+        for part in parts[1:]:
+            total.add_(part)
+        return total.t() if turned else total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, x = ctx.saved_tensors
+        (g,), wanted = grads, ctx.needs_input_grad
+        return x @ g.t() if wanted[0] else None, y @ g if wanted[1] else None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,14 +244,42 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         found = _Linear.apply(flat, weight, bias)
     else:
-        found = _multiplied(flat, weight, bias)
+        found = _by_rows(flat, weight, bias)
     return found.view(*x.shape[:-1], weight.shape[0])
 
 
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    parts = [_multiplied(x[rows], weight, bias) for rows in _pieces(len(x))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _write_rows(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    for rows in _pieces(len(x)):
+        out[rows] = _multiplied(x[rows], weight, None)
+
+
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + b."""
+    """X Wᵀ + b of a size that oneDNN knows, else by BLAS."""
+    if len(x) < SIZES[-1] or x.shape[1] < SIZES[-1]:  # the last piece of some rows or of a sum
+        return _torch_linear(x, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    """Cut a number of tokens into pieces of few different sizes."""
+    start, sizes = 0, (count,) if count % ROUND == 0 and count else SIZES
+    for size in sizes:
+        while count - start >= size:
+            yield slice(start, start + size)
+            start += size
+    if start < count:
+        yield slice(start, count)
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(start + BLOCK, size))
 
 
 def _by_onednn(a: Any, b: Any, outer: int) -> bool:
