@@ -1,128 +1,210 @@
 """Seconds and peak memory of a PPO iteration: rollout, scores, annotation, optimizer steps.
 
-    python benchmarks/ppo_iteration.py                          # "wide": a vocabulary of 32,000
-    python benchmarks/ppo_iteration.py --vocab 512 --hidden 128 --layers 2 --prompt 24 \
-        --response 32 --rollouts 64                             # "tiny"
+    python benchmarks/ppo_iteration.py                       # "wide": a vocabulary of 32,000
+    python benchmarks/ppo_iteration.py --shape tiny
+    python benchmarks/ppo_iteration.py --lengths log-normal --rollouts 64
+    python benchmarks/ppo_iteration.py --processes 2 --threads 1
+    python benchmarks/ppo_iteration.py --device cuda
+    python benchmarks/ppo_iteration.py --compare --peer path/to/python   # into docs/performance.md
 
 A Llama of random weights answers prompts that mean nothing, and hardly ever ends by itself. Policy,
-critic, reference and reward model are four models; there are epochs × minibatches optimizer steps.
+critic, reference and reward model are four models; there are epochs × minibatches optimizer steps
+an iteration. The last line printed is JSON: seconds of each iteration, their median, the median of
+each stage, peak memory of the process, and what share of the time the arithmetic alone would take
+at the rate of a large matrix product, measured in the same process.
+
+``--compare`` runs this and `benchmarks/trl_iteration.py`, the same work by TRL 1.12, in turn, each
+in a process of its own. TRL needs an environment of its own, whose Python is ``--peer``:
+``pip install torch==2.13.0 trl==1.12.0 datasets``.
 """
 
 import argparse
 import json
-import resource
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from iteration_work import Stopwatch, llama, parse, prompts, tokenizer
+from measuring import peak_resident
+from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
+    LogitsProcessor,
 )
 
-from mossrlhf import Trainer, presets
-from mossrlhf.models import RewardModel
+from mossrlhf import ModelReward, Trainer, presets
+from mossrlhf.kernels.products import product
 
-SHAPE = dict(vocab=32000, hidden=256, layers=4, prompt=64, response=128, rollouts=16)
 STAGES = ("collect", "score", "annotate", "estimate", "update")
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in {**SHAPE, "minibatches": 2, "epochs": 2, "iters": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args(words)
-
-
-def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Return one whose words are numbers."""
-    special = ["<pad>", "<s>", "</s>"]  # no word may begin with one of them
-    known = [*special, *map(str, range(len(special), vocab))]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    pad, bos, eos = special
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos
-    )
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds from the end of one iteration to that of the next."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.last = 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
-
-
-def make_trainer(args: argparse.Namespace, folder: str, watch: Stopwatch) -> Trainer:
-    torch.manual_seed(0)
-    shape = dict(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    policy = LlamaForCausalLM(LlamaConfig(**shape))
-    reward = LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
-    ids = torch.randint(3, args.vocab, (args.rollouts * args.iters, args.prompt))
-    prompts = [{"prompt": " ".join(map(str, row))} for row in ids.tolist()]
-    preset = presets.trl_ppo(
-        output_dir=folder,
-        rollout_size=args.rollouts,
-        minibatch_size=args.rollouts // args.minibatches,
-        num_ppo_epochs=args.epochs,
-        total_steps=args.iters,
-        disable_tqdm=True,
-        generation_config=GenerationConfig(max_new_tokens=args.response),
-    )
-    return Trainer(
-        policy,
-        reward=reward,
-        train_dataset=prompts,
-        processing_class=tokenizer(args.vocab),
-        callbacks=[watch],
-        **preset,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
+    """Run iterations, or the processes that do."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse(words)
+    if args.compare:
+        import comparing
+
+        return comparing.main(args)
+    if args.processes > 1 and "RANK" not in os.environ:
+        print(json.dumps(of_several(words, args.processes)))
+        return 0
+    found = measured(args)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))
+    return 0
+
+
+def of_several(words: Sequence[str], processes: int) -> dict[str, Any]:
+    """Run the same command on some processes that know of each other; what the first says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    running = []
+    for rank in map(str, range(processes)):
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes))
+        known = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        known["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, __file__, *words]
+        running.append(subprocess.Popen(command, env=known, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError("a process has failed; see above")
+    return json.loads(said[0].splitlines()[-1])
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Run iterations in this process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, folder, watch)
         history = trainer.train()
-    stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 3) for s in STAGES}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(dict(who="mossrlhf", iter_s=[round(x, 3) for x in watch.seconds], median=round(median(watch.seconds), 3), stages=stages, peak_rss_mb=peak)))
-    return 0
+    cuda = args.device == "cuda"
+    stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 4) for s in STAGES}
+    tokens = median(h["response/length_tokens"] for h in history) * args.rollouts
+    # Without the first, which loads and compiles what the others use.
+    seconds = median(watch.seconds[1:] or watch.seconds)
+    operations = arithmetic(args, tokens / args.rollouts)
+    rate = product_rate(torch.device(args.device))
+    return {
+        "who": "mossrlhf",
+        "iter_s": [round(x, 3) for x in watch.seconds],
+        "median": round(seconds, 4),
+        "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else 0,
+        "peak_rss_mb": peak_resident() / 2**20,
+        "stages": stages,
+        "response_tokens": tokens,
+        "tera_operations": operations / 1e12,
+        "tera_operations_per_second": rate / 1e12,
+        "share_of_floor": round(operations / rate / seconds, 3),
+    }
+
+
+def make_trainer(args: argparse.Namespace, folder: str, watch: Stopwatch) -> Trainer:
+    """Put four models of random weights together."""
+    torch.manual_seed(0)
+    policy_class = LlamaForCausalLM if args.lengths == "uniform" else Ending
+    policy = policy_class(llama(args))
+    reward = LlamaForSequenceClassification(llama(args, num_labels=1))
+    rollouts = args.rollouts * args.processes
+    ids = prompts(args, rollouts * args.iters).tolist()
+    preset = presets.trl_ppo(
+        output_dir=folder,
+        rollout_size=rollouts,
+        minibatch_size=rollouts // args.minibatches,
+        num_ppo_epochs=args.epochs,
+        total_steps=args.iters,
+        disable_tqdm=True,
+        bf16=args.device == "cuda",
+        max_tokens=args.max_tokens,
+        generation_config=GenerationConfig(max_new_tokens=args.response),
+    )
+    return Trainer(
+        policy,
+        reward=ModelReward(model=reward, batch_size=16),
+        train_dataset=[{"prompt": " ".join(map(str, row))} for row in ids],
+        processing_class=tokenizer(args.vocab),
+        callbacks=[watch],
+        **preset,
+    )
+
+
+class Ends(LogitsProcessor):
+    """Has every answer end at the length that the last word of its prompt says."""
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave the end token alone, or none."""
+        wanted, drawn = input_ids[:, self.prompt - 1] - 3, input_ids.shape[1] - self.prompt
+        last, end = (wanted <= drawn + 1)[:, None], torch.arange(scores.shape[1]) == 2
+        return scores.masked_fill(last ^ end.to(last.device), -torch.inf)
+
+
+class Ending(LlamaForCausalLM):
+    """A policy whose answers end where `Ends` says."""
+
+    def generate(self, inputs: Tensor, logits_processor: Any = None, **kwargs: Any) -> Any:
+        """Generate."""
+        if "past_key_values" not in kwargs:
+            self.prompt_length = inputs.shape[1]
+        listed = [Ends(self.prompt_length), *(logits_processor or [])]
+        return super().generate(inputs, logits_processor=listed, **kwargs)
+
+
+def arithmetic(args: argparse.Namespace, response: float) -> float:
+    """Count the floating-point operations of an iteration that no implementation can leave out.
+
+    Multiplications and additions of matrix products and causal attention; every token is drawn
+    once, read once by reference, critic and reward model, and learned from in every epoch by
+    policy and critic. The policy's log-probabilities are those it drew by.
+
+    Args:
+        args: shape of the work.
+        response: tokens of a response, in the mean.
+    """
+    d, both = args.hidden, args.prompt + response
+    layers = args.layers * 2 * (4 * d**2 + 3 * d * (d * 8 // 3))
+    attention = args.layers * 4 * d * (both / 2)
+    backbone = both * (layers + attention)
+    head = response * 2 * d * args.vocab
+    forward = 2 * (backbone + head) + 2 * backbone  # drawn; reference, critic, reward model
+    learned = 3 * args.epochs * (2 * backbone + head)
+    return args.rollouts * args.processes * (forward + learned)
+
+
+def product_rate(device: torch.device) -> float:
+    """Return the floating-point operations a second of a large matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    taken = []
+    for _ in range(5):
+        with _timed(device, taken):
+            product(a, b.t())
+    return 2 * side**3 / median(taken[1:])
+
+
+@contextmanager
+def _timed(device: torch.device, taken: list[float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    taken.append(time.perf_counter() - start)
 
 
 if __name__ == "__main__":
