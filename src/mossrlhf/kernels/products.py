@@ -260,8 +260,12 @@ def _write_rows(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of a size that oneDNN knows, else by BLAS."""
-    if len(x) < SIZES[-1] or x.shape[1] < SIZES[-1]:  # the last piece of some rows or of a sum
+    rows = len(x)
+    if x.shape[1] < SIZES[-1]:  # the last piece of a sum
         return _torch_linear(x, weight, bias)
+    if rows < SIZES[-1]:  # the last piece of some rows, or all that are left of a batch
+        x = nn.functional.pad(x, (0, 0, 0, SIZES[-1] - rows))
+        return _multiplied(x, weight, bias)[:rows]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 

@@ -21,9 +21,8 @@ from mossrlhf.models.classifiers import (
     load_classifier,
     warn_of_padding,
 )
-from mossrlhf.models.padding import needed_mask
+from mossrlhf.models.packing import states
 from mossrlhf.models.quantized import forget_quantization
-from mossrlhf.signature import accepts
 
 SCORE_MOMENTS = ("score_mean", "score_std")
 """What a reward model's configuration may hold: mean and standard deviation of its scores."""
@@ -91,7 +90,6 @@ class RewardModel(nn.Module):
             )
         self.add_module(self._prefix, backbone)
         self.score = head if head is not None else ValueHead(hidden_size)
-        self._known = {name for name in ("position_ids", "use_cache") if accepts(backbone, name)}
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -123,13 +121,7 @@ class RewardModel(nn.Module):
         Returns:
             ``[B, L]`` float32, in units of reward; meaningless on padding.
         """
-        mask = needed_mask(self.backbone, attention_mask, right_padded)
-        extra: dict[str, Any] = {"use_cache": False}
-        if mask is not None:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        known = {name: value for name, value in extra.items() if name in self._known}
-        output = self.backbone(input_ids, attention_mask=mask, **known)
-        return self.score(output.last_hidden_state)
+        return self.score(states(self.backbone, input_ids, attention_mask, right_padded))
 
     def forward(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]

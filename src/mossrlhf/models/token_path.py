@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mossrlhf.kernels.head import capped
 from mossrlhf.kernels.modules import applied, is_linear
-from mossrlhf.models.padding import needed_mask
+from mossrlhf.models.packing import states
 from mossrlhf.signature import inside
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -85,12 +85,7 @@ def hidden_states(
 
     Source: ours.
     """
-    backbone: Any = inside(model).base_model
-    mask = needed_mask(backbone, attention_mask, right_padded=True)
-    hidden: Tensor = backbone(
-        input_ids=input_ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return hidden
+    return states(inside(model).base_model, input_ids, attention_mask, right_padded=True)
 
 
 _known: WeakKeyDictionary[nn.Module, TokenPath] = WeakKeyDictionary()

@@ -67,8 +67,13 @@ class ModelReward:
             ids, mask = ids.to(rollout.input_ids.device), mask.to(rollout.input_ids.device)
         else:
             ids, mask = rollout.input_ids, rollout.attention_mask
-        parts = zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
-        return torch.cat([self.model(i, m) for i, m in parts])
+        order = mask.sum(1).argsort(stable=True)  # those of like length together: little padding
+        parts = [
+            self.model(ids[rows, :width], mask[rows, :width])
+            for rows in order.split(self.batch_size)
+            for width in [int(mask[rows].sum(1).max())]
+        ]
+        return torch.cat(parts)[order.argsort()]
 
     def _encode(
         self,

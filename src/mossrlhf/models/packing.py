@@ -1,0 +1,173 @@
+"""Sequences of different lengths end to end, so that nothing is computed for padding."""
+
+import inspect
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mossrlhf.models.padding import needed_mask
+from mossrlhf.sharding import is_sharded
+
+APART = "mossrlhf_apart"
+"""What transformers calls `attend_apart`, while it is in force."""
+
+WORTH_IT = 0.05
+"""Share of padding from which on it pays to leave it out."""
+
+
+def states(
+    backbone: Any,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Shaped[Tensor, "B L"],
+    right_padded: bool | None = None,
+) -> Float[Tensor, "B L D"]:
+    """Return a bare transformer's last hidden states; on padding they mean nothing.
+
+    Args:
+        backbone: a bare transformer.
+        input_ids: ``[B, L]``.
+        attention_mask: ``[B, L]`` 1 on tokens, 0 on padding, on either side.
+        right_padded: whether it is known that all padding is on the right.
+
+    Source: ours.
+    """
+    mask = needed_mask(backbone, attention_mask, right_padded)
+    if mask is not None:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return _asked(backbone, input_ids, attention_mask=mask, position_ids=positions)
+    tokens = attention_mask.bool()
+    if _padded(tokens) and packs(backbone):
+        return _packed(backbone, input_ids, tokens)
+    return _asked(backbone, input_ids)
+
+
+def _padded(tokens: Tensor) -> bool:
+    """Whether there is padding worth leaving out; on CUDA the host does not wait to see."""
+    return tokens.device.type == "cpu" and float(tokens.float().mean()) < 1 - WORTH_IT
+
+
+def _asked(backbone: Any, input_ids: Tensor, **given: Any) -> Tensor:
+    kind: Any = type(backbone)
+    names = _names(kind)
+    given = {n: v for n, v in {"use_cache": False, **given}.items() if not names or n in names}
+    found: Tensor = backbone(input_ids=input_ids, **given).last_hidden_state
+    return found
+
+
+@cache
+def _names(kind: type[nn.Module]) -> frozenset[str]:
+    """What a backbone's forward takes; nothing where it takes anything."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return frozenset()
+    return frozenset(p.name for p in parameters)
+
+
+def _packed(backbone: Any, input_ids: Tensor, tokens: Tensor) -> Tensor:
+    """Hidden states ``[B, L, D]`` of tokens that are read end to end, zero on padding."""
+    lengths = tokens.sum(1)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[tokens]
+    config, own = backbone.config, backbone.config._attn_implementation
+    config._attn_implementation = APART
+    try:
+        flat = _asked(
+            backbone,
+            input_ids[tokens][None],
+            position_ids=positions[None],
+            lengths=tuple(lengths.tolist()),
+        )[0]
+    finally:
+        config._attn_implementation = own
+    return flat.new_zeros(*tokens.shape, flat.shape[-1]).masked_scatter(tokens[..., None], flat)
+
+
+def attend_apart(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    lengths: tuple[int, ...] = (),
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of sequences that stand end to end, each within itself.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, H, N, d]``.
+        key: ``[1, H', N, d]``.
+        value: ``[1, H', N, d]``.
+        attention_mask: None.
+        lengths: of the sequences, N together.
+        kwargs: of transformers' ``sdpa_attention_forward``.
+
+    Returns:
+        ``[1, N, H, d]``, and None for the weights.
+
+    Raises:
+        ValueError: where the layer asks for more than causal attention.
+
+    Source: ours; signature of transformers' attention functions.
+    """
+    beyond = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
+    asked = [name for name in beyond if kwargs.get(name) is not None]
+    if asked or attention_mask is not None or sum(lengths) != query.shape[2]:
+        raise ValueError(f"attend_apart: cannot do {asked or 'masks'}, or was not told the lengths")
+    # Split once: slices would each have a gradient as large as the whole.
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    found = [sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts]
+    return torch.cat(found, dim=1), None
+
+
+AttentionInterface.register(APART, attend_apart)
+
+_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def packs(backbone: Any) -> bool:
+    """Whether a transformer says the same of sequences end to end: asked, and remembered.
+
+    Not of one that recomputes activations in the backward pass, when `attend_apart` is no longer
+    in force, nor of one that is sharded and was not asked before.
+
+    Args:
+        backbone: a bare transformer.
+
+    Source: ours.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+        return False
+    known = _known.get(backbone)
+    if known is None:
+        if is_sharded(backbone):
+            return False
+        known = _known[backbone] = _probed(backbone)
+    return known
+
+
+@torch.no_grad()
+def _probed(backbone: Any) -> bool:
+    if getattr(backbone.config, "_attn_implementation", None) != "sdpa":
+        return False
+    weight: Tensor = backbone.get_input_embeddings().weight
+    ids = torch.arange(15, device=weight.device).view(3, 5) * 7 % len(weight)
+    tokens = torch.arange(5, device=weight.device) < torch.tensor([[2], [5], [3]]).to(weight.device)
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            plain, packed = _asked(backbone, ids), _packed(backbone, ids, tokens)
+    except Exception:  # whatever it is that such a model cannot do
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    plain, packed = plain[tokens].float(), packed[tokens].float()
+    tolerance = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 0.02
+    return bool((plain - packed).abs().max() <= tolerance * plain.abs().max())
