@@ -29,7 +29,7 @@ from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
 from mossrlhf.retention import require_writable
-from mossrlhf.returned import estimated, responses, shaped
+from mossrlhf.returned import confirmed, estimated, responses, shaped
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
@@ -47,6 +47,7 @@ from mossrlhf.roles import (
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
+from mossrlhf.sharding import is_sharded
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
 from mossrlhf.zero import make_engine
@@ -203,6 +204,9 @@ class Stages:
     def annotate(self, rollout: Rollout) -> Rollout:
         """Note what policy, reference and critic say of every token before anything moves.
 
+        What a sampler has noted is kept once it is `confirmed`; whoever changes tokens after
+        `collect` drops it: ``replace(rollout, logprobs=None)``.
+
         Args:
             rollout: B responses.
 
@@ -211,6 +215,8 @@ class Stages:
             `bootstrap` where there is a critic.
         """
         self.model.eval()
+        with self._computing():
+            rollout = confirmed(rollout, self.model.score, lenient=is_sharded(self.engine.bare))
         noted: dict[str, Tensor] = {}
         groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
         with self._at_work(self.ref_model, lend=False):
@@ -222,7 +228,7 @@ class Stages:
         part = rollout.select(rows)
         place = rows.to(part.mask.device), rollout.mask.shape
         with self._computing():
-            if rollout.logprobs is None or rollout.entropies is None:
+            if rollout.logprobs is None:
                 stats = self.model.score(part, entropy=True)
                 note(noted, "logprobs", *place, part.mask, stats.logprob)
                 note(noted, "entropies", *place, part.mask, stats.entropy)
