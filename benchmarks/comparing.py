@@ -85,8 +85,8 @@ def with_table(page: str, of_devices: Mapping[str, Any]) -> str:
             f"{device['name']}, {figures['threads']} threads; torch {used['torch']}. Medians of "
             f"{len(figures['works']['wide']['trl'])} rounds, in which all take their turn.",
             "",
-            "| work | by | seconds | × TRL's speed | peak memory, MB | of TRL's | collect | score | "
-            "annotate | update | floor's share |",
+            "| work | by | seconds | × TRL's speed | peak memory, MB | of TRL's | collect "
+            "| score | annotate | update | floor's share |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for work, players in figures["works"].items():

@@ -58,8 +58,7 @@ Dataset = Sequence[Mapping[str, Any]]
 class Stages:
     """The parts of PPO-max put together, and its five stages; `Trainer` runs them in turn.
 
-    Each stage takes a `Rollout` and returns a new one; nothing travels through `self` but models,
-    running statistics and counters.
+    Each takes a `Rollout` and returns a new one; through `self` travel models and counters alone.
 
     Args:
         model: the policy: a causal language model, or its folder or hub name.
@@ -299,8 +298,6 @@ class Stages:
         rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
         described = rollout_metrics(rollout, self.engine.reduce)
         return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
-
-    # What the stages share.
 
     @property
     def model(self) -> ActorCritic:
