@@ -22,32 +22,49 @@ FIGURES = ROOT / "benchmarks" / "results" / "ppo_iteration.json"
 PAGE = ROOT / "docs" / "performance.md"
 MARKS = ("<!-- written by: benchmarks/ppo_iteration.py --compare -->\n", "<!-- end -->\n")
 
-WORKS: dict[str, dict[str, Sequence[str]]] = {
-    "wide": {
-        "mossrlhf": ["ppo_iteration.py"],
-        "trl": ["trl_iteration.py"],
-    },
-    "tiny": {
-        "mossrlhf": ["ppo_iteration.py", "--shape", "tiny", "--iters", "6"],
-        "trl": ["trl_iteration.py", "--shape", "tiny", "--iters", "6"],
-    },
+OURS, THEIRS = "ppo_iteration.py", "trl_iteration.py"
+TINY = ["--shape", "tiny", "--iters", "6"]
+MANY = ["--rollouts", "128", "--minibatches", "4", "--iters", "2"]
+RAGGED = [OURS, *MANY, "--lengths", "log-normal", "--response", "256"]
+
+AGAINST = {
+    "wide": ("wide, TRL", "wide"),
+    "tiny": ("tiny, TRL", "tiny", "tiny, 896 tokens at a time"),
 }
-"""What is run: by whom, with which words."""
+"""Runs of ours that are held against one of TRL's, the first."""
+
+RUNS: dict[str, Sequence[str]] = {
+    "wide, TRL": [THEIRS],
+    "wide": [OURS],
+    "tiny, TRL": [THEIRS, *TINY],
+    "tiny": [OURS, *TINY],
+    "tiny, 896 tokens at a time": [OURS, *TINY, "--max-tokens", "896"],
+    "log-normal lengths": RAGGED,
+    "one length": [OURS, *MANY, "--response", "49"],  # the mean of the log-normal ones
+}
+"""What is run, by which words."""
+
+WORTH = {
+    "oneDNN's products": ("wide", [OURS, "--without", "products"]),
+    "log-probabilities as drawn": ("wide", [OURS, "--without", "reuse"]),
+    "no padding": ("log-normal lengths", [*RAGGED, "--without", "packing"]),
+    "finished responses leave": ("log-normal lengths", [*RAGGED, "--without", "segments"]),
+}
+"""What is left out of which run, and by which words."""
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run all works in turn, round after round, and write figures and page."""
+    """Run all in turn, round after round, and write figures and page."""
     if args.peer is None:
         sys.exit("--peer: say which Python has TRL 1.12 (see the head of trl_iteration.py)")
-    rounds: dict[str, dict[str, list[Any]]] = {w: {who: [] for who in WORKS[w]} for w in WORKS}
+    runs = {**RUNS, **{f"without {name}": words for name, (_, words) in WORTH.items()}}
+    found: dict[str, list[Any]] = {name: [] for name in runs}
     for _ in range(args.rounds):
-        for work, players in WORKS.items():
-            for who, (script, *words) in players.items():
-                python = args.peer if who == "trl" else sys.executable
-                found = run([python, str(HERE / script), *words, "--device", args.device])
-                rounds[work][who].append(found)
-                print(work, json.dumps(found), flush=True)
-        keep(args, rounds)
+        for name, (script, *words) in runs.items():
+            python = args.peer if script == THEIRS else sys.executable
+            found[name].append(run([python, str(HERE / script), *words, "--device", args.device]))
+            print(name, json.dumps(found[name][-1]), flush=True)
+        keep(args, found)
     return 0
 
 
@@ -61,7 +78,7 @@ def run(command: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def keep(args: argparse.Namespace, rounds: Mapping[str, Mapping[str, list[Any]]]) -> None:
+def keep(args: argparse.Namespace, found: Mapping[str, list[Any]]) -> None:
     """Write the figures so far, and the page."""
     device = describe(torch.device(args.device))
     of_devices = json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
@@ -69,44 +86,75 @@ def keep(args: argparse.Namespace, rounds: Mapping[str, Mapping[str, list[Any]]]
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"mossrlhf": mossrlhf.__version__, **versions(), "trl": "1.12.0"},
-        "works": rounds,
+        "runs": found,
     }
     FIGURES.write_text(json.dumps(of_devices, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text("utf-8"), of_devices), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), of_devices), encoding="utf-8")
 
 
-def with_table(page: str, of_devices: Mapping[str, Any]) -> str:
+def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
     """Put the figures into the page, between the marks."""
     lines: list[str] = []
     for figures in of_devices.values():
-        used, device = figures["versions"], figures["device"]
+        used, device, runs = figures["versions"], figures["device"], figures["runs"]
+        cuda = device["type"] == "cuda"
         lines += [
             "",
             f"{device['name']}, {figures['threads']} threads; torch {used['torch']}. Medians of "
-            f"{len(figures['works']['wide']['trl'])} rounds, in which all take their turn.",
+            f"{len(runs['wide'])} rounds, in which all take their turn.",
             "",
             "| work | by | seconds | × TRL's speed | peak memory, MB | of TRL's | collect "
             "| score | annotate | update | floor's share |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for work, players in figures["works"].items():
-            theirs = players["trl"]
-            for who, runs in players.items():
-                lines.append(row(work, who, runs, theirs, device["type"] == "cuda"))
+        for work, (peer, *ours) in AGAINST.items():
+            lines.append(row([work, "TRL 1.12"], runs[peer], runs[peer], cuda))
+            for name in ours:
+                more = name.removeprefix(work).removeprefix(", ")
+                who = f"mossrlhf, {more}" if more else "mossrlhf"
+                lines.append(row([work, who], runs[name], runs[peer], cuda))
+        lines += ["", *lengths(runs), "", *worth(runs)]
     return between(page, MARKS, [*lines, ""])
 
 
-def row(work: str, who: str, runs: Sequence[Any], theirs: Sequence[Any], cuda: bool) -> str:
+def row(head: list[str], runs: Sequence[Any], theirs: Sequence[Any], cuda: bool) -> str:
     """Lay out the runs of one."""
     memory = "peak_gpu_mb" if cuda else "peak_rss_mb"
     seconds, peak = middle(runs, "median"), middle(runs, memory)
     faster, leaner = middle(theirs, "median") / seconds, peak / middle(theirs, memory)
-    cells = [work, who, f"{seconds:.3g}", f"{faster:.2f}", f"{peak:,.0f}", f"{leaner:.2f}"]
+    cells = [*head, f"{seconds:.3g}", f"{faster:.2f}", f"{peak:,.0f}", f"{leaner:.2f}"]
     for stage in ("collect", "score", "annotate", "update"):
         found = [run["stages"][stage] for run in runs if "stages" in run]
         cells.append(f"{median(found):.3g}" if found else "")
     cells.append(f"{middle(runs, 'share_of_floor'):.0%}" if "share_of_floor" in runs[0] else "")
     return f"| {' | '.join(cells)} |"
+
+
+def lengths(runs: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Say what responses of different lengths cost, by the token."""
+    cost = {}
+    for name in ("log-normal lengths", "one length"):
+        tokens = middle(runs[name], "response_tokens") + 128 * 64
+        cost[name] = middle(runs[name], "median") / tokens
+    more = cost["log-normal lengths"] / cost["one length"] - 1
+    return [
+        "Response lengths drawn log-normal (median 32, at most 256) in place of one length, their "
+        f'mean; 128 responses, otherwise "wide": {1e3 * cost["log-normal lengths"]:.3g} ms a '
+        f"token of prompt or response against {1e3 * cost['one length']:.3g}, that is {more:+.0%}."
+    ]
+
+
+def worth(runs: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Say what each option of speed is worth, by what is slower without it."""
+    lines = ["| option | in | time without it | collect | annotate | update |", "|" + "---|" * 6]
+    for name, (work, _) in WORTH.items():
+        left_out = runs[f"without {name}"]
+        cells = [name, work, f"× {middle(left_out, 'median') / middle(runs[work], 'median'):.2f}"]
+        for stage in ("collect", "annotate", "update"):
+            both = [median(r["stages"][stage] for r in each) for each in (left_out, runs[work])]
+            cells.append(f"× {both[0] / both[1]:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def middle(runs: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -15,6 +15,10 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(vocab=512, hidden=128, layers=2, prompt=24, response=32, rollouts=64),
 }
 MINIBATCHES = dict(minibatches=2, epochs=2, iters=3)
+OPTIONS = ("products", "reuse", "packing", "segments")
+"""What may be left out: oneDNN's products, the sampler's log-probabilities, sequences read end to
+end, letting go of finished responses."""
+
 MEDIAN_LENGTH, SPREAD = 32, 1.0
 """Of log-normal response lengths: the median, in tokens, and the standard deviation of the log."""
 
@@ -27,6 +31,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=MINIBATCHES.get(name))
     parser.add_argument("--lengths", choices=("uniform", "log-normal"), default="uniform")
     parser.add_argument("--max-tokens", type=int, help="padded tokens at a time")
+    parser.add_argument("--without", choices=OPTIONS, help="leave an option of speed out")
     parser.add_argument("--threads", type=int, help="of torch, in each process")
     parser.add_argument("--processes", type=int, default=1, help="each with a rollout of its own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

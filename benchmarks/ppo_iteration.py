@@ -27,7 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -43,7 +44,9 @@ from transformers import (
 )
 
 from mossrlhf import ModelReward, Trainer, presets
+from mossrlhf.kernels import use_products
 from mossrlhf.kernels.products import product
+from mossrlhf.models import packing
 
 STAGES = ("collect", "score", "annotate", "estimate", "update")
 
@@ -90,7 +93,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, folder, watch)
-        history = trainer.train()
+        with without(args.without, trainer):
+            history = trainer.train()
     cuda = args.device == "cuda"
     stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 4) for s in STAGES}
     tokens = median(h["response/length_tokens"] for h in history) * args.rollouts
@@ -139,6 +143,24 @@ def make_trainer(args: argparse.Namespace, folder: str, watch: Stopwatch) -> Tra
         callbacks=[watch],
         **preset,
     )
+
+
+@contextmanager
+def without(option: str | None, trainer: Trainer) -> Iterator[None]:
+    """Leave an option of speed out."""
+    if option == "segments":
+        object.__setattr__(trainer.sampler, "segment", None)
+    if option == "reuse":
+        collect = trainer.collect
+        trainer.collect = lambda: replace(collect(), logprobs=None, entropies=None)
+    known = packing.packs
+    if option == "packing":
+        packing.packs = lambda backbone: False
+    try:
+        with use_products("blas") if option == "products" else nullcontext():
+            yield
+    finally:
+        packing.packs = known
 
 
 class Ends(LogitsProcessor):

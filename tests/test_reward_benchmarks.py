@@ -150,7 +150,7 @@ def test_the_page_of_adapters_says_what_the_figures_say(load):
 
 
 def test_what_the_noise_took_is_regained(load):
-    """By the kept figures: strength tells flipped pairs, and the methods together give back half."""
+    """By the kept figures: strength tells flipped pairs, and the methods give back half."""
     seeds = json.loads(load("preference_noise").FIGURES.read_text(encoding="utf-8"))["seeds"]
     regained = [(s["all three"] - s["none"]) / (s["clean"] - s["none"]) for s in seeds.values()]
     assert len(regained) == 3

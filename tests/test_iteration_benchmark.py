@@ -1,0 +1,128 @@
+"""benchmarks/ppo_iteration.py does the work it says, and the page says what was measured."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+
+SMALL = ["--vocab", "64", "--hidden", "16", "--layers", "1", "--prompt", "5", "--response", "6"]
+SMALL += ["--rollouts", "4", "--iters", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+
+
+@pytest.fixture
+def bench():
+    return import_module("ppo_iteration")
+
+
+@pytest.fixture
+def comparing():
+    return import_module("comparing")
+
+
+def test_an_iteration_is_measured(bench, capsys):
+    assert bench.main(SMALL) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["iter_s"]) == 2
+    assert found["stages"].keys() == set(bench.STAGES)
+    assert sum(found["stages"].values()) <= 2 * max(found["iter_s"])
+    assert found["response_tokens"] <= 4 * 6
+    assert found["peak_rss_mb"] > 50
+    assert 0 < found["share_of_floor"] < 1
+
+
+def test_the_work_is_what_the_words_say(bench, tmp_path):
+    work = import_module("iteration_work")
+    args = work.parse(SMALL)
+    trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
+    rollout = trainer.collect()
+    assert rollout.prompt_lengths.tolist() == [5] * 4
+    assert trainer.args.optimizer_steps() == 2 * args.minibatches * args.epochs
+    models = (trainer.policy, trainer.critic, trainer.ref_model, *trainer.rewards.models())
+    assert len({id(p) for model in models for p in model.parameters()}) == sum(
+        len(list(model.parameters())) for model in models
+    )
+
+
+def test_lengths_are_those_of_the_prompts(bench, tmp_path):
+    work = import_module("iteration_work")
+    args = work.parse([*SMALL, "--lengths", "log-normal", "--rollouts", "16"])
+    trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
+    rollout = trainer.collect()
+    wanted = rollout.input_ids[:, 4] - 3
+    assert rollout.response_lengths.tolist() == wanted.tolist()
+    assert rollout.truncated.sum() == 0
+    assert len(set(wanted.tolist())) > 2
+
+
+def test_the_arithmetic_is_that_of_the_models(bench, tmp_path):
+    """Against torch's own count of a forward pass of a backbone, and of a head."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    work = import_module("iteration_work")
+    args = work.parse(["--shape", "tiny"])
+    trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
+    both = args.prompt + args.response
+    ids = torch.full((args.rollouts, both), 5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        trainer.critic.backbone(ids, use_cache=False)
+    head = args.rollouts * args.response * 2 * args.hidden * args.vocab
+    # The counter takes attention for full, not causal; that is half of its share.
+    full = args.rollouts * args.layers * 4 * args.hidden * both * both
+    backbone = counter.get_total_flops() - full / 2
+    epochs = 3 * args.epochs
+    expected = 2 * (backbone + head) + 2 * backbone + epochs * (2 * backbone + head)
+    assert bench.arithmetic(args, args.response) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ["products", "reuse", "packing", "segments"])
+def test_an_option_is_left_out_and_comes_back(bench, option, tmp_path):
+    work = import_module("iteration_work")
+    args = work.parse([*SMALL, "--lengths", "log-normal"])
+    trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
+    packs = bench.packing.packs
+    with bench.without(option, trainer):
+        rollout = trainer.collect()
+        assert (rollout.logprobs is None) == (option == "reuse")
+        assert (bench.packing.packs is packs) == (option != "packing")
+        assert (trainer.sampler.segment is None) == (option == "segments")
+    assert bench.packing.packs is packs
+
+
+def made(comparing):
+    """Figures with plain ratios."""
+
+    def runs(seconds, memory, **more):
+        one = {"median": seconds, "peak_rss_mb": memory, "response_tokens": 128 * 36, **more}
+        return [one] * 3
+
+    stages = {"collect": 1.0, "score": 0.1, "annotate": 0.2, "update": 2.0}
+    ours = {"stages": stages, "share_of_floor": 0.4}
+    found = {name: runs(2.0, 500.0, **ours) for name in comparing.RUNS}
+    found |= {f"without {name}": runs(3.0, 500.0, **ours) for name in comparing.WORTH}
+    found |= {name: runs(6.0, 1000.0) for name in found if name.endswith("TRL")}
+    device = {"name": "a machine", "type": "cpu"}
+    return {"x": {"device": device, "threads": 2, "versions": {"torch": "9"}, "runs": found}}
+
+
+def test_the_tables_by_hand(comparing):
+    page = "before\n" + "stale\n".join(comparing.MARKS) + "after\n"
+    new = comparing.with_tables(page, made(comparing))
+    assert "| wide | TRL 1.12 | 6 | 1.00 | 1,000 | 1.00 |" in new
+    assert "| wide | mossrlhf | 2 | 3.00 | 500 | 0.50 | 1 | 0.1 | 0.2 | 2 | 40% |" in new
+    assert "| tiny | mossrlhf, 896 tokens at a time | 2 | 3.00 |" in new
+    assert "| oneDNN's products | wide | × 1.50 | × 1.00 | × 1.00 | × 1.00 |" in new
+    assert "0.156 ms a token of prompt or response against 0.156, that is +0%" in new
+    assert "stale" not in new
+    assert comparing.with_tables(new, made(comparing)) == new
+
+
+def test_the_page_says_what_the_figures_say(comparing):
+    page = comparing.PAGE.read_text(encoding="utf-8")
+    kept = json.loads(comparing.FIGURES.read_text(encoding="utf-8"))
+    assert comparing.with_tables(page, kept) == page
