@@ -31,6 +31,7 @@ from mossrlhf.models import (
     token_path,
     whole_logits,
 )
+from mossrlhf.models.padding import looks_back
 from mossrlhf.signature import accepts
 from mossrlhf.types import LossOutput, Rollout
 
@@ -99,7 +100,7 @@ class TestAlignment:
         def __init__(self):
             nn.Module.__init__(self)
 
-        def token_values(self, input_ids, attention_mask):
+        def token_values(self, input_ids, attention_mask, right_padded=None):
             return torch.arange(input_ids.shape[1]).expand_as(input_ids).float()
 
     def test_log_probability_of_a_token_comes_from_one_position_before(self, batch):
@@ -264,6 +265,7 @@ class TestRewardModel:
 
     def test_nothing_is_cached(self, batch):
         model = RewardModel.from_language_model(LANGUAGE_MODELS["llama"]())
+        looks_back(model.backbone)  # asks twice, beforehand
         caches = []
         model.backbone.register_forward_hook(lambda *call: caches.append(call[2].past_key_values))
         model(batch.input_ids, batch.attention_mask)
@@ -452,6 +454,7 @@ class TestActorCritic:
         assert self.moved(model) == {"policy"}
 
     def test_nothing_is_cached_for_tokens_to_come(self, model, batch):
+        looks_back(model.policy.model)  # asks as well, beforehand
         asked = []
         model.policy.model.register_forward_pre_hook(
             lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True

@@ -1,14 +1,15 @@
-"""What a warped sampler drew from: noted while it runs, recomputed here token by token."""
+"""Tokens drawn inside `generate`, and what is noted of each: recomputed here token by token."""
 
 import copy
 
 import pytest
 import torch
-from mossrlhf.sampling.recording import WARPERS, Recorder, unwarped
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, WatermarkingConfig
+from transformers.generation.configuration_utils import logger as generation_logger
 
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import HFSampler
+from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
 
 V, END = 30, 2
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]] * 4
@@ -37,6 +38,7 @@ def model():
 
 
 def draw(model, batch_size=None, **config):
+    torch.manual_seed(2)
     config = GenerationConfig(**{"max_new_tokens": 6, "do_sample": True, **config})
     sampler = HFSampler(
         generation_config=config, eos_token_id=END, pad_token_id=END, batch_size=batch_size
@@ -89,13 +91,17 @@ def among(p, keep):
 def check(model, rollout, config):
     """Hold what was noted to the definitions, sequence by sequence, without padding."""
     rows = zip(rollout.prompts(), rollout.completions(), strict=True)
+    noted = rollout.sampler_logprobs if rollout.logprobs is None else rollout.logprobs
     for b, (prompt, response) in enumerate(rows):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + response])).logits[0].double()
         for t, token in enumerate(response):
             place = len(prompt) + t
-            expected = warped(logits[place - 1], (prompt + response)[:place], config)[token]
-            assert rollout.sampler_logprobs[b, t].item() == pytest.approx(expected.item(), abs=1e-4)
+            expected = warped(logits[place - 1], (prompt + response)[:place], config)
+            assert noted[b, t].item() == pytest.approx(expected[token].item(), abs=1e-4)
+            if rollout.entropies is not None:
+                entropy = -(expected.exp() * expected).sum().item()
+                assert rollout.entropies[b, t].item() == pytest.approx(entropy, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -119,28 +125,98 @@ def check(model, rollout, config):
 def test_log_probabilities_of_the_sampler(model, config, batch_size):
     rollout = draw(model, batch_size, **config)
     check(model, rollout, config)
+    assert rollout.logprobs is None  # these would be the policy's
+    assert rollout.entropies is None
     assert not rollout.sampler_logprobs[~rollout.mask].any()
     assert rollout.sampler_logprobs.dtype == torch.float32
 
 
-@pytest.mark.parametrize("config", [{}, {"temperature": 0.7}, {"do_sample": False}], ids=str)
-def test_nothing_is_noted_where_scored_and_drawn_agree(model, config):
-    assert draw(model, **config).sampler_logprobs is None
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.7}, {"temperature": 1.6}], ids=str)
+def test_where_nothing_departs_from_the_policy_the_notes_are_its_own(model, config):
+    rollout = draw(model, batch_size=5, **config)
+    check(model, rollout, config)
+    scored = policy_stats(model, rollout, config.get("temperature", 1.0), entropy=True)
+    exact = dict(rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.logprobs[rollout.mask], scored.logprob, **exact)
+    torch.testing.assert_close(rollout.entropies[rollout.mask], scored.entropy, **exact)
+    assert rollout.sampler_logprobs is None
+    assert not rollout.mask.all()
+    for noted in (rollout.logprobs, rollout.entropies):
+        assert not noted[~rollout.mask].any()
+        assert noted.dtype == torch.float32
 
 
-def test_nothing_comes_after_the_recorder(model):
+def test_greedy_notes_nothing(model):
+    rollout = draw(model, do_sample=False)
+    assert rollout.logprobs is None
+    assert rollout.entropies is None
+    assert rollout.sampler_logprobs is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_notes_of_other_types_are_the_samplers_alone(model, dtype):
+    """With a cache and without, such models say different things of the same token."""
+    rollout = draw(copy.deepcopy(model).to(dtype))
+    assert rollout.logprobs is None
+    assert rollout.entropies is None
+    assert rollout.sampler_logprobs.dtype == torch.float32
+
+
+def test_notes_under_autocast_are_the_samplers_alone(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = draw(model)
+    assert rollout.logprobs is None
+    assert rollout.entropies is None
+    assert rollout.sampler_logprobs is not None
+
+
+def test_one_weight_in_half_precision_is_enough(model):
+    mixed = copy.deepcopy(model)
+    mixed.register_parameter("other", torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
+    assert draw(mixed).logprobs is None
+
+
+def test_float64_as_the_default_type_changes_nothing(model):
+    expected = draw(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        rollout = draw(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(rollout.input_ids, expected.input_ids)
+    torch.testing.assert_close(rollout.logprobs, expected.logprobs)
+
+
+def test_transformers_has_nothing_to_say(model, monkeypatch):
+    """Of fields that go unused: they are ours to apply."""
+    said = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(generation_logger, name, lambda *words, **_: said.append(words))
+    draw(model)
+    draw(model, **EVERY)
+    assert said == []
+
+
+def given(config, rows=1, steps=1):
+    return Draws(config, torch.rand(rows, steps, dtype=torch.float64))
+
+
+def test_nothing_comes_after_the_draw(model):
     """Whatever warpers `generate` has of its own, none is left to act after ours, in its order."""
 
     def after(config):
         config.update(max_length=9, do_sample=True)
-        mine = [Recorder(GenerationConfig(), "cpu")]
+        mine = [given(GenerationConfig())]
         listed = model._get_logits_processor(config, 3, logits_processor=mine, device="cpu")
         return [type(p) for p in listed[listed.index(mine[0]) + 1 :]]
 
     assert list(EVERY) == list(WARPERS)
     theirs = after(GenerationConfig(**EVERY))
-    assert theirs == [type(p) for p in Recorder(GenerationConfig(**EVERY)).warpers]
-    assert after(unwarped(GenerationConfig(**EVERY))) == []
+    assert theirs == [type(p) for p in given(GenerationConfig(**EVERY)).warpers]
+    bare = undrawn(GenerationConfig(**EVERY))
+    assert bare.do_sample is False
+    listed = model._get_logits_processor(bare, 3, logits_processor=[mine := given(bare)])
+    assert listed[-1] is mine
 
 
 @pytest.mark.parametrize("name", WARPERS)
@@ -162,35 +238,16 @@ def test_a_warper_acts_where_that_of_generate_does(model, name, value):
             return str(error)
 
     theirs = made(lambda: model._get_logits_processor(config, 3, device="cpu"))
-    assert made(lambda: Recorder(config).warpers) == theirs
+    assert made(lambda: given(config).warpers) == theirs
 
 
 def test_a_watermark_is_refused():
     config = GenerationConfig(max_new_tokens=3, watermarking_config=WatermarkingConfig())
     message = "generation_config: watermarking_config = .*put on after everything else"
     with pytest.raises(ValueError, match=message):
-        Recorder(config)
+        given(config)
     with pytest.raises(ValueError, match=message):
         HFSampler(generation_config=config, eos_token_id=END, pad_token_id=END)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{"top_k": 5, "top_p": 0.9, "temperature": 0.8}, EVERY],
-    ids=["usual", "every warper"],
-)
-def test_the_recorder_changes_no_draw(model, config):
-    """The warpers act as they do inside `generate`: token for token, from the same seed."""
-    config = {**config, "max_new_tokens": 4}
-    torch.manual_seed(7)
-    rollout = draw(model, **config)
-    torch.manual_seed(7)
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([[END] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    plain = model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=END, **config)
-    for response, row in zip(rollout.completions(), plain[:, width:].tolist(), strict=True):
-        assert row[: len(response)] == response
 
 
 def test_sampler_and_policy_differ_by_the_warping(model):
@@ -207,12 +264,51 @@ def test_every_warper_works_on_a_gpu(model):
     check(model, rollout.to("cpu"), EVERY)
 
 
-def test_unwarped_leaves_the_rest():
-    given = GenerationConfig(
+def test_undrawn_leaves_the_rest():
+    config = GenerationConfig(
         **EVERY | {"top_k": 3}, do_sample=True, repetition_penalty=1.2, max_new_tokens=9,
     )  # fmt: skip
-    bare = unwarped(given)
-    assert (bare.top_k, bare.top_p, bare.min_p, bare.typical_p) == (0, 1.0, None, 1.0)
-    assert (bare.top_h, bare.epsilon_cutoff, bare.eta_cutoff) == (None, 0.0, 0.0)
-    assert (bare.temperature, bare.repetition_penalty, bare.max_new_tokens) == (1.0, 1.2, 9)
-    assert given.top_k == 3
+    bare = undrawn(config)
+    assert [getattr(bare, name) for name in WARPERS] == [None] * len(WARPERS)
+    assert (bare.do_sample, bare.repetition_penalty, bare.max_new_tokens) == (False, 1.2, 9)
+    assert (config.top_k, config.do_sample) == (3, True)
+
+
+# ---- drawing itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.5}, {"top_k": 3}], ids=str)
+def test_frequencies_are_the_distribution(config):
+    """Of one row of scores asked over and over, with evenly spread numbers: no chance in it."""
+    torch.manual_seed(0)
+    count, scores = 20_000, torch.randn(V) * 2
+    uniform = (torch.arange(count, dtype=torch.float64) / count)[:, None]
+    draws = Draws(GenerationConfig(**config), uniform)
+    said = draws(torch.zeros(count, 1, dtype=torch.long), scores.expand(count, V).clone())
+    tokens = said.argmax(-1)
+    assert said.gather(1, tokens[:, None]).eq(0).all()
+    assert said.isneginf().sum(-1).eq(V - 1).all()
+    expected = warped(scores.double(), [0], config).exp()
+    found = tokens.bincount(minlength=V).double() / count
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / count + 1e-6)
+    logprobs, exact = draws.logprobs[:, 0].double(), dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs, expected[tokens].log(), **exact)
+    entropy = -torch.xlogy(expected, expected).sum()
+    torch.testing.assert_close(draws.entropies[:, 0].double(), entropy.expand(count), **exact)
+
+
+def test_each_step_has_its_own_numbers():
+    """Row by row, and step by step: 0.1 takes the first of two tokens, 0.9 the second."""
+    wanted = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    draws = Draws(GenerationConfig(), torch.where(wanted.bool(), 0.9, 0.1).double())
+    steps = [draws(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 2)) for _ in range(3)]
+    assert torch.equal(torch.stack([s.argmax(-1) for s in steps], 1), wanted)
+    assert draws.logprobs.shape == draws.entropies.shape == (2, 3)
+
+
+def test_broken_weights_are_reported_with_the_prompt(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[9] = torch.nan  # of the second prompt
+    with pytest.raises(FloatingPointError, match=r"number 1\b.*weights are broken"):
+        draw(broken, batch_size=5)

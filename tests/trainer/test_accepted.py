@@ -188,13 +188,14 @@ def test_the_padding_token_is_of_no_consequence(make, world, parameters, parts, 
         torch.nn.init.normal_(made.score.weight)
         return made
 
+    # By this seed some responses end, and none has the usual padding token, whose embedding torch
+    # keeps as it is.
     histories = []
     usual = tiny("llama", world.tokenizer()), world.tokenizer()
     for name, (model, tokenizer) in {"usual": usual, "other": parts(world)}.items():
         trainer = make(
-            name, model=model, reward=rewards(model), processing_class=tokenizer, args={"seed": 3}
+            name, model=model, reward=rewards(model), processing_class=tokenizer, args={"seed": 30}
         )
-        torch.manual_seed(3)
         histories.append((learn(trainer, parameters), parameters(trainer.policy)))
     (usually, policy), (other, policy_other) = histories
     assert torch.equal(policy, policy_other)

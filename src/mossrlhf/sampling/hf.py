@@ -16,6 +16,7 @@ from mossrlhf.sampling.distribution import (
     require_distribution,
     require_plain,
 )
+from mossrlhf.sampling.draws import undrawn
 from mossrlhf.sampling.segments import drawn
 from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
@@ -158,7 +159,8 @@ class HFSampler:
         uniform = torch.rand(len(prompts), self.max_new_tokens, dtype=torch.float64)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         order = lengths.argsort(stable=True)  # prompts of like length together: little padding
-        with _only(model, self.effective):
+        asked = undrawn(self.effective) if self.effective.do_sample else self.effective
+        with _only(model, asked):
             parts = [
                 self._draw(model, [prompts[row] for row in rows], uniform[rows])
                 for rows in order.split(self.batch_size or len(prompts))

@@ -61,7 +61,7 @@ def drawn(
     ends = torch.tensor(config.eos_token_id, device=ids.device).view(-1)
     size, limit = uniform.shape
     tokens = ids.new_full((size, limit), config.pad_token_id)
-    noted = torch.zeros(2, size, limit, device=ids.device)
+    noted = torch.zeros(2, size, limit, dtype=torch.float32, device=ids.device)
     rows, cache, done = torch.arange(size, device=ids.device), None, 0
     if segment is None or not _goes_on(model, config):
         segment = limit
