@@ -106,7 +106,8 @@ BLOCK = 256
 def inverse(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """Return the first token up to which the probabilities add up to more than a number.
 
-    Sums are float32 within blocks and float64 over them, so that tokens of 1e-8 get their share.
+    Blocks are summed in float32 and all else in float64, so that tokens of 1e-8 get their share;
+    what a block's sum misses, a ten-millionth of it, its last token goes without or has beside.
 
     Args:
         p: ``[B, V]`` probabilities; they need not add up to 1.

@@ -17,7 +17,7 @@ from mossrlhf.sampling.distribution import (
     require_plain,
 )
 from mossrlhf.sampling.draws import undrawn
-from mossrlhf.sampling.segments import drawn
+from mossrlhf.sampling.segments import drawn, learns_prompt
 from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
@@ -234,8 +234,10 @@ def _says_the_same_twice(model: nn.Module) -> bool:
     """Whether a token's log-probability is the same by a cache and by a whole sequence.
 
     To rounding that is; in half precision the two are a hundredth of a nat apart, and float64
-    logits become float32 in `generate`.
+    logits become float32 in `generate`. A learned prompt stands before the padding on the left.
     """
+    if learns_prompt(model):
+        return False
     devices = {parameter.device.type for parameter in model.parameters()}
     rough = "cuda" in devices and torch.get_float32_matmul_precision() != "highest"
     cast = any(torch.is_autocast_enabled(device) for device in devices)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
-from mossrlhf.signature import inside
+from mossrlhf.signature import accepts, inside
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,26 @@ FROM_ROWS = frozenset([*WARPERS, "do_sample", "repetition_penalty"])
 
 def _goes_on(model: nn.Module, config: GenerationConfig) -> bool:
     """Whether `generate` can be called again where it stopped, and would not notice."""
-    kinds = getattr(model, "peft_config", {}).values()
     plain = isinstance(inside(model), GenerationMixin) and config.cache_implementation is None
     return (
         plain
         and config.use_cache is not False
+        and accepts(inside(model), "past_key_values")  # Mamba's state goes by another name
         and departures(config).keys() <= FROM_ROWS
-        and not any(kind.is_prompt_learning for kind in kinds)  # its prompt would come again
+        and not learns_prompt(model)  # which would come again
     )
+
+
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether an adapter puts tokens of its own before every prompt.
+
+    Args:
+        model: a transformers model, with or without adapters.
+
+    Source: ours.
+    """
+    kinds = getattr(model, "peft_config", {}).values()
+    return any(kind.is_prompt_learning for kind in kinds)
 
 
 def _has_rows(cache: Any) -> bool:
