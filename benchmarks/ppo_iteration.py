@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from iteration_work import Stopwatch, llama, parse, prompts, tokenizer
-from measuring import peak_resident
+from measuring import peak_resident, resident
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -90,11 +90,16 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Run iterations in this process."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    start = resident()
+    words = tokenizer(args.vocab)
+    of_words = resident() - start  # of the benchmark, not of the trainer: it grows with the words
+    del words
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, folder, watch)
         with without(args.without, trainer):
             history = trainer.train()
+    peak = peak_resident()  # before the matrix product below, which may take more
     cuda = args.device == "cuda"
     stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 4) for s in STAGES}
     tokens = median(h["response/length_tokens"] for h in history) * args.rollouts
@@ -107,7 +112,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "iter_s": [round(x, 3) for x in watch.seconds],
         "median": round(seconds, 4),
         "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else 0,
-        "peak_rss_mb": peak_resident() / 2**20,
+        "peak_rss_mb": peak / 2**20,
+        "start_rss_mb": start / 2**20,
+        "tokenizer_mb": of_words / 2**20,
         "stages": stages,
         "response_tokens": tokens,
         "tera_operations": operations / 1e12,
