@@ -98,7 +98,7 @@ def test_weights_are_those_of_the_models(growth, scaling, layers, tmp_path):
         "policy": trainer.policy,
         "ref_model": trainer.ref_model,
         "critic": trainer.critic,
-        "reward": trainer.reward.model,
+        "reward": trainer.rewards.models()[0],
     }
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert growth.weights(options) == counts
