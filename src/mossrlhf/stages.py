@@ -204,7 +204,8 @@ class Stages:
         """Note what policy, reference and critic say of every token before anything moves.
 
         Args:
-            rollout: B responses.
+            rollout: B responses; `logprobs` and `entropies` that are there, as the sampler noted
+                them, stay.
 
         Returns:
             the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
