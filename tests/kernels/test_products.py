@@ -281,7 +281,7 @@ def test_few_sizes_over_many_numbers_of_rows(handed):
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 127, 128, 129, 256, 1000, 2049])
 def test_pieces_are_all_of_it_once(count):
-    pieces = list(source._pieces(count))
+    pieces = list(source.pieces(count))
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == [*range(count)]
     if count % source.ROUND == 0 and count:
         assert pieces == [slice(0, count)]
