@@ -207,7 +207,8 @@ class Stages:
         `collect` drops it: ``replace(rollout, logprobs=None)``.
 
         Args:
-            rollout: B responses.
+            rollout: B responses; `logprobs` and `entropies` that are there, as the sampler noted
+                them, stay.
 
         Returns:
             the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and

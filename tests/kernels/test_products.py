@@ -223,6 +223,8 @@ class TestLeftToTorch:
     def test_small_products(self, handed):
         with use_products("onednn"), fast_products():
             nn.functional.linear(torch.randn(100, 40), torch.randn(24, 40))
+            nn.functional.linear(torch.randn(1024, 32), torch.randn(16, 32))  # half of it
+            product(torch.randn(1024, 32), torch.randn(32, 16))
             assert handed == []
             nn.functional.linear(torch.randn(1024, 64), torch.randn(16, 64))
             assert handed == [(1024, 64, 16)]
@@ -235,7 +237,7 @@ class TestLeftToTorch:
 
 @pytest.mark.parametrize(("n", "k", "m"), [
     (1, 40, 24), (17, 40, 24), (100, 40, 5000), (129, 5000, 40), (1023, 64, 64), (50, 3, 40),
-    (0, 40, 24), (300, 2049, 30),
+    (0, 40, 24), (4100, 20, 24), (300, 2049, 30),
 ])  # fmt: skip
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_without_gradients(n, k, m, turned):
@@ -281,7 +283,7 @@ def test_few_sizes_over_many_numbers_of_rows(handed):
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 127, 128, 129, 256, 1000, 2049])
 def test_pieces_are_all_of_it_once(count):
-    pieces = list(source._pieces(count))
+    pieces = list(source.pieces(count))
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == [*range(count)]
     if count % source.ROUND == 0 and count:
         assert pieces == [slice(0, count)]
@@ -303,7 +305,7 @@ class TestContext:
             raise KeyError
         assert (nn.functional.linear, torch.addmm) == TORCHS
 
-    def test_whoever_replaces_it_meanwhile_keeps_it(self, monkeypatch):
+    def test_whoever_replaces_it_meanwhile_keeps_it(self):
         def theirs(*args):
             return TORCHS[0](*args)
 
@@ -311,6 +313,10 @@ class TestContext:
             nn.functional.linear = theirs
         assert nn.functional.linear is theirs
         nn.functional.linear = TORCHS[0]
+        with fast_products():
+            torch.addmm = theirs
+        assert torch.addmm is theirs
+        torch.addmm = TORCHS[1]
 
     def test_threads_may_overlap(self):
         inside, leave, seen = threading.Event(), threading.Event(), []

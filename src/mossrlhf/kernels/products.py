@@ -140,7 +140,7 @@ def add_product(
     if not _by_onednn(a, b, 1):
         total.addmm_(a, b)
         return
-    for inner in _pieces(a.shape[1]):
+    for inner in pieces(a.shape[1]):
         turned = b[inner].t().contiguous()  # once for all blocks
         for rows in _blocks(len(a)):
             total[rows].add_(_multiplied(a[rows, inner], turned, None))
@@ -225,7 +225,7 @@ class _Outer(torch.autograd.Function):
         # What comes first is copied: the narrower of the two.
         turned = x.shape[1] < y.shape[1]
         a, b = (x, y) if turned else (y, x)
-        parts = [_multiplied(a[rows].t(), b[rows].t(), None) for rows in _pieces(len(x))]
+        parts = [_multiplied(a[rows].t(), b[rows].t(), None) for rows in pieces(len(x))]
         total = parts[0]
         for part in parts[1:]:
             total.add_(part)
@@ -249,12 +249,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    parts = [_multiplied(x[rows], weight, bias) for rows in _pieces(len(x))]
+    parts = [_multiplied(x[rows], weight, bias) for rows in pieces(len(x))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _write_rows(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    for rows in _pieces(len(x)):
+    for rows in pieces(len(x)):
         out[rows] = _multiplied(x[rows], weight, None)
 
 
@@ -270,8 +270,14 @@ def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-def _pieces(count: int) -> Iterator[slice]:
-    """Cut a number of tokens into pieces of few different sizes."""
+def pieces(count: int) -> Iterator[slice]:
+    """Cut a number of tokens into pieces of few different sizes.
+
+    Args:
+        count: N.
+
+    Source: ours.
+    """
     start, sizes = 0, (count,) if count % ROUND == 0 and count else SIZES
     for size in sizes:
         while count - start >= size:

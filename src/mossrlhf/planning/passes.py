@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from mossrlhf.functional.reduce import upcast
 from mossrlhf.kernels.head import chunks
+from mossrlhf.kernels.products import BLOCK, pieces, products
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
-from mossrlhf.models.token_path import hidden_states, output_head
+from mossrlhf.models.token_path import output_head
 from mossrlhf.planning.dry import Dry, backward
 from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 from mossrlhf.planning.parts import Parts
 from mossrlhf.roles import as_reference
+from mossrlhf.sampling import draws
+from mossrlhf.signature import inside
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Work:
         cuda: whether on a GPU.
         bf16: whether to compute in bfloat16.
         fused: whether the loss's gradient is made along with it.
-        warped: whether top-p and the like are on, so that what is drawn from is recorded.
+        warped: whether temperature, top-p and the like are on.
+        noted: whether what the sampler notes of each token spares the policy's scoring.
 
     Source: ours.
     """
@@ -49,6 +53,7 @@ class Work:
     bf16: bool
     fused: bool = True
     warped: bool = False
+    noted: bool = False
 
     @property
     def length(self) -> int:
@@ -106,6 +111,11 @@ def _head_room(hidden: Tensor, weight: Tensor, work: Work, wanted: Any) -> list[
             gradients[i] = given.new_zeros(given.shape, dtype=wide)
     rows = next(chunks(len(hidden), len(weight), work.cuda))
     logits = hidden.new_empty(rows.stop - rows.start, len(weight), dtype=wide)
+    if not work.cuda and wide == torch.float32 and products().name == "onednn":
+        piece = max(s.stop - s.start for s in pieces(len(logits)))
+        hidden.new_empty(piece, min(BLOCK, len(weight)), dtype=wide)  # before it is written there
+        if gradients[1] is not None:
+            weight.new_empty(min(BLOCK, len(weight)), weight.shape[1])  # before it is added
     if any(g is not None for g in gradients) and dtype != wide:
         torch.empty_like(logits, dtype=dtype)
     del operands
@@ -154,7 +164,8 @@ class Passes:
             return said
         speaking = model.speaking() if isinstance(model, SharedRewardModel) else nullcontext()
         with speaking:
-            hidden = model.backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            # Causal models are told of no padding on the right.
+            hidden = model.backbone(ids, use_cache=False).last_hidden_state
         with self._dry.in_full():
             head, wide = model.score, upcast(hidden)
             bias = None if head.bias is None else head.bias.to(wide)
@@ -163,8 +174,9 @@ class Passes:
     def _hidden(self, policy: nn.Module, rows: int) -> Tensor:
         """Hidden states ``[N, D]`` before each token of the responses."""
         work = self.work
-        ids, mask = self._ids(rows, work.length)
-        hidden = hidden_states(policy, ids, mask)
+        ids, _ = self._ids(rows, work.length)
+        backbone: Any = inside(policy).base_model
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
         places = torch.zeros(rows * work.response, dtype=torch.long, device="meta")
         return hidden[places, places]
 
@@ -196,29 +208,29 @@ class Passes:
         return {**asked, "position_ids": positions, "logits_to_keep": 1}
 
     def _drawn(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """What ``generate`` makes of the logits of one position, and `Recorder` of those.
+        """What ``generate`` makes of the logits of one position, and `Draws` of those.
 
         Returns what is still there while it is made anew, a token later.
         """
         scores = logits[:, -1, :].to(copy=True, dtype=torch.float32)
         if not self.work.warped:
-            torch.multinomial(torch.softmax(scores, dim=-1), 1)
-            return ()
+            _drawn_from(scores)
+            return (scores,)
         ordered, places = torch.sort(scores)
         summed = ordered.softmax(-1).cumsum(-1)
         beyond = summed <= 0
         warped = scores.masked_fill(beyond.scatter(1, places, beyond), 0.0)
         del ordered, places, summed, beyond
-        recorded = warped.log_softmax(-1)
-        chances = torch.softmax(warped, dim=-1)
-        torch.multinomial(chances, 1)
-        return scores, warped, recorded, chances
+        _drawn_from(warped)
+        return scores, warped
 
     @torch.no_grad()
     def scoring(self) -> dict[str, Taken]:
         """Score a micro-batch by policy, reference and critic, and one by each reward model."""
         parts, work = self.parts, self.work
-        taken = {"policy": self._scored(lambda: self._statistics(parts.policy, work.scored))}
+        taken = {}
+        if not work.noted:
+            taken["policy"] = self._scored(lambda: self._statistics(parts.policy, work.scored))
         with as_reference(parts.reference, parts.policy) as reference:
             taken["reference"] = self._scored(lambda: self._statistics(reference, work.scored))
         if parts.critic is not None:
@@ -298,6 +310,13 @@ class Passes:
         hidden = self._hidden(policy, self.work.updated)
         loss: Tensor = _TokenLoss.apply(hidden, _weight_of(policy), self.work)
         return loss
+
+
+def _drawn_from(logprobs: Tensor) -> None:
+    """What `Draws` makes of the log-probabilities: probabilities, in whole blocks."""
+    p = logprobs.exp()
+    if short := -p.shape[-1] % draws.BLOCK:
+        nn.functional.pad(p, (0, short))
 
 
 def _weight_of(policy: nn.Module) -> Tensor:

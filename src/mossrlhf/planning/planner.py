@@ -26,6 +26,7 @@ from mossrlhf.roles import (
     vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler
+from mossrlhf.sampling.draws import WARPERS, warps
 
 TOKEN_BYTES = 28
 """Of a response token in a rollout: seven float32 numbers."""
@@ -151,7 +152,7 @@ def _put_together(
     # Gradients are there in full while they are made; under sharding a share of them stays.
     less = found.gradients - spread.gradients(found.gradients)
     passed = max(taken.peak for taken in found.kept.values()) - less
-    stepped = found.gradients - less + spread.step(_step_bytes(found.parts, work.cuda))
+    stepped = found.gradients - less
     extra = spread.extra(found.gradients)
     phases = {
         "sampling": held + found.sampling.peak + spread.gathered,
@@ -190,6 +191,7 @@ def _work(
 
     ours = isinstance(sampler, HFSampler)
     batch = sampler.batch_size if ours else None
+    drawing = ours and bool(sampler.effective.do_sample)
     return Work(
         prompt=prompt,
         response=response,
@@ -201,7 +203,8 @@ def _work(
         cuda=device == "cuda",
         bf16=args.bf16,
         fused=coupling(loss or PPOMaxLoss()) is None,
-        warped=ours and bool(sampler.departures) and bool(sampler.effective.do_sample),
+        warped=drawing and any(warps(sampler.effective, name) for name in WARPERS),
+        noted=drawing and not sampler.departures and not args.bf16,
     )
 
 
@@ -240,14 +243,6 @@ def _roles(parts: Parts, reward: Any) -> dict[str, RoleMemory]:
         counted, size = sum(r.parameters for r in each), sum(r.weights for r in each)
         roles["reward"] = RoleMemory(counted, weights=size, note=each[0].note)
     return roles
-
-
-def _step_bytes(parts: Parts, cuda: bool) -> int:
-    """What AdamW makes beside its states: the roots of a whole list on CUDA, else of one tensor."""
-    both = ActorCritic(parts.policy, parts.critic)
-    roles = ["policy"] if parts.critic is None else ["policy", "critic"]
-    trained = [[nbytes([p]) for p in both.trained_parameters(role)] for role in roles]
-    return max(sum(sizes) if cuda else 2 * max(sizes, default=0) for sizes in trained)
 
 
 def _settings(found: _Found, spread: Spread, given: dict[str, Any]) -> dict[str, str]:

@@ -115,14 +115,6 @@ class Spread:
         """
         return size if self.sharding is None else self._part(size)
 
-    def step(self, size: int) -> int:
-        """Return what an optimizer step makes for the moment on a device.
-
-        Args:
-            size: bytes on one device that holds everything.
-        """
-        return self.gradients(size)
-
     @property
     def gathered(self) -> int:
         """Bytes of the weights that are whole for a moment: what is in no layer, and two layers."""
