@@ -1,13 +1,17 @@
 """Sequences of different lengths end to end, so that nothing is computed for padding."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -73,18 +77,34 @@ def _packed(backbone: Any, input_ids: Tensor, tokens: Tensor) -> Tensor:
     """Hidden states ``[B, L, D]`` of tokens that are read end to end, zero on padding."""
     lengths = tokens.sum(1)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[tokens]
-    config, own = backbone.config, backbone.config._attn_implementation
-    config._attn_implementation = APART
-    try:
+    with _apart(_text(backbone.config)):
         flat = _asked(
             backbone,
             input_ids[tokens][None],
             position_ids=positions[None],
-            lengths=tuple(lengths.tolist()),
+            lengths=tuple(length for length in lengths.tolist() if length),
         )[0]
-    finally:
-        config._attn_implementation = own
     return flat.new_zeros(*tokens.shape, flat.shape[-1]).masked_scatter(tokens[..., None], flat)
+
+
+_switch = RLock()
+"""A model's configuration is everybody's: two threads would put back what the other has set."""
+
+
+@contextmanager
+def _apart(config: Any) -> Iterator[None]:
+    with _switch:
+        own = config._attn_implementation
+        config._attn_implementation = APART
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
+
+
+def _text(config: Any) -> Any:
+    """What a model that reads texts among others is told of them; the others keep their own."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def attend_apart(
@@ -134,14 +154,16 @@ def packs(backbone: Any) -> bool:
     """Whether a transformer says the same of sequences end to end: asked, and remembered.
 
     Not of one that recomputes activations in the backward pass, when `attend_apart` is no longer
-    in force, nor of one that is sharded and was not asked before.
+    in force, nor of one that is sharded and was not asked before. Nor where some layer looks back
+    only so far: several families say so by their masks alone, which are not made here, and a few
+    tokens are within any window.
 
     Args:
         backbone: a bare transformer.
 
     Source: ours.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+    if any(map(_recomputes, backbone.modules())) or not _attends_plainly(backbone.config):
         return False
     known = _known.get(backbone)
     if known is None:
@@ -151,17 +173,31 @@ def packs(backbone: Any) -> bool:
     return known
 
 
+def _recomputes(module: nn.Module) -> bool:
+    wrapped = isinstance(module, CheckpointWrapper)  # by accelerate's plugin for FSDP
+    return wrapped or bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _attends_plainly(config: Any) -> bool:
+    """Whether all layers attend by sdpa, and to everything before a token."""
+    text = _text(config)
+    if getattr(text, "_attn_implementation", None) not in ("sdpa", APART):  # another thread's
+        return False
+    if kinds := getattr(text, "layer_types", None):
+        return set(kinds) == {"full_attention"}
+    windows = ("sliding_window", "attention_chunk_size")
+    return all(getattr(text, name, None) is None for name in windows)
+
+
 @torch.no_grad()
 def _probed(backbone: Any) -> bool:
-    if getattr(backbone.config, "_attn_implementation", None) != "sdpa":
-        return False
     weight: Tensor = backbone.get_input_embeddings().weight
     ids = torch.arange(15, device=weight.device).view(3, 5) * 7 % len(weight)
     tokens = torch.arange(5, device=weight.device) < torch.tensor([[2], [5], [3]]).to(weight.device)
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
-        with torch.autocast(weight.device.type, enabled=False):
+        with _switch, torch.autocast(weight.device.type, enabled=False):
             plain, packed = _asked(backbone, ids), _packed(backbone, ids, tokens)
     except Exception:  # whatever it is that such a model cannot do
         return False
