@@ -195,7 +195,7 @@ class Ending(LlamaForCausalLM):
 
 
 def arithmetic(args: argparse.Namespace, response: float) -> float:
-    """Count the floating-point operations of an iteration that no implementation can leave out.
+    """Count the floating-point operations of an iteration, of one process, that must be done.
 
     Multiplications and additions of matrix products and causal attention; every token is drawn
     once, read once by reference, critic and reward model, and learned from in every epoch by
@@ -212,7 +212,7 @@ def arithmetic(args: argparse.Namespace, response: float) -> float:
     head = response * 2 * d * args.vocab
     forward = 2 * (backbone + head) + 2 * backbone  # drawn; reference, critic, reward model
     learned = 3 * args.epochs * (2 * backbone + head)
-    return args.rollouts * args.processes * (forward + learned)
+    return args.rollouts * (forward + learned)
 
 
 def product_rate(device: torch.device) -> float:

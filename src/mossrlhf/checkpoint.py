@@ -62,7 +62,9 @@ def unpack_optimizer(
         index, name = key.split(".", 1)
         slots.setdefault(int(index), {})[name] = share_of(parameters[int(index)], value)
     groups = [dict(group) for group in plain["groups"]]
-    for group in groups:
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        # How a step is computed is not of the checkpoint, which may be of another release.
+        group.update({name: own[name] for name in ("fused", "foreach") if name in own})
         group["betas"] = tuple(group["betas"]) if "betas" in group else None
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
 

@@ -157,16 +157,21 @@ def fast_products() -> Iterator[None]:
     Source: ours; a `TorchFunctionMode` would cost a microsecond in every other function.
     """
     global _inside
+    if products().name != "onednn":
+        yield
+        return
     with _lock:
-        if _inside == 0:
-            nn.functional.linear, torch.addmm = linear, _addmm  # type: ignore[assignment]
         _inside += 1
+        # Functions that somebody else has put there keep their place.
+        if nn.functional.linear is _torch_linear:
+            nn.functional.linear = linear
+        if torch.addmm is _torch_addmm:
+            torch.addmm = _addmm  # type: ignore[assignment]
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            # Who has put a function of its own there meanwhile keeps it.
             if _inside == 0 and nn.functional.linear is linear:
                 nn.functional.linear = _torch_linear
             if _inside == 0 and torch.addmm is _addmm:
@@ -175,6 +180,7 @@ def fast_products() -> Iterator[None]:
 
 _lock, _inside = Lock(), 0
 _torch_linear, _torch_addmm = nn.functional.linear, torch.addmm
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -187,14 +193,14 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
     Source: torch's signature.
     """
-    if not _by_onednn(input, weight, 0):
+    if not _by_onednn(input, weight, 0) or not _fits(bias, weight.shape[0]):
         return _torch_linear(input, weight, bias)
     return _linear(input, weight, bias)
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
     """``torch.addmm``, by which GPT-2 and its like have their linear layers."""
-    if kwargs or getattr(input, "ndim", 0) != 1 or not _by_onednn(mat1, mat2, 1):
+    if kwargs or not _by_onednn(mat1, mat2, 1) or not _fits(input, mat2.shape[1]):
         return _torch_addmm(input, mat1, mat2, **kwargs)
     return _linear(mat1, mat2.t(), input)
 
@@ -204,7 +210,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # What is frozen, as under an adapter, needs no input kept for its gradient.
+        kept = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
         return _by_rows(x, weight, bias)
 
     @staticmethod
@@ -263,9 +271,8 @@ def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = len(x)
     if x.shape[1] < SIZES[-1]:  # the last piece of a sum
         return _torch_linear(x, weight, bias)
-    if rows < SIZES[-1]:  # the last piece of some rows, or all that are left of a batch
-        x = nn.functional.pad(x, (0, 0, 0, SIZES[-1] - rows))
-        return _multiplied(x, weight, bias)[:rows]
+    if short := -rows % 4 if rows < SIZES[-1] else 0:  # the last rows, or all that are left
+        return _multiplied(nn.functional.pad(x, (0, 0, 0, short)), weight, bias)[:rows]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
@@ -301,10 +308,18 @@ def _by_onednn(a: Any, b: Any, outer: int) -> bool:
         and a.numel() * b.shape[outer] >= WORTH_IT
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
     )
+
+
+def _fits(bias: Any, size: int) -> bool:
+    """Whether a bias is none, or the plain row of numbers that oneDNN takes it for."""
+    return bias is None or (_plain(bias[None]) and bias.shape == (size,) and bias.is_contiguous())
 
 
 def _plain(x: Any) -> bool:
     """Whether this is a float32 matrix on the CPU, and nothing more."""
     fits = type(x) in (Tensor, nn.Parameter) and not hasattr(x, "ds_id")
-    return fits and x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim > 1
+    fits = fits and x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim > 1
+    # Under torch.func tensors look like others, and are not.
+    return fits and x.layout == torch.strided and not _is_wrapped(x)

@@ -135,6 +135,8 @@ def attend_apart(
 
     Source: ours; signature of transformers' attention functions.
     """
+    if not lengths:  # another thread's, which shares the configuration
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     beyond = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
     asked = [name for name in beyond if kwargs.get(name) is not None]
     if asked or attention_mask is not None or sum(lengths) != query.shape[2]:

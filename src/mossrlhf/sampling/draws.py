@@ -91,6 +91,11 @@ class Draws(LogitsProcessor):
     @property
     def logprobs(self) -> Float[Tensor, "B T"]:
         """``[B, T]``: the log-probability of each token drawn, nats."""
+        if not self._noted:
+            raise ValueError(
+                "model: its generate has passed over logits_processor=, by which tokens are drawn; "
+                "hand it on, or pass Trainer(sampler=) a sampler of your own"
+            )
         return torch.stack([logprob for logprob, _ in self._noted], dim=1)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from mossrlhf.sampling.distribution import (
     FREE,
@@ -234,14 +234,27 @@ def _says_the_same_twice(model: nn.Module) -> bool:
     """Whether a token's log-probability is the same by a cache and by a whole sequence.
 
     To rounding that is; in half precision the two are a hundredth of a nat apart, and float64
-    logits become float32 in `generate`. A learned prompt stands before the padding on the left.
+    logits become float32 in `generate`. A learned prompt stands before the padding on the left;
+    some positions are turned by angles that depend on the length; and a `generate` of the user's
+    may draw from anything.
     """
-    if learns_prompt(model):
+    inner = inside(model)
+    own = getattr(type(inner), "generate", None) is not GenerationMixin.generate
+    if own or learns_prompt(model) or _turns_by_length(inner):
         return False
     devices = {parameter.device.type for parameter in model.parameters()}
     rough = "cuda" in devices and torch.get_float32_matmul_precision() != "highest"
     cast = any(torch.is_autocast_enabled(device) for device in devices)
     return not rough and not cast and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def _turns_by_length(model: nn.Module) -> bool:
+    """Whether the angles of rotary positions depend on how long a sequence is."""
+    given: Any = getattr(model, "config", None)
+    text = given.get_text_config() if hasattr(given, "get_text_config") else given
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+    return any(part.get("rope_type") in ("dynamic", "longrope") for part in parts)
 
 
 @contextmanager

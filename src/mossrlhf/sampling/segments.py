@@ -99,7 +99,12 @@ def _continued(
     given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     if draws is not None:
         given["logits_processor"] = [draws]
+    if isinstance(inside(model), GenerationMixin):
+        # Weights are here, whole; processes go on each at its own pace.
+        given["synced_gpus"] = False
     output = model.generate(ids, attention_mask=attended.long(), generation_config=config, **given)
+    if isinstance(output, Tensor):  # by a `generate` of the user's
+        return output, None
     return output.sequences, output.get("past_key_values")
 
 
