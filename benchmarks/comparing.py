@@ -45,7 +45,8 @@ RUNS: dict[str, Sequence[str]] = {
 }
 """What is run, by which words."""
 
-WORTH_ROUNDS = 2
+ROUNDS = {"log-normal lengths": 3, "one length": 3}
+"""Rounds that those take part in which last long; what an option is worth is asked in one."""
 
 WORTH = {
     "oneDNN's products": ("wide", [OURS, "--without", "products"]),
@@ -63,9 +64,10 @@ def main(args: argparse.Namespace) -> int:
     left_out = {f"without {name}": words for name, (_, words) in WORTH.items()}
     found: dict[str, list[Any]] = {name: [] for name in (*RUNS, *left_out)}
     for turn in range(args.rounds):
-        # What is only to be said to one digit takes part in fewer rounds.
-        runs = {**RUNS, **(left_out if turn < WORTH_ROUNDS else {})}
-        for name, (script, *words) in runs.items():
+        rounds = {**dict.fromkeys(left_out, 1), **ROUNDS}
+        for name, (script, *words) in {**RUNS, **left_out}.items():
+            if turn >= rounds.get(name, args.rounds):
+                continue
             python = args.peer if script == THEIRS else sys.executable
             found[name].append(run([python, str(HERE / script), *words, "--device", args.device]))
             print(name, json.dumps(found[name][-1]), flush=True)

@@ -158,8 +158,12 @@ def without(option: str | None, trainer: Trainer) -> Iterator[None]:
     if option == "segments":
         object.__setattr__(trainer.sampler, "segment", None)
     if option == "reuse":
-        collect = trainer.collect
-        trainer.collect = lambda: replace(collect(), logprobs=None, entropies=None)
+        drawn = trainer.collect
+
+        def collect() -> Any:
+            return replace(drawn(), logprobs=None, entropies=None)
+
+        trainer.collect = collect
     known = packing.packs
     if option == "packing":
         packing.packs = lambda backbone: False

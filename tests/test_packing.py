@@ -462,7 +462,6 @@ class TestAttendApart:
             (dict(s_aux=torch.zeros(4)), "s_aux"),
             (dict(position_bias=torch.zeros(1, 4, 6, 6)), "position_bias"),
             (dict(mask=torch.ones(1, 1, 6, 6, dtype=torch.bool)), "masks"),
-            (dict(lengths=()), "was not told the lengths"),
             (dict(lengths=(2, 3)), "was not told the lengths"),
         ],
         ids=str,

@@ -40,7 +40,7 @@ def handed(monkeypatch):
     seen, multiplied = [], source._multiplied
 
     def spy(x, weight, bias):
-        if len(x) >= source.SIZES[-1] and x.shape[1] >= source.SIZES[-1]:
+        if len(x) % 4 == 0 and x.shape[1] >= source.SIZES[-1]:  # others come again, filled up
             seen.append((*x.shape, len(weight)))
         return multiplied(x, weight, bias)
 

@@ -45,7 +45,7 @@ def test_a_run_is_that_of_one_that_scores_again(make, temperature, split):
 
 
 def test_the_policy_is_asked_where_nothing_is_noted(make):
-    """Of scores, once for the reference alone, or twice."""
+    """The policy of all responses, or of two, to confirm what is noted; and the reference."""
     asked = {}
     for name, config in {
         "noted": {},
@@ -65,4 +65,4 @@ def test_the_policy_is_asked_where_nothing_is_noted(make):
         assert rollout.logprobs is not None
         assert rollout.entropies is not None
         asked[name] = [policy is None for policy in calls]
-    assert asked == {"noted": [False], "warped": [True, False], "greedy": [True, False]}
+    assert asked == {"noted": [True, False], "warped": [True, False], "greedy": [True, False]}

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mossrlhf import AdvantageEstimator, GroupRelative, PPOMaxLoss, RewardShaper
+from mossrlhf.models import packing
 
 
 def estimated(trainer):
@@ -250,7 +251,8 @@ def test_dropout_is_off(make, policy, checkpointing):
     assert trainer.step(trainer.collect())["policy/ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(make, parameters):
+def test_gradient_checkpointing_changes_nothing(make, parameters, monkeypatch):
+    monkeypatch.setattr(packing, "packs", lambda backbone: False)  # as with recomputation
     plain, saving = make("plain"), make("saving", args=dict(gradient_checkpointing=True))
     rollout = plain.collect()
     plain.step(rollout)
