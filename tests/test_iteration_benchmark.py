@@ -85,7 +85,7 @@ def test_the_arithmetic_is_that_of_the_models(bench, tmp_path):
 @pytest.mark.parametrize("option", ["products", "reuse", "packing", "segments"])
 def test_an_option_is_left_out_and_comes_back(bench, option, tmp_path):
     work = import_module("iteration_work")
-    args = work.parse([*SMALL, "--lengths", "log-normal"])
+    args = work.parse(SMALL)
     trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
     packs = bench.packing.packs
     with bench.without(option, trainer):
