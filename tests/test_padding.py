@@ -54,7 +54,7 @@ def test_language_models_look_back_and_their_states_are_the_same(name):
     mask = right()
     seen = []
     given.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask")), with_kwargs=True
     )
     with torch.no_grad():
         got = hidden_states(given, ids(), mask)
