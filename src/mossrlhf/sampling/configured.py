@@ -8,7 +8,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.models.beneath import bare_module
-from mossrlhf.sampling.distribution import FREE, NEUTRAL, require_distribution, require_plain
+from mossrlhf.sampling.distribution import (
+    FREE,
+    NEUTRAL,
+    departures,
+    require_distribution,
+    require_plain,
+)
 from mossrlhf.signature import inside
 
 
@@ -36,19 +42,8 @@ class Configured:
     @property
     def departures(self) -> list[str]:
         """What makes the drawn distribution differ from the scored one, temperature apart."""
-        return [f"{n}={value}" for n, value in departing(self.effective) if n != "temperature"]
-
-
-def departing(config: GenerationConfig) -> list[tuple[str, Any]]:
-    """Return the fields of a config that do not leave the distribution alone, with their values.
-
-    Args:
-        config: the one in force.
-
-    Source: ours.
-    """
-    given = {name: getattr(config, name, None) for name in NEUTRAL}
-    return [(n, value) for n, value in given.items() if value is not None and value != NEUTRAL[n]]
+        given = departures(self.effective).items()
+        return [f"{name}={value}" for name, value in given if name != "temperature"]
 
 
 def effective_config(
@@ -104,7 +99,7 @@ def require_known(config: GenerationConfig, known: Collection[str], drawn_by: st
 
     Source: ours.
     """
-    for name, value in departing(config):
+    for name, value in departures(config).items():
         if name not in known:
             raise ValueError(
                 f"generation_config: {name} = {value!r}, expected {NEUTRAL[name]!r}: {drawn_by} "

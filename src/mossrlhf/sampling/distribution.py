@@ -55,14 +55,14 @@ REFUSED = {
 
 
 def departures(config: GenerationConfig) -> dict[str, Any]:
-    """Return the fields by which what is drawn differs from what is scored, temperature apart.
+    """Return the fields of a config that do not leave the distribution alone, with their values.
 
     Args:
         config: the one in force.
 
     Source: ours.
     """
-    given = {name: getattr(config, name, None) for name in NEUTRAL if name != "temperature"}
+    given = {name: getattr(config, name, None) for name in NEUTRAL}
     return {n: v for n, v in given.items() if v is not None and v != NEUTRAL[n]}
 
 

@@ -1,6 +1,5 @@
 """`generate` of transformers behind the sampler protocol."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,12 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
-from mossrlhf.sampling.distribution import (
-    FREE,
-    departures,
-    require_distribution,
-    require_plain,
-)
+from mossrlhf.sampling.configured import Configured, effective_config, special_tokens
 from mossrlhf.sampling.draws import undrawn
 from mossrlhf.sampling.segments import drawn, learns_prompt
 from mossrlhf.signature import inside
@@ -25,7 +19,7 @@ from mossrlhf.types import Rollout
 
 @strict
 @dataclass(frozen=True, kw_only=True)
-class HFSampler:
+class HFSampler(Configured):
     """Draws responses with transformers' ``generate``.
 
     Every field that shapes the distribution is set here: ``generate`` would fill unset ones from
@@ -58,29 +52,9 @@ class HFSampler:
     effective: GenerationConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        config = copy.deepcopy(self.generation_config)
-        if config.max_new_tokens is None:
-            raise ValueError(
-                "generation_config: max_new_tokens is None; say how long a response may become, "
-                "e.g. GenerationConfig(max_new_tokens=512)"
-            )
-        require_plain(config)
         check_range("HFSampler", "batch_size", self.batch_size, 1)
         check_range("HFSampler", "segment", self.segment, 1)
-        greedy = config.do_sample is False  # then transformers warns of what concerns sampling
-        for name, value in FREE.items():
-            if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
-                setattr(config, name, value)
-        require_distribution(config)
-        eos = self.eos_token_id
-        if not isinstance(eos, int) and len(eos) == 0:
-            raise ValueError(
-                "eos_token_id: got none, expected at least one token that ends a response; to let "
-                "all run to the limit, name one the policy never says"
-            )
-        config.eos_token_id = eos if isinstance(eos, int) else list(eos)
-        config.pad_token_id = self.pad_token_id
-        config.return_dict_in_generate = False
+        config = effective_config(self.generation_config, self.eos_token_id, self.pad_token_id)
         object.__setattr__(self, "effective", config)
 
     @classmethod
@@ -100,40 +74,13 @@ class HFSampler:
         Raises:
             ValueError: where neither names an end token.
         """
-        eos = generation_config.eos_token_id
-        if eos is None:
-            eos = tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError(
-                "processing_class: has no eos token, so no response can end; set "
-                "tokenizer.eos_token or GenerationConfig(eos_token_id=)"
-            )
-        pad = generation_config.pad_token_id
-        if pad is None:
-            pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = eos if isinstance(eos, int) else eos[0]
+        eos, pad = special_tokens(tokenizer, generation_config)
         return cls(
             generation_config=generation_config,
             eos_token_id=eos,
             pad_token_id=pad,
             batch_size=batch_size,
         )
-
-    @property
-    def temperature(self) -> float:
-        """Temperature τ of the distribution the responses come from; 1 where greedy."""
-        return float(self.effective.temperature) if self.effective.do_sample else 1.0
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest response possible, in tokens."""
-        return int(self.effective.max_new_tokens)
-
-    @property
-    def departures(self) -> list[str]:
-        """What makes the drawn distribution differ from the scored one, temperature apart."""
-        return [f"{name}={value}" for name, value in departures(self.effective).items()]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:

@@ -12,13 +12,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from mossrlhf.sampling.assembling import assemble, require_prompts
 from mossrlhf.sampling.configured import (
     Configured,
-    departing,
     effective_config,
     require_known,
     special_tokens,
     vocabulary,
     within_layers,
 )
+from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.engines import Asked, Drawn, Engine, Synchronizer
 from mossrlhf.sampling.vllm_engine import VLLMEngine
 from mossrlhf.strict import strict
@@ -212,7 +212,8 @@ class VLLMSampler(Configured):
                 f"{len(drawn)} responses, expected one for each token; without them its mismatch "
                 "with the policy could not be seen"
             )
-        changed = [f"{n}={value}" for n, value in departing(self.effective) if n != "do_sample"]
+        given = departures(self.effective).items()
+        changed = [f"{n}={value}" for n, value in given if n != "do_sample"]
         if not changed or self.engine.processed_logprobs:
             return found
         self._warn_raw(changed, [value for values in found for value in values])
