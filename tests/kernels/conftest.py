@@ -93,8 +93,9 @@ def backend(real_blocks, monkeypatch) -> str:
 
 @pytest.fixture
 def uneven(monkeypatch) -> None:
-    """Chunks of 13, 13 and 11 rows."""
+    """Chunks of 16, 16 and 5 rows; on CUDA of 13, 13 and 11."""
     monkeypatch.setattr(head, "CPU_CHUNK_BYTES", 4 * heads.V * 16)
+    monkeypatch.setattr(head, "CPU_ROWS", 16)
     monkeypatch.setattr(head, "CUDA_CHUNK_ROWS", 16)
 
 

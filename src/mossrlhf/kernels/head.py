@@ -12,12 +12,18 @@ from mossrlhf.kernels.products import add_product, product
 CPU_CHUNK_BYTES = 2**25
 """Of the float32 logits of one chunk: few enough to be lean, rows enough for the matrix product."""
 
+CPU_ROWS = 64
+"""A chunk has a multiple of this many rows, but the last: the weight is read anew for every piece
+that a matrix product is cut into (`products.SIZES`)."""
+
 CUDA_CHUNK_BYTES = 2**30
 CUDA_CHUNK_ROWS = 4096
 
 
 def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
-    """Cut rows of logits into chunks of like size that fit into the budgets above; at least one.
+    """Cut rows of logits into chunks that fit into the budgets above; at least one.
+
+    On CUDA they are of like size; on a CPU of `CPU_ROWS` at least, whatever the vocabulary.
 
     Args:
         count: N.
@@ -26,11 +32,12 @@ def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
 
     Source: ours.
     """
-    most = CPU_CHUNK_BYTES // (4 * max(1, width))
     if cuda:
         most = min(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // (4 * max(1, width)))
-    pieces = max(1, -(-count // max(16, most)))
-    size = -(-count // pieces)
+        size = -(-count // max(1, -(-count // max(16, most))))
+    else:
+        most = CPU_CHUNK_BYTES // (4 * max(1, width))
+        size = max(CPU_ROWS, most // CPU_ROWS * CPU_ROWS)
     for start in range(0, max(1, count), max(1, size)):
         yield slice(start, min(start + size, count))
 
