@@ -73,9 +73,9 @@ def of_several(words: Sequence[str], processes: int) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    running = []
+    running, number = [], str(processes)
     for rank in map(str, range(processes)):
-        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes))
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=number, LOCAL_WORLD_SIZE=number)
         known = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         known["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, __file__, *words]
@@ -101,10 +101,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             history = trainer.train()
     peak = peak_resident()  # before the matrix product below, which may take more
     cuda = args.device == "cuda"
+    # Without the first, which loads and compiles what the others use.
+    seconds, history = median(watch.seconds[1:] or watch.seconds), history[1:] or history
     stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 4) for s in STAGES}
     tokens = median(h["response/length_tokens"] for h in history) * args.rollouts
-    # Without the first, which loads and compiles what the others use.
-    seconds = median(watch.seconds[1:] or watch.seconds)
     operations = arithmetic(args, tokens / args.rollouts)
     rate = product_rate(torch.device(args.device))
     return {

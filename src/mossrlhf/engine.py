@@ -24,7 +24,7 @@ from mossrlhf.sharding import full, is_sharded
 from mossrlhf.suspects import not_finite, report
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
-ROLES = ("critic", "policy", "ptx")
+ROLES = ("critic", "policy")
 """The order in which roles run: forward and backward of one before the next."""
 
 
@@ -62,6 +62,7 @@ class Engine:
         self.accelerator = accelerator
         self.bare = model
         self._asked: tuple[PPOMaxLoss, str | None] | None = None
+        self._last = ""  # whose backward is the last of a step
         self.steps = 0  # taken so far
         self.keep_fault: Callable[[Fault], tuple[str, Sequence[Suspect]]] = _not_kept
         rates = {"policy": args.learning_rate}
@@ -154,11 +155,14 @@ class Engine:
         parts = self._parts(minibatch)
         stats: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
-        for role in ROLES:
-            if role == "ptx":
-                if ptx is not None and "policy" in roles:
-                    weights[role] = self._backward_ptx(ptx, loss, stats)
-            elif role in roles and role in self.optimizers:
+        passes = [role for role in ROLES if role in roles and role in self.optimizers]
+        if ptx is not None and "policy" in roles:
+            passes.append("ptx")
+        self._last = passes[-1] if passes else ""
+        for role in passes:
+            if role == "ptx" and ptx is not None:
+                weights[role] = self._backward_ptx(ptx, loss, stats)
+            else:
                 weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
         if broken := not_finite(self, {**stats, **norms}):
@@ -287,8 +291,11 @@ class Engine:
     def _accumulate(
         self, sync: bool, role: str, part: Any, share: Any, **extra: Any
     ) -> dict[str, Tensor]:
-        # Gradients of earlier micro-batches wait for the last one to be averaged with it.
-        with fast_products(), nullcontext() if sync else self.accelerator.no_sync(self.model):
+        # Gradients wait for the last micro-batch of the last role to be averaged with it; where
+        # each process has a share of them, for the last of their role: what a backward does not
+        # reach would not be handed out.
+        averages = sync and (role == self._last or is_sharded(self.bare))
+        with fast_products(), nullcontext() if averages else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
                 output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)

@@ -94,7 +94,6 @@ class ZeroEngine(Engine):
         self.model, _ = self.accelerator.prepare(self.bare, joint)
         self.zero: Any = self.model.optimizer
         note_hooks(self.bare, self.model)
-        self._last = ""
         inner: torch.optim.Optimizer = self.zero.optimizer
         inner.register_step_pre_hook(_leave_out_the_resting)
         self.groups: dict[str, dict[str, Any]] = {g["role"]: g for g in inner.param_groups}
@@ -114,9 +113,6 @@ class ZeroEngine(Engine):
             roles: "policy" and "critic" as wanted.
             ptx: a batch of pre-training data for the policy, or None.
         """
-        self._last = "critic" if "policy" not in roles else "policy"
-        if ptx is not None and "policy" in roles:
-            self._last = "ptx"
         stale: Tensor | None = getattr(self.zero, "grad_partitions_flat_buffer", None)
         if stale is not None:
             # ZeRO-3 overwrites it in a step's first backward, and only where that one reaches.

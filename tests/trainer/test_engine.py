@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from mossrlhf import PPOMaxLoss, RewardShaper
+from mossrlhf import PPOMaxLoss, RewardShaper, engine
 from mossrlhf.models import IGNORED_LABEL
 
 
@@ -110,9 +110,13 @@ def test_a_spare_micro_batch_adds_nothing(make, parameters, monkeypatch, after_e
     assert torch.equal(parameters(waiting.model), parameters(alone.model))
 
 
-@pytest.mark.parametrize(("size", "waiting"), [(8, 0), (4, 1), (2, 3)])
-def test_processes_exchange_gradients_once_a_role(make, monkeypatch, world, size, waiting):
-    """Micro-batches before the last one wait for it."""
+@pytest.mark.parametrize(("size", "parts"), [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize(("sharded", "exchanges"), [(False, 1), (True, 3)])
+def test_processes_exchange_gradients_once(
+    make, monkeypatch, world, size, parts, sharded, exchanges
+):
+    """All backward passes of a step wait for the last one; sharded, those of a role."""
+    monkeypatch.setattr(engine, "is_sharded", lambda *models: sharded)
     loss, args = PPOMaxLoss(ptx_coef=0.1), dict(micro_batch_size=size)
     trainer = make(loss=loss, ptx_dataset=world.sft_examples(16), args=args)
     rollout = trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
@@ -121,7 +125,7 @@ def test_processes_exchange_gradients_once_a_role(make, monkeypatch, world, size
         trainer.accelerator, "no_sync", lambda model: waited.append(model) or no_sync(model)
     )
     trainer.engine.step(rollout, loss, ptx=trainer._ptx_batch(8))
-    assert waited == [trainer.engine.model] * 3 * waiting
+    assert waited == [trainer.engine.model] * (3 * parts - exchanges)
 
 
 def test_what_the_mask_leaves_out_is_not_suspected(make):

@@ -83,9 +83,12 @@ def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> A
         mixed_precision="bf16" if args.bf16 else None,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
-        # Roles run in turn: the other's parameters take no part in a backward.
+        # Roles run in turn: the other's parameters take no part in a backward. Without the view
+        # each gradient is there twice.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, gradient_as_bucket_view=True
+            ),
             InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
         ],
     )
