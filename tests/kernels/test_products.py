@@ -281,14 +281,31 @@ def test_few_sizes_over_many_numbers_of_rows(handed):
     assert len(set(handed)) <= 6 * len(source.SIZES)
 
 
-@pytest.mark.parametrize("count", [0, 1, 15, 16, 127, 128, 129, 256, 1000, 2049])
-def test_pieces_are_all_of_it_once(count):
-    pieces = list(source.pieces(count))
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 100, 127, 128, 129, 256, 1000, 2049])
+def test_pieces_are_all_of_it_once(count, fill):
+    pieces = list(source.pieces(count, fill))
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == [*range(count)]
     if count % source.ROUND == 0 and count:
         assert pieces == [slice(0, count)]
     else:
         assert all(p.stop - p.start in source.SIZES for p in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        (96, [96]),  # of 128: a call costs as much as 32 rows
+        (95, [64, 31]),
+        (39, [32, 7]),
+        (1000, [1000]),
+        (991, [256, 256, 256, 128, 64, 31]),
+        (20, [20]),
+        (19, [16, 3]),
+    ],
+)
+def test_a_piece_is_filled_up_where_a_call_costs_more(count, sizes):
+    assert [p.stop - p.start for p in source.pieces(count, fill=True)] == sizes
 
 
 class TestContext:

@@ -93,9 +93,12 @@ def use_products(name: str) -> Iterator[None]:
 BLOCK = 2048
 """Of a vocabulary: what is copied for oneDNN then stays in the cache."""
 
-SIZES = (1024, 256, 64, 16)
+SIZES = (1024, 256, 128, 64, 32, 16)
 """Rows that oneDNN is given at a time, unless there are a multiple of `ROUND`: for each new size
 it keeps half a megabyte of instructions, and no two batches have the same number of tokens."""
+
+CALL = 32
+"""Rows that a call of oneDNN costs beside those it is for, about: it turns the weight around."""
 
 ROUND = 128
 
@@ -257,38 +260,61 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    parts = [_multiplied(x[rows], weight, bias) for rows in pieces(len(x))]
+    parts = [_filled_up(x[rows], weight, bias) for rows in pieces(len(x), fill=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _write_rows(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    for rows in pieces(len(x)):
-        out[rows] = _multiplied(x[rows], weight, None)
+    for rows in pieces(len(x), fill=True):
+        out[rows] = _filled_up(x[rows], weight, None)
+
+
+def _filled_up(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b, by as many rows as one of `SIZES`."""
+    rows = len(x)
+    if short := filled(rows) - rows:
+        x = nn.functional.pad(x, (0, 0, 0, short))
+    return _multiplied(x, weight, bias)[:rows]
+
+
+def filled(count: int) -> int:
+    """Return how many rows one of `pieces` is filled up to.
+
+    Args:
+        count: its rows.
+
+    Source: ours.
+    """
+    if count % ROUND == 0:
+        return count
+    if count < SIZES[-1]:
+        return -4 * (-count // 4)
+    return min(size for size in SIZES if size >= count)
 
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of a size that oneDNN knows, else by BLAS."""
-    rows = len(x)
     if x.shape[1] < SIZES[-1]:  # the last piece of a sum
         return _torch_linear(x, weight, bias)
-    if short := -rows % 4 if rows < SIZES[-1] else 0:  # the last rows, or all that are left
-        return _multiplied(nn.functional.pad(x, (0, 0, 0, short)), weight, bias)[:rows]
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
 
-def pieces(count: int) -> Iterator[slice]:
+def pieces(count: int, fill: bool = False) -> Iterator[slice]:
     """Cut a number of tokens into pieces of few different sizes.
 
     Args:
         count: N.
+        fill: whether a last piece may fall short of a size where filling it up costs less than
+            cutting it.
 
     Source: ours.
     """
     start, sizes = 0, (count,) if count % ROUND == 0 and count else SIZES
     for size in sizes:
-        while count - start >= size:
-            yield slice(start, start + size)
+        enough = size - min(CALL, size * 3 // 8) if fill else size
+        while count - start >= enough:
+            yield slice(start, min(start + size, count))
             start += size
     if start < count:
         yield slice(start, count)
