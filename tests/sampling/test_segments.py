@@ -15,9 +15,11 @@ from transformers import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
 from mossrlhf import ToyWorld
 from mossrlhf.sampling import HFSampler
+from mossrlhf.sampling.cache import RoomyLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -270,3 +272,16 @@ def test_the_models_own_configuration_is_as_before():
     before = copy.deepcopy(model.generation_config.to_dict())
     draw(model, 3)
     assert model.generation_config.to_dict() == before
+
+
+def test_keys_get_room_after_the_first_segment(monkeypatch):
+    """So that they are not copied with every token."""
+    seen, model = [], llama()
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            {type(layer) for layer in kwargs["past_key_values"].layers}
+        ),
+        with_kwargs=True,
+    )
+    draw(model, 8, ends=[79])
+    assert seen == [{DynamicLayer}] * 8 + [{RoomyLayer}] * (LIMIT - 8)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, GenerationMixin
 
+from mossrlhf.sampling.cache import has_rows, make_room
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
 from mossrlhf.signature import accepts, inside
@@ -80,10 +80,11 @@ def drawn(
             break
         if cache is None:
             segment = limit  # each further segment would begin at the prompt
-        elif not going.all() and _has_rows(cache):
+        elif not going.all() and has_rows(cache):
             kept = going.nonzero().squeeze(1)
             ids, attended, rows = ids[kept], attended[kept], rows[kept]
             cache.batch_select_indices(kept)
+        make_room(cache, min(segment, limit - done))
     return Drawn(tokens, *noted) if sampling else Drawn(tokens)
 
 
@@ -134,10 +135,3 @@ def learns_prompt(model: nn.Module) -> bool:
     """
     kinds = getattr(model, "peft_config", {}).values()
     return any(kind.is_prompt_learning for kind in kinds)
-
-
-def _has_rows(cache: Any) -> bool:
-    """Whether rows of a cache can be let go."""
-    layers = getattr(cache, "layers", [])
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses hold more than keys
-    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in layers)
