@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from growth import lines_of, page_of
 from growth_picture import draw
+from iteration_work import SHAPES
 from measuring import describe, pathless, versions
 
 import mossrlhf
@@ -48,14 +49,14 @@ KEPT = (
 """Of what an iteration says of itself; megabytes there are of 2²⁰ bytes."""
 
 
-def axes_of(middle: Options, values: Mapping[str, Sequence[int]]) -> Axes:
-    """Return the options of every point, by axis and value."""
+def axes_of(middle: Options, shared: Options, values: Mapping[str, Sequence[int]]) -> Axes:
+    """Return the options of every point, by axis and value; several processes share a shape."""
     options = {
         "response": lambda n: dict(response=n, prompt=8),  # short, so that responses are the axis
         "vocabulary": lambda n: dict(vocab=n),
         "rollouts": lambda n: dict(rollouts=n),
         "hidden": lambda n: dict(hidden=n),
-        "processes": lambda n: dict(processes=n, threads=1),
+        "processes": lambda n: dict(**shared, processes=n, threads=1),
     }
     return {
         name: {n: {**middle, **options[name](n)} for n in numbers}
@@ -65,6 +66,7 @@ def axes_of(middle: Options, values: Mapping[str, Sequence[int]]) -> Axes:
 
 AXES = axes_of(
     MIDDLE,
+    SHAPES["wide"],
     {
         "response": (32, 64, 128, 256),
         "vocabulary": (8192, 32000, 65536, 151936),
@@ -75,6 +77,7 @@ AXES = axes_of(
 )
 QUICK_AXES = axes_of(
     SMALLEST,
+    {},
     {
         "response": (8, 16),
         "vocabulary": (64, 128),

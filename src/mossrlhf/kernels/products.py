@@ -98,7 +98,7 @@ SIZES = (1024, 256, 128, 64, 32, 16)
 it keeps half a megabyte of instructions, and no two batches have the same number of tokens."""
 
 CALL = 32
-"""Rows that a call of oneDNN costs beside those it is for, about: it turns the weight around."""
+"""Rows that take as long as turning the weight around, as oneDNN does in each call."""
 
 ROUND = 128
 
@@ -271,10 +271,9 @@ def _write_rows(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def _filled_up(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b, by as many rows as one of `SIZES`."""
-    rows = len(x)
-    if short := filled(rows) - rows:
-        x = nn.functional.pad(x, (0, 0, 0, short))
-    return _multiplied(x, weight, bias)[:rows]
+    if short := filled(len(x)) - len(x):
+        return _multiplied(nn.functional.pad(x, (0, 0, 0, short)), weight, bias)[:-short]
+    return _multiplied(x, weight, bias)
 
 
 def filled(count: int) -> int:
@@ -293,7 +292,7 @@ def filled(count: int) -> int:
 
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + b of a size that oneDNN knows, else by BLAS."""
+    """X Wᵀ + b by oneDNN."""
     if x.shape[1] < SIZES[-1]:  # the last piece of a sum
         return _torch_linear(x, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
