@@ -323,6 +323,33 @@ class TestModels:
         parts, _, _ = RewardSet(reward, tokenizer)(rollout)
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "policy's tokens"])
+    def test_scores_come_in_the_order_of_the_rollout(self, tokenizer, classifier, own, monkeypatch):
+        """Asked by length; no order of these lengths is its own inverse."""
+        lengths = [4, 9, 2, 7, 1, 6, 3]
+        words = [[WORDS[(row + i) % len(WORDS)] for i in range(n)] for row, n in enumerate(lengths)]
+        rows = [tokenizer.convert_tokens_to_ids(said) for said in words]
+        order = torch.tensor(lengths).argsort()
+        assert not torch.equal(order, order.argsort())
+        rollout = Rollout(
+            input_ids=torch.tensor([[3, *ids, *[0] * (9 - len(ids))] for ids in rows]),
+            prompt_lengths=torch.ones(7, dtype=torch.long),
+            response_lengths=torch.tensor(lengths),
+            truncated=torch.ones(7, dtype=torch.bool),
+            mask=torch.arange(9) < torch.tensor(lengths)[:, None],
+            columns={"prompt": [tokenizer.decode([3]) + " "] * 7},
+        )
+        reward = ModelReward(model=classifier, batch_size=2, tokenizer=tokenizer if own else None)
+        asked, forward = [], reward.model.forward
+        monkeypatch.setattr(
+            reward.model, "forward", lambda i, m: asked.append(tuple(i.shape)) or forward(i, m)
+        )
+        scores, _, _ = RewardSet(reward, tokenizer)(rollout)
+        expected = torch.tensor([score(classifier, [3, *ids]) for ids in rows])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        assert len(expected.unique()) == 7
+        assert asked == [(2, 3), (2, 5), (2, 8), (1, 10)]  # no wider than its longest
+
     def test_they_are_frozen_and_free_of_dropout(self, classifier):
         reward = ModelReward(model=classifier.train())
         assert not reward.model.training

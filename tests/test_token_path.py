@@ -17,6 +17,7 @@ from mossrlhf.models import (
     ActorCritic,
     announce,
     language_model_loss,
+    packing,
     policy_loss,
     policy_stats,
     token_path,
@@ -42,6 +43,12 @@ def few_rows(monkeypatch):
     """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
     monkeypatch.setattr(head_module, "CPU_ROWS", 16)
+
+
+@pytest.fixture(autouse=True)
+def same_states(monkeypatch):
+    """Both ways from the same hidden states; those read end to end are `test_packing`'s."""
+    monkeypatch.setattr(packing, "packs", lambda backbone: False)
 
 
 def weights(count):
