@@ -274,6 +274,12 @@ def test_the_models_own_configuration_is_as_before():
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_answers_come_in_the_order_of_the_prompts(batch_size):
+    """They are drawn by length; no order of these is its own inverse."""
+    assert draw(llama(), 8, batch_size=batch_size).prompts() == prompts()
+
+
 def test_keys_get_room_after_the_first_segment(monkeypatch):
     """So that they are not copied with every token."""
     seen, model = [], llama()
