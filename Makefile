@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types mutants traps format docs clean
+.PHONY: help demo test lint types mutants traps format docs dist clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -45,6 +45,15 @@ format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks f
 
 docs: $(VENV)/installed-docs  ## reference pages from the docstrings, into site/
 	$(BIN)/python tools/build_docs.py
+
+dist: $(VENV)/installed-dist  ## source archive and wheel, into dist/, tried in an empty environment
+	rm -rf dist build/tried
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/tried
+	build/tried/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build && tried/bin/python -c "import mossrlhf; print(mossrlhf.__version__, mossrlhf.Trainer)"
+	cd build && tried/bin/mossrlhf --help
 
 clean:  ## remove the environment, builds and caches; outputs/ is kept
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -63,9 +63,18 @@ def test_public_names_are_listed_and_unknown_ones_are_refused():
         mossrlhf.no_such_name  # noqa: B018
 
 
-def test_version_is_that_of_the_project_file(root):
+def test_the_version_is_said_in_one_place(root):
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
-    assert mossrlhf.__version__ == re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
+    assert 'dynamic = ["version"]' in project
+    assert not re.search(r"^version *=", project, re.MULTILINE)
+    path = re.search(r'^\[tool.hatch.version\]\npath = "(.+)"$', project, re.MULTILINE)[1]
+    said = (root / path).read_text(encoding="utf-8")
+    assert f'__version__ = "{mossrlhf.__version__}"' in said
+
+
+def test_what_says_the_version_again_says_the_same(root):
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == mossrlhf.__version__
     assert mossrlhf.__version__ in (root / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
