@@ -1,5 +1,6 @@
 """Room for keys and values: what is held is the same, and is seldom copied."""
 
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -72,6 +73,16 @@ def test_no_more_room_is_made_than_was_asked_for(pair):
     roomy.update(*states(1))
     assert roomy.keys.untyped_storage().nbytes() == 3 * 2 * (6 + 3) * 4 * 4
     assert roomy.values.untyped_storage().nbytes() == 3 * 2 * (6 + 3) * 5 * 4
+
+
+def test_room_of_rows_that_are_let_go_is_free_at_once(pair):
+    """Not with the layer's next token, when all other layers hold as much."""
+    _, roomy = pair
+    roomy.update(*states(1))
+    rooms = [weakref.ref(view._base) for view in (roomy.keys, roomy.values)]
+    assert None not in [room() for room in rooms]
+    roomy.batch_select_indices(torch.tensor([2, 0]))
+    assert [room() for room in rooms] == [None, None]
 
 
 def test_keys_shown_before_stay_as_they_were(pair):

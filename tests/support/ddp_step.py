@@ -17,6 +17,7 @@ def main(folder: Path) -> None:
     """Train on this process's share of the rollout, and save what came of it."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    from accelerate import Accelerator
     from transformers import GenerationConfig, LlamaForCausalLM
 
     from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
@@ -44,6 +45,8 @@ def main(folder: Path) -> None:
 
         settings = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         adapters = dict(peft_config=LoraConfig(r=4, **settings), critic=LoraConfig(r=2, **settings))
+    if on("OWN"):  # which knows nothing of roles
+        adapters["accelerator"] = Accelerator()
     trainer = Trainer(
         policy,
         reward=world.reward,

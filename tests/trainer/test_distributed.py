@@ -43,6 +43,13 @@ def test_two_processes_equal_one(folder, ptx, splits):
                 assert two["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
 
 
+def test_two_processes_equal_one_with_an_accelerator_of_the_users(folder):
+    """Which waits in each backward for all parameters, if nobody says otherwise."""
+    one, two = (launch(folder, processes, PTX="0", OWN="1") for processes in (1, 2))
+    difference = torch.norm(one["parameters"] - two["parameters"])
+    assert difference <= 1e-12 * torch.norm(one["parameters"])
+
+
 def test_log_normal_lengths_under_a_token_budget(tmp_path):
     """One process has one micro-batch, the other three: neither waits for ever."""
     lengths = torch.randn(8, generator=torch.Generator().manual_seed(5)).add(2.5).exp().clamp(1, 80)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
@@ -243,6 +243,20 @@ def test_several_processes_cannot_change_their_precision(precision, tmp_path):
         ValueError, match=r"TrainerConfig\(bf16=True\): these .*'no', expected 'bf16'"
     ):
         make_accelerator(TrainerConfig(output_dir=str(tmp_path), bf16=True))
+
+
+@pytest.mark.parametrize("handlers", [[], [DistributedDataParallelKwargs(bucket_cap_mb=3)]])
+def test_roles_of_a_users_accelerator_run_in_turn(precision, tmp_path, handlers):
+    own = Accelerator(kwargs_handlers=handlers)
+    assert make_accelerator(TrainerConfig(output_dir=str(tmp_path)), own) is own
+    assert own.ddp_handler.find_unused_parameters
+    assert own.ddp_handler.bucket_cap_mb == (3 if handlers else 25)  # the rest is the user's
+
+
+def test_steps_are_not_alike(precision, tmp_path):
+    own = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
+    with pytest.raises(ValueError, match=r"accelerator: .*static_graph=True\), expected False"):
+        make_accelerator(TrainerConfig(output_dir=str(tmp_path)), own)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(policy, world):

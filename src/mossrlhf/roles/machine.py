@@ -55,12 +55,13 @@ def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> A
 
     Raises:
         ValueError: where several processes have begun in another precision, or were launched so
-            that each takes itself for the only one; where there is no such tracker.
+            that each takes itself for the only one; where there is no such tracker; where the
+            user's own has DDP take all steps to be alike.
 
     Source: ours.
     """
     if given is not None:
-        return _spreading_later(given)
+        return _spreading_later(_in_turn(given))
     known = [str(kind) for kind in LoggerType]
     for tracker in args.report_to:
         if tracker not in known:
@@ -100,6 +101,22 @@ def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> A
             "(on CPUs --cpu, or ACCELERATE_USE_CPU=true)"
         )
     return _spreading_later(made)
+
+
+def _in_turn(accelerator: Accelerator) -> Accelerator:
+    """Have the user's own accelerator expect backwards that leave out a role's parameters.
+
+    Otherwise DDP would wait for those and average nothing, which it notices a step too late.
+    """
+    handler = accelerator.ddp_handler or DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    if handler.static_graph:
+        raise ValueError(
+            "accelerator: got DistributedDataParallelKwargs(static_graph=True), expected False: "
+            "policy and critic run in turn, and not in every step; leave it out"
+        )
+    handler.find_unused_parameters = True
+    accelerator.ddp_handler = handler
+    return accelerator
 
 
 def _spreading_later(accelerator: Accelerator) -> Accelerator:

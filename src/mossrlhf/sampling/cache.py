@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -75,6 +75,16 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         self._shown = self.keys
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " K"]) -> None:
+        """Only keep some rows.
+
+        Args:
+            indices: ``[K]`` of them.
+        """
+        super().batch_select_indices(indices)
+        # Or, until their next token, all layers would hold all rows beside those that are kept.
+        self._rooms = self._shown = None
 
 
 def _roomy(old: Tensor, new: Tensor, held: int, size: int) -> Tensor:
