@@ -43,8 +43,8 @@ format: $(VENV)/installed-dev  ## rewrite the sources in the style `lint` asks f
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/installed-docs  ## reference pages from the docstrings, into site/
-	$(BIN)/python tools/build_docs.py
+docs: $(VENV)/installed-docs  ## the documentation site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(VENV)/installed-dist  ## source archive and wheel, into dist/, tried in an empty environment
 	rm -rf dist build/tried

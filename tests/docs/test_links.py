@@ -1,0 +1,67 @@
+"""Every link of README, docs/ and the other pages of the repository leads somewhere."""
+
+import re
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]*)\)")
+HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code, where brackets are no links."""
+    return FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+def links(text: str) -> list[str]:
+    """What is linked to; code between backticks is no link, but may be a link's text."""
+    return [m[1] for m in LINK.finditer(re.sub(r"`[^`\n]*`", "code", text))]
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    """A page's headings as GitHub and mkdocs alike write their addresses."""
+    titles = [re.sub(r"[*`]", "", title) for title in HEADING.findall(prose(path))]
+    return {re.sub(r"[ ]", "-", re.sub(r"[^\w\- ]", "", title.lower())) for title in titles}
+
+
+def broken(page: Path) -> list[str]:
+    """The links of a page that lead nowhere."""
+    found = []
+    for link in links(prose(page)):
+        address, _, anchor = unquote(link).partition("#")
+        if re.match(r"https?://|mailto:", address):
+            continue
+        target = (page.parent / address).resolve() if address else page
+        on_site = page.parent == ROOT / "docs"
+        if target == ROOT / "docs" / "api" / "index.md" and on_site:
+            continue  # made when the site is: tools/api_pages.py
+        outside = on_site and not target.is_relative_to(ROOT / "docs")
+        if outside or not target.is_file() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert broken(page) == []
+
+
+def test_broken_ones_are_seen(tmp_path):
+    (tmp_path / "there.md").write_text("# A `b()` and C 1.2\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](there.md) [`x`](there.md#a-b-and-c-12) [b](gone.md) [c](there.md#no-heading) `[d](e)`"
+        "\n```\n[f](gone.md)\n```\n![g](gone.png) [h](#nowhere)\n"
+    )
+    assert broken(page) == ["gone.md", "there.md#no-heading", "gone.png", "#nowhere"]
+
+
+def test_readme_has_links():
+    assert len(links(prose(ROOT / "README.md"))) > 15
