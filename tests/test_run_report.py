@@ -224,7 +224,7 @@ def test_several_runs_are_laid_over_each_other(tmp_path):
     assert not alone.legends
 
 
-def test_a_run_of_the_trainer_has_its_page(tmp_path):
+def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
     pytest.importorskip("matplotlib")
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -253,6 +253,10 @@ def test_a_run_of_the_trainer_has_its_page(tmp_path):
     assert page.tags.count("img") == 2
     assert run.completions[0]["completion"] in page.text
     assert "learning_rate" in page.text
+    names = {}
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "report.md").read_text(), re.S)
+    exec(block, names)
+    names["look_at"](tmp_path, trainer)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A critic's values against returns known exactly: by plain loops over tokens, in another way."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -323,6 +324,16 @@ def test_agreement_by_hand_and_where_there_is_nothing():
     assert nothing.states == 0
     assert np.isnan(nothing.mean_absolute_error)
     assert np.isnan(agreement(v, torch.full((3,), 0.1).double(), v, 0.0, 1.0).explained_variance)
+
+
+def test_the_example_of_the_docs(make, root, capsys):
+    names = {}
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "critic.md").read_text(), re.S)
+    exec(block, names)
+    metrics = names["check"](make(reward=wordy))
+    assert "critic_eval/mean_absolute_error" in metrics
+    assert "critic_eval/mean_absolute_error/1" in metrics
+    assert "rank corr." in capsys.readouterr().out
 
 
 def test_it_is_said_in_a_table_and_in_numbers(make):
