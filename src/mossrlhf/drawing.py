@@ -36,7 +36,7 @@ def blank() -> "Figure":
         """Shows itself in a notebook, which pyplot would have to teach it otherwise."""
 
         def _repr_png_(self) -> bytes:
-            return _png(self)
+            return png_bytes(self)
 
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Picture(figsize=(12, 8), dpi=100, facecolor="white", layout=layout)
@@ -71,12 +71,13 @@ def write_picture(figure: "Figure", path: str | Path | None) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == ".png":
-        Path(path).write_bytes(_png(figure))
+        Path(path).write_bytes(png_bytes(figure))
     else:
         figure.savefig(path)
 
 
-def _png(figure: "Figure") -> bytes:
+def png_bytes(figure: "Figure") -> bytes:
+    """Return a figure as a PNG of few bytes. Source: ours."""
     from PIL import Image  # matplotlib brings it
 
     drawn, packed = io.BytesIO(), io.BytesIO()

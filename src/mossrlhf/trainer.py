@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.critic_evaluation import CriticEvaluation, evaluate_critic
 from mossrlhf.data import require_records
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
@@ -191,6 +192,13 @@ class Trainer(Stages):
             scores = judges(ours)[2], judges(theirs)[2]
         metrics.update(compare(*scores, self.engine.reduce))
         return metrics
+
+    def evaluate_critic(self, dataset: Dataset | None = None, **options: Any) -> CriticEvaluation:
+        """Hold the critic's values against Monte-Carlo continuations of the same states.
+
+        Args but ``trainer``: those of `evaluate_critic`. The training run is not disturbed.
+        """
+        return evaluate_critic(self, dataset, **options)
 
     def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
         """Draw an answer to every prompt of a dataset, with random numbers of their own.

@@ -1,0 +1,325 @@
+"""The page of a run: nothing leaves it, nothing of a text becomes HTML, what is missing is said."""
+
+import base64
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from mossrlhf import cli
+from mossrlhf.recipes.report import write_page
+from mossrlhf.retention import STATE
+from mossrlhf.run_report import plot_run, read_run, write_report
+from mossrlhf.run_report.concerns import concerns
+from mossrlhf.run_report.reading import RunFolder, read_samples
+
+NASTY = (
+    "<script>alert(1)</script></pre><img src=x onerror='alert(2)'>"
+    '" onmouseover="alert(3)"><a href="https://example.org/">&lt;b&gt;</a> 你好 \u2028 <!--'
+)
+ALLOWED = (
+    {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "h4", "nav", "a"}
+    | {"section", "p", "div", "img", "pre", "table", "tr", "th", "td"}
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.texts, self.style = [], [], [], ""
+        self.comments = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_comment(self, data):
+        self.comments.append(data)
+
+    def handle_data(self, data):
+        if self.tags[-1:] == ["style"]:
+            self.style += data
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+def is_self_contained(page):
+    """Hold a page to it that no browser asks for anything else."""
+    assert set(page.tags) <= ALLOWED
+    assert not page.comments
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name == "src":
+            assert value.startswith("data:image/png;base64,")
+            assert base64.b64decode(value.split(",")[1], validate=True).startswith(b"\x89PNG")
+        if name == "href":
+            assert value.startswith("#")
+            assert ("section", "id", value[1:]) in page.attributes
+        assert name not in ("srcset", "action", "formaction", "background", "data", "poster")
+    for word in ("url(", "@import", "expression", "image-set"):
+        assert word not in page.style
+    ((policy,),) = [
+        [v for t, n, v in page.attributes if t == "meta" and n == "content" and "default-src" in v]
+    ]
+    assert policy.startswith("default-src 'none';")
+    assert "http" not in policy
+
+
+def entry(step, **more):
+    numbers = {"reward/score_mean": step / 10, "kl/ref_per_sequence": 0.1 * step}
+    return {"step": step, "response/distinct_2": 0.5, **numbers, **more}
+
+
+def checkpoint(folder, step, history):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    state = {"version": "0.1", "settings": {"seed": 0, "kl_coef": 0.05}, "history": history}
+    (path / STATE).write_text(json.dumps(state))
+
+
+def completions(folder, steps=(1, 2, 3, 4), text="fine"):
+    rows = [
+        {"step": s, "prompt": f"ask {i}", "completion": f"{text} {s}.{i}", "reward/model": s + i}
+        for s in steps
+        for i in range(3)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "completions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The folder of a run that has left everything, texts of the worst kind included."""
+    folder = tmp_path / "run <b>"
+    completions(folder, text=NASTY)
+    checkpoint(folder, 2, [entry(1)])
+    history = [entry(s) for s in range(1, 5)] + [{"step": 4, f"eval/{NASTY}/policy": 0.5}]
+    checkpoint(folder, 4, history)
+    (folder / "config.json").write_text(json.dumps({"lang": NASTY, "more": {"rate": 0.001}}))
+    summary = {
+        "interrupted": False,
+        "versions": {"torch": "9.9", NASTY: "1"},
+        "seconds": {"ppo": 3},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    answers = {"policy": f"ours {NASTY}", "reference": "**theirs**\n## Prompt 9\n\nmore"}
+    samples = [{"prompt": NASTY, "answers": answers}] * 2
+    write_page("Samples", ["two"], samples, folder / "samples.md")
+    return folder
+
+
+def test_no_request_leaves_the_page_and_texts_stay_texts(whole):
+    pytest.importorskip("matplotlib")
+    path = write_report(whole)
+    assert path == whole / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    is_self_contained(page)
+    assert page.tags.count("img") == 2  # curves and histograms
+    assert page.text.count(f"{NASTY} 1.0") == 1
+    assert page.text.count("ours " + NASTY.split(" \u2028")[0]) == 2
+    for expected in (
+        "more.rate",
+        "0.001",
+        "torch",
+        "9.9",
+        "kl_coef",
+        "eval/",
+        "Run report: run <b>",
+    ):
+        assert expected in page.text
+    assert "Missing" not in page.text
+    assert "Nothing in these files calls for a second look." in page.text
+
+
+def test_responses_of_early_and_late_iterations_stand_side_by_side(whole):
+    page = Page(write_report(whole).read_text(encoding="utf-8"))
+    assert "responses of iterations 1, 3, 4" in page.text
+    for step in (1, 3, 4):
+        for i in range(3):
+            assert f"iteration {step}: model {step + i}" in page.text
+            assert f"{NASTY} {step}.{i}" in page.text
+    assert f"{NASTY} 2.0" not in page.text
+
+
+def test_samples_are_read_back_as_they_were_written(whole):
+    samples = read_samples(whole / "samples.md")
+    assert len(samples) == 2
+    prompt = "\n".join(NASTY.splitlines()).replace(" \n", "\n")
+    assert samples[0].prompt == prompt
+    assert samples[0].answers["reference"] == "**theirs**\n## Prompt 9\n\nmore"
+    assert list(samples[0].answers) == ["policy", "reference"]
+
+
+def test_what_is_missing_is_said(tmp_path):
+    folder = tmp_path / "run"
+    completions(folder)
+    page = Page(write_report(folder, tmp_path / "elsewhere" / "page.html").read_text())
+    is_self_contained(page)
+    for name in ("config.json", "summary.json", "samples.md", "checkpoint-<step>/"):
+        assert f"Missing: {name}:" in page.text
+    assert "There is no history to draw" in page.text
+    assert not (folder / "report.html").exists()
+
+
+def test_broken_files_cost_their_part_alone(tmp_path):
+    folder = tmp_path / "run"
+    completions(folder)
+    with (folder / "completions.jsonl").open("a") as file:
+        file.write('{"step": 9}\n[1]\n{"step": 9, "completion": "lone \\ud800 half"}\n{"cut')
+    checkpoint(folder, 1, [entry(1), entry(2)])
+    (folder / "checkpoint-7").mkdir()
+    (folder / "checkpoint-7" / STATE).write_text('{"history')
+    (folder / "config.json").write_text("{")
+    (folder / "summary.json").write_text("[]")
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    is_self_contained(page)
+    assert "lone ? half" in page.text
+    for said in ("config.json: cannot be read", "summary.json: holds list", "checkpoint-7: cannot"):
+        assert f"Missing: {said}" in page.text
+    run = read_run(folder)
+    assert [e["step"] for e in run.history] == [1, 2]
+    assert len(run.completions) == 13
+
+
+def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run: .*is no folder; pass a run's output_dir"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "model"):
+        with pytest.raises(FileNotFoundError, match=r"run: .*completions\.jsonl.*output_dir"):
+            write_report(folder)
+    assert not [*tmp_path.glob("**/report.html")]
+
+
+def test_several_runs_are_laid_over_each_other(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, more in (("a", {}), ("b", {"policy/collapsed": 1.0})):
+        completions(tmp_path / name)
+        history = [entry(s, **{"reward/true_quality/mean": 1.0 / s}, **more) for s in (1, 2)]
+        checkpoint(tmp_path / name, 2, history)
+    completions(tmp_path / "earlier-1")  # what another run has left is none of these
+    figure = plot_run(tmp_path, tmp_path / "curves.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a", "b"]
+    assert "True quality" in figure.axes[1].get_title(loc="left")
+    assert (tmp_path / "curves.png").is_file()
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    is_self_contained(page)
+    assert page.tags.count("img") == 3
+    assert "2 runs: a, b" in page.text
+    assert "b: Collapse was detected in 2 of the logged iterations, first in 1" in page.text
+    assert "Missing: config.json" in page.text
+    alone = plot_run(tmp_path / "a")
+    assert not alone.legends
+
+
+def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
+    pytest.importorskip("matplotlib")
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    from mossrlhf import ToyWorld, Trainer, TrainerConfig
+
+    world = ToyWorld()
+    trainer = Trainer(
+        LlamaForCausalLM(world.model_config(hidden_size=16, num_layers=1)),
+        reward=world.reward,
+        train_dataset=world.prompts(8),
+        processing_class=world.tokenizer(),
+        generation_config=GenerationConfig(max_new_tokens=8),
+        args=TrainerConfig(
+            output_dir=str(tmp_path),
+            total_steps=2,
+            rollout_size=8,
+            minibatch_size=4,
+            disable_tqdm=True,
+        ),
+    )
+    history = trainer.train()
+    run = read_run(tmp_path)
+    assert [e["step"] for e in run.history] == [e["step"] for e in history]
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    is_self_contained(page)
+    assert page.tags.count("img") == 2
+    assert run.completions[0]["completion"] in page.text
+    assert "learning_rate" in page.text
+    names = {}
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "report.md").read_text(), re.S)
+    exec(block, names)
+    names["look_at"](tmp_path, trainer)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (RunFolder(name="r", summary={"interrupted": True}), "was interrupted"),
+        (RunFolder(name="r", faults=["step-3"]), "step-3 in faults/"),
+        (
+            RunFolder(
+                name="r",
+                history=[
+                    entry(s, **{"policy/moved_fraction": 0.01, "policy/learning_rate": 1e-6})
+                    for s in (1, 2, 3)
+                ],
+            ),
+            "in 3 logged iterations in a row under 5%",
+        ),
+        (RunFolder(name="r", history=[entry(1, x=math.nan)]), "not finite were logged: x"),
+        (
+            RunFolder(name="r", history=[entry(7, **{"response/truncated_fraction": 0.75})]),
+            "iteration 7 75% of the responses hit the length limit",
+        ),
+        (
+            RunFolder(
+                name="r",
+                history=[
+                    entry(
+                        7,
+                        **{"response/truncated_fraction": 0.1, "critic/explained_variance": -0.5},
+                    )
+                ],
+            ),
+            r"explains none of the variance of its targets \(-0.50\)",
+        ),
+    ],
+)
+def test_what_calls_for_a_second_look(run, said):
+    (found,) = concerns(run)
+    assert re.search(said, found)
+
+
+def test_what_is_well_calls_for_none():
+    well = {"policy/moved_fraction": 0.9, "policy/learning_rate": 1e-3, "policy/collapsed": 0.0}
+    well |= {"response/truncated_fraction": 0.1, "critic/explained_variance": 0.5}
+    paused = [entry(s, **{**well, "policy/moved_fraction": 0.0}) for s in (1, 2)]
+    assert not concerns(RunFolder(name="r", history=[*paused, entry(3, **well), *paused]))
+
+
+def test_the_command_line_says_where_the_page_is(tmp_path, capsys):
+    completions(tmp_path / "run")
+    cli.main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_file()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path / "nowhere")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("mossrlhf report: run: ")
+
+
+def test_without_matplotlib_the_page_says_what_to_install(whole, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    page = Page(write_report(whole).read_text(encoding="utf-8"))
+    is_self_contained(page)
+    assert "img" not in page.tags
+    assert page.text.count('pip install "mossrlhf[plot]"') == 2
