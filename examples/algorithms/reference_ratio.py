@@ -1,0 +1,27 @@
+"""PPO-max with importance sampling fixed to the reference: an experience buffer without end.
+
+ρ_t = π(a_t|s_t)/π_ref(a_t|s_t) in place of π/π_old: as if all responses had been drawn by the
+reference. The clip then holds the policy near the reference, token by token, where
+the KL penalty holds it as a whole. What the policy has come to say ρ times as often is pushed down
+ρ times as hard, and up no more: it takes smaller steps than the others here. Run it:
+``python examples/algorithms/reference_ratio.py``.
+
+Source: P1 §5.3 and its figure 7: with the KL penalty training is stabler, and ends lower.
+"""
+
+from typing import Any
+
+import toy
+
+from mossrlhf import PPOMaxLoss, presets
+
+
+def parts(**options: Any) -> dict[str, Any]:
+    loss = PPOMaxLoss(policy_clip=0.2, value_clip=0.2, reference_ratio=True)
+    return presets.ppo_max(critic_pretrain_steps=5, loss=loss, **options)
+
+
+TOY = dict(parts=parts, learning_rate=5e-4)
+
+if __name__ == "__main__":
+    toy.main(**TOY)
