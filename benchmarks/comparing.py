@@ -110,7 +110,7 @@ def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
             f"{device['name']}, {figures['threads']} threads; torch {used['torch']}. Medians of "
             f"{len(runs['wide'])} rounds, in which all take their turn.",
             "",
-            "| work | by | seconds | × TRL's speed | peak memory, MB | of TRL's | collect "
+            "| work | by | seconds | × TRL's speed | peak memory, MiB | of TRL's | collect "
             "| score | annotate | update | floor's share |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]

@@ -109,3 +109,9 @@ def test_rewards_that_do_not_apply_are_null(tmp_path):
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["reward/a"] for row in rows] == [None, None]
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    path.write_text('[1]\n2\nnull\n"text"\n{"step": 1}\n{"st\n{"step": 2}', encoding="utf-8")
+    assert completion_table(path) == [{"step": 1}]

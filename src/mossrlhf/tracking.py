@@ -219,9 +219,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold. The
     # last line has no end where a run was killed while writing it.
     # A machine that was switched off may leave NUL bytes.
-    rows = []
+    rows: list[dict[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(json.JSONDecodeError):
-                rows += [json.loads(line)] if line.endswith("\n") else []
+                row = json.loads(line) if line.endswith("\n") else None
+                rows += [row] if isinstance(row, dict) else []
     return rows

@@ -124,8 +124,21 @@ def test_processes_exchange_gradients_once(
     monkeypatch.setattr(
         trainer.accelerator, "no_sync", lambda model: waited.append(model) or no_sync(model)
     )
+    waits, accumulate = [], trainer.engine._accumulate
+
+    def noted(*args, **kwargs):
+        before = len(waited)
+        output = accumulate(*args, **kwargs)
+        waits.append(len(waited) > before)
+        return output
+
+    monkeypatch.setattr(trainer.engine, "_accumulate", noted)
     trainer.engine.step(rollout, loss, ptx=trainer._ptx_batch(8))
     assert waited == [trainer.engine.model] * (3 * parts - exchanges)
+    expected = (
+        ([True] * (parts - 1) + [False]) * 3 if sharded else [True] * (3 * parts - 1) + [False]
+    )
+    assert waits == expected
 
 
 def test_what_the_mask_leaves_out_is_not_suspected(make):
