@@ -21,7 +21,11 @@ PAIRS = 4000
 
 
 def train_sft(
-    world: ToyWorld, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
+    world: ToyWorld,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seed: int,
+    examples: int = EXAMPLES,
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """Train the SFT model, and say how good its answers are.
 
@@ -30,13 +34,14 @@ def train_sft(
         tokenizer: its tokenizer.
         folder: of logs.
         seed: of the model and its training.
+        examples: demonstrations to learn from.
     """
     torch.manual_seed(seed)
     policy = LlamaForCausalLM(world.model_config())
     fine_tune(
         policy,
         tokenizer,
-        world.sft_examples(EXAMPLES),
+        world.sft_examples(examples),
         folder / "sft",
         learning_rate=4e-3,
         num_train_epochs=4,
@@ -66,6 +71,7 @@ def train_reward(
     policy: LlamaForCausalLM,
     folder: Path,
     seed: int,
+    pairs: int = PAIRS,
     **options: Any,
 ) -> tuple[RewardModel, float]:
     """Train the reward model on noisy pairs, and say how often it is right about fresh ones.
@@ -76,6 +82,7 @@ def train_reward(
         policy: the SFT model.
         folder: of logs.
         seed: of its training.
+        pairs: noisy pairs to learn from.
         options: of `train_reward_model`, in place of the main job's.
     """
     # Fresh pairs are put in the order of the true preference: the label noise is not the
@@ -85,7 +92,7 @@ def train_reward(
     model, metrics = train_reward_model(
         policy,
         tokenizer,
-        world.pairs(PAIRS),
+        world.pairs(pairs),
         fresh,
         folder / "rm",
         per_device_train_batch_size=16,

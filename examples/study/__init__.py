@@ -1,0 +1,1 @@
+"""The parts of `examples/secrets_study.py`: arms, findings, runs, statistics, pictures, page."""

@@ -1,0 +1,143 @@
+"""What is run: worlds, arms, learning rates and seeds, all laid down before the first run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BASE = 1e-3
+"""Learning rate of policy and critic in every arm, that of `make demo`."""
+
+GENTLE = BASE / 3
+"""The second rate, at which some arms are run again: a small step can hide a collapse."""
+
+SEEDS = (100, 101, 102, 103, 104)
+"""Of the worlds. None of them was looked at while library or study were written."""
+
+FEW = SEEDS[:3]
+LONG = "ppo_max_long"
+FIVE_SEEDS = ("vanilla", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max")
+"""Arms of F1, F4 and F12: five seeds, and one in Chinese."""
+
+TWO_RATES = ("vanilla", "reward_clip_0.3", "kl_0.05", "importance", "entropy_target", "ppo_max")
+"""Arms that are run at `GENTLE` as well, on `FEW` seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Args:
+        seeds: of the English worlds of `FIVE_SEEDS`.
+        few: of the other arms.
+        chinese: seeds of the Chinese worlds.
+        examples: demonstrations for the SFT model.
+        pairs: noisy pairs for the reward model.
+        steps: PPO iterations of an arm.
+        long_steps: of F11.
+        pretrain: iterations of the critic alone, where an arm has them.
+        rollout: responses in an iteration.
+        minibatch: responses to an optimizer step.
+        held_out: prompts to measure on.
+        states: prompts of which a critic is evaluated, on four states each.
+        continuations: drawn from each of those states.
+        log: iterations between points of a curve.
+        long_log: those of F11.
+    """
+
+    seeds: Sequence[int] = SEEDS
+    few: Sequence[int] = FEW
+    chinese: Sequence[int] = SEEDS[:1]
+    examples: int = 8000
+    pairs: int = 4000
+    steps: int = 100
+    long_steps: int = 2500
+    pretrain: int = 10
+    rollout: int = 64
+    minibatch: int = 16
+    held_out: int = 300
+    states: int = 32
+    continuations: int = 16
+    log: int = 2
+    long_log: int = 20
+
+
+QUICK = Scale(
+    seeds=SEEDS[:1], few=SEEDS[:1], chinese=(), examples=256, pairs=128, steps=3, long_steps=4,
+    pretrain=1, rollout=8, minibatch=4, held_out=12, states=2, continuations=2, log=1, long_log=1,
+)  # fmt: skip
+"""Shows that everything runs; says nothing about PPO."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A toy world, its SFT model and its reward model.
+
+    Args:
+        lang: "en" or "zh".
+        seed: of all three.
+    """
+
+    lang: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.lang}{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of PPO.
+
+    Args:
+        world: where.
+        arm: a name in `arms.ARMS`.
+        gentle: whether at the second learning rate.
+        steps: PPO iterations.
+        log: iterations between points of the curves.
+    """
+
+    world: World
+    arm: str
+    gentle: bool
+    steps: int
+    log: int
+
+    @property
+    def name(self) -> str:
+        """The arm, and whether at the second rate."""
+        return f"{self.arm}@gentle" if self.gentle else self.arm
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return GENTLE if self.gentle else BASE
+
+
+def worlds(scale: Scale) -> list[World]:
+    """Return all worlds.
+
+    Args:
+        scale: with their seeds.
+    """
+    named = dict.fromkeys([*scale.seeds, *scale.few])
+    return [World("en", s) for s in named] + [World("zh", s) for s in scale.chinese]
+
+
+def jobs(scale: Scale, arms: Sequence[str]) -> list[Job]:
+    """Return all runs, the longest first.
+
+    Args:
+        scale: how large.
+        arms: the names of all.
+    """
+    made = []
+    for world in worlds(scale):
+        few = world.lang == "en" and world.seed in scale.few
+        for arm in arms:
+            if arm == LONG:
+                if few or world.lang == "zh":
+                    made.append(Job(world, arm, False, scale.long_steps, scale.long_log))
+            elif few or arm in FIVE_SEEDS:
+                made.append(Job(world, arm, False, scale.steps, scale.log))
+        if few:
+            made += [Job(world, arm, True, scale.steps, scale.log) for arm in TWO_RATES]
+    return sorted(made, key=lambda job: -job.steps)

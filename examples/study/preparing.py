@@ -1,0 +1,161 @@
+"""What every run of a world starts from: SFT model, reward model, and a model without SFT."""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from mossrlhf import RewardModel, ToyWorld, Trainer, presets
+from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.recipes.stages import fine_tune
+from mossrlhf.recipes.toy_stages import generation, train_reward, train_sft
+from study.plan import Scale, World
+
+FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A world that is ready for PPO.
+
+    Args:
+        world: the toy world.
+        tokenizer: its tokenizer.
+        policy: the SFT model.
+        base: a language model of the same texts that was never taught to answer.
+        reward_model: trained on noisy pairs.
+        facts: what is known of them, on held-out prompts.
+    """
+
+    world: ToyWorld
+    tokenizer: PreTrainedTokenizerBase
+    policy: LlamaForCausalLM
+    base: LlamaForCausalLM
+    reward_model: RewardModel
+    facts: Mapping[str, Any]
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the SFT model over its own answers, nats per token."""
+        return float(self.facts["sft"]["entropy"])
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How answers are drawn."""
+        return generation(self.world)
+
+
+def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def prepare(place: World, scale: Scale, folder: Path) -> None:
+    """Train a world's three models into a folder, and say what they are worth.
+
+    Args:
+        place: which world.
+        scale: how much data.
+        folder: of this world.
+    """
+    if (folder / FACTS).exists():
+        return
+    world = ToyWorld(lang=place.lang, seed=place.seed)
+    tokenizer = world.tokenizer()
+    policy, sft = train_sft(world, tokenizer, folder, place.seed, scale.examples)
+    judge, accuracy = train_reward(world, tokenizer, policy, folder, place.seed, scale.pairs)
+    base = without_sft(world, tokenizer, folder, place.seed, scale.examples)
+    with no_progress_bars():
+        policy.save_pretrained(folder / "sft_model")
+        base.save_pretrained(folder / "language_model")
+        judge.save_pretrained(folder / "reward_model")
+    ready = Prepared(world, tokenizer, policy, base, judge, {})
+    facts = {
+        "sft": {**held_out(ready, policy, scale), **sft},
+        "language_model": held_out(ready, base, scale),
+        "reward_model": {"accuracy": accuracy},
+        "fixed_answers": fixed_answers(world, scale),
+    }
+    # Written last: where it stands, all of it stands.
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def load(place: World, folder: Path) -> Prepared:
+    """Read what `prepare` left.
+
+    Args:
+        place: which world.
+        folder: of this world.
+    """
+    world = ToyWorld(lang=place.lang, seed=place.seed)
+    with no_progress_bars():
+        return Prepared(
+            world,
+            world.tokenizer(),
+            LlamaForCausalLM.from_pretrained(folder / "sft_model"),
+            LlamaForCausalLM.from_pretrained(folder / "language_model"),
+            RewardModel.from_pretrained(folder / "reward_model"),
+            json.loads((folder / FACTS).read_text()),
+        )
+
+
+def without_sft(
+    world: ToyWorld, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, examples: int
+) -> LlamaForCausalLM:
+    """Train a language model on demonstrations whose answers were dealt out anew.
+
+    It knows words, sentences and the form of a dialogue, and not that an answer belongs to a
+    question: the nearest this world has to a pre-trained model before SFT.
+    """
+    records = world.sft_examples(examples)
+    answers = [record["response"] for record in records]
+    random.Random(seed).shuffle(answers)
+    dealt = [{**r, "response": answer} for r, answer in zip(records, answers, strict=True)]
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(world.model_config())
+    options = dict(learning_rate=4e-3, num_train_epochs=4, per_device_train_batch_size=32)
+    fine_tune(model, tokenizer, dealt, folder / "language", seed=seed, **options)
+    return model
+
+
+def held_out(ready: Prepared, model: LlamaForCausalLM, scale: Scale) -> dict[str, float]:
+    """Answer held-out prompts with a model that PPO has not touched."""
+
+    def true_quality(**columns: Any) -> list[float]:
+        return ready.world.reward(**columns)
+
+    trainer = Trainer(
+        copied(model),
+        reward=[ready.reward_model, (true_quality, 0.0)],
+        train_dataset=ready.world.prompts(scale.rollout),
+        eval_dataset=ready.world.prompts(scale.held_out, split="eval", seed=3),
+        processing_class=ready.tokenizer,
+        generation_config=ready.generation,
+        **presets.vanilla_ppo(total_steps=0, seed=ready.world.seed, disable_tqdm=True),
+    )
+    found = trainer.evaluate()
+    perplexity = torch.tensor(found["eval/perplexity/policy"])
+    return {
+        "reward_score": found["eval/reward_model/policy"],
+        "true_quality": found["eval/true_quality/policy"],
+        "response_length": found["eval/response/length_tokens"],
+        # E[−log π] over the policy's own draws is its entropy, and ln of this perplexity.
+        "entropy": float(perplexity.log()),
+    }
+
+
+def fixed_answers(world: ToyWorld, scale: Scale) -> dict[str, float]:
+    """True quality of answers that need no model: what a collapse might end in."""
+    prompts = world.prompts(scale.held_out, split="eval", seed=3)
+    responses = [r["response"] for r in world.sft_examples(20, seed=1)]
+
+    def quality(text: str) -> float:
+        return sum(world.true_quality(p, text, ended=True) for p in prompts) / len(prompts)
+
+    return {"empty": quality(""), "best_constant": max(map(quality, responses))}

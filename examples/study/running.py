@@ -1,0 +1,143 @@
+"""All runs, side by side on the cores there are, and what is left of them on disk."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mossrlhf.monitor import CollapseWarning
+from mossrlhf.recipes.bookkeeping import versions
+from study import measuring, preparing
+from study.arms import ARMS
+from study.plan import Job, Scale, World, jobs, worlds
+
+SETTINGS = "settings.json"
+
+
+def everything(scale: Scale, folder: Path, workers: int) -> None:
+    """Make all runs that are not there yet, and gather what they found.
+
+    Args:
+        scale: how large.
+        folder: of all results; a folder of another scale is refused.
+        workers: processes, one thread each. What comes out does not depend on their number.
+
+    Raises:
+        SystemExit: where the folder is of another scale.
+        KeyboardInterrupt: at Ctrl-C. What is finished stays, and need not be done again.
+    """
+    remember(scale, folder)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they import torch
+    todo = [job for job in jobs(scale, list(ARMS)) if not record_of(job, folder).exists()]
+    began, context = time.perf_counter(), multiprocessing.get_context("spawn")
+    with context.Pool(workers, _begin) as pool:
+        homes = [(place, scale, folder / str(place)) for place in worlds(scale)]
+        for place, seconds in pool.imap_unordered(_prepare, homes):
+            print(f"{place!s:6} SFT model, reward model, language model {seconds:5.0f} s")
+        tasks = [(job, scale, folder) for job in todo]
+        for count, line in enumerate(pool.imap_unordered(_run, tasks), 1):
+            print(f"{count:3}/{len(todo)} {line}", flush=True)
+        pool.close()
+        pool.join()
+    note_time(folder, time.perf_counter() - began)
+
+
+def remember(scale: Scale, folder: Path) -> None:
+    """Write down what the folder is of, or make sure that it is of the same."""
+    ours = json.loads(json.dumps(asdict(scale)))
+    path = folder / SETTINGS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"scale": ours, "wall_seconds": 0.0}, indent=1) + "\n")
+    elif json.loads(path.read_text())["scale"] != ours:
+        sys.exit(
+            f"--output_dir {folder}: it holds results of another scale (--quick, or an earlier "
+            "version of the study); give another folder, or delete it"
+        )
+
+
+def note_time(folder: Path, seconds: float) -> None:
+    """Add to the time that all calls have taken together."""
+    known = json.loads((folder / SETTINGS).read_text())
+    known["wall_seconds"] = round(known["wall_seconds"] + seconds, 1)
+    (folder / SETTINGS).write_text(json.dumps(known, indent=1) + "\n")
+
+
+def record_of(job: Job, folder: Path) -> Path:
+    """Where a finished run is kept."""
+    return folder / str(job.world) / f"{job.name}.json"
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    # A collapse is what is studied here; equal answers in a pair are part of this world.
+    warnings.simplefilter("ignore", CollapseWarning)
+    warnings.filterwarnings("ignore", message="both responses to")
+
+
+def _prepare(task: tuple[World, Scale, Path]) -> tuple[World, float]:
+    began = time.perf_counter()
+    preparing.prepare(*task)
+    return task[0], time.perf_counter() - began
+
+
+def _run(task: tuple[Job, Scale, Path]) -> str:
+    job, scale, folder = task
+    # Long runs are resumed from their checkpoints, the others are begun anew.
+    found = measuring.run(job, scale, folder / str(job.world))
+    measuring.write(found, record_of(job, folder))
+    return measuring.describe(job, found)
+
+
+def gather(scale: Scale, folder: Path, results: Path, command: str) -> None:
+    """Put each world's runs into one file, with all it takes to make them again.
+
+    Args:
+        scale: how large.
+        folder: where the runs are.
+        results: folder of the files, one for each world.
+        command: that makes them.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    for place in worlds(scale):
+        mine = [job for job in jobs(scale, list(ARMS)) if job.world == place]
+        runs = {job.name: json.loads(record_of(job, folder).read_text()) for job in mine}
+        record = {
+            "world": {"lang": place.lang, "seed": place.seed},
+            "command": command,
+            "versions": versions(),
+            "scale": asdict(scale),
+            "wall_seconds": json.loads((folder / SETTINGS).read_text())["wall_seconds"],
+            "facts": json.loads((folder / str(place) / preparing.FACTS).read_text()),
+            "runs": dict(sorted(runs.items())),
+        }
+        (results / f"{place}.json").write_text(dumped(record))
+
+
+def dumped(record: Mapping[str, Any]) -> str:
+    """Return JSON with a line for each run: it is read by eye and compared by `git diff`."""
+    runs = record["runs"]
+    head = json.dumps({**record, "runs": {}}, indent=1).rstrip("{}\n ")
+    lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]
+    return head + "{\n" + ",\n".join(lines) + "\n }\n}\n"
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Return the records of all worlds, English first.
+
+    Args:
+        results: the folder `gather` wrote.
+    """
+    found: Sequence[Path] = sorted(results.glob("*.json"))
+    return [json.loads(path.read_text()) for path in found]
