@@ -1,5 +1,197 @@
-"""x"""
+"""The page of the study: every number in it comes from the records of the runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from study import running
+from study.arms import ARMS
+from study.discussion import DISCUSSION, FRONTIER, LEAD, METHOD
+from study.findings import FINDINGS
+from study.pictures import draw_all, of
+from study.plan import BASE, GENTLE
+from study.statistics import Claim, Finding, Interval, Seed, measured
+
+Records = Sequence[Mapping[str, Any]]
 
 
-def write_page(a, b):
-    pass
+def write_page(results: Path, folder: Path) -> None:
+    """Write ``study.md`` and its pictures.
+
+    Args:
+        results: folder of the records.
+        folder: where the page goes, and ``images/study`` beside it.
+    """
+    records = running.read(results)
+    draw_all(records, folder / "images" / "study")
+    (folder / "study.md").write_text(page(records), encoding="utf-8")
+
+
+def page(records: Records) -> str:
+    """Return the whole page.
+
+    Args:
+        records: of all worlds.
+    """
+    parts = [
+        LEAD,
+        "## Verdicts",
+        "\n".join(verdicts(records)),
+        "## How it was done",
+        METHOD,
+        provenance(records),
+        "## The worlds",
+        "\n".join(worlds(records)),
+        "## True quality over √KL",
+        "![True quality over the square root of the KL divergence](images/study/frontier.png)",
+        FRONTIER,
+        *(part for finding in FINDINGS for part in section(finding, records)),
+        "## Every arm",
+        "Means over the seeds, on held-out prompts after the last iteration; in brackets the "
+        "smallest and the largest. A run counts as collapsed where `policy/collapsed` was logged "
+        "in its last five points. The curves of every run are in `benchmarks/results/study/`.",
+        "\n".join(every_arm(records)),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def seeds(lang: str, records: Records, gentle: bool = False) -> list[Seed]:
+    return [Seed(record, gentle) for record in of(lang, records)]
+
+
+def judged(finding: Finding, records: Records) -> tuple[str, list[str]]:
+    """Return the verdict on a finding, and on each of its claims."""
+    each = []
+    for claim in finding.claims:
+        found = measured(claim, seeds("en", records))
+        each.append(claim.verdict(found) if found else "open")
+    return finding.verdict(each), each
+
+
+def verdicts(records: Records) -> list[str]:
+    """Return the table of all findings."""
+    lines = ["| | finding | expected | verdict | claims that hold |", "| --- " * 5 + "|"]
+    for finding in FINDINGS:
+        verdict, each = judged(finding, records)
+        held = f"{each.count('holds')} of {len(each)}"
+        link = f"[{finding.id}](#{finding.id.lower()})"
+        lines.append(f"| {link} | {finding.title} | {finding.expected} | **{verdict}** | {held} |")
+    return lines
+
+
+def provenance(records: Records) -> str:
+    """Return when and with what the records were made."""
+    first = records[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    runs = [run for record in records for run in record["runs"].values()]
+    return (
+        f"Made by `{first['command']}` in {first['wall_seconds'] / 60:.0f} minutes on two cores: "
+        f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core, "
+        f"with {versions}. Learning rates: {BASE:g}, and {GENTLE:.2g} where a third of it is said."
+    )
+
+
+def worlds(records: Records) -> list[str]:
+    """Return the table of what each world starts from."""
+    lines = [
+        "| world | SFT: true quality | ended | well-formed | entropy, nats/token | reward model "
+        "right on fresh pairs | empty answer | best fixed answer | without SFT |",
+        "| --- " * 9 + "|",
+    ]
+    for record in records:
+        facts = record["facts"]
+        sft, fixed = facts["sft"], facts["fixed_answers"]
+        place = f"{record['world']['lang']} {record['world']['seed']}"
+        lines.append(
+            f"| {place} | {number(sft['true_quality'])} | {sft['ended']:.1%} "
+            f"| {sft['well_formed']:.1%} | {number(sft['entropy'])} "
+            f"| {facts['reward_model']['accuracy']:.1%} | {number(fixed['empty'])} "
+            f"| {number(fixed['best_constant'])} "
+            f"| {number(facts['language_model']['true_quality'])} |"
+        )
+    return lines
+
+
+def section(finding: Finding, records: Records) -> list[str]:
+    """Return what the page says of one finding."""
+    verdict, each = judged(finding, records)
+    name = finding.id.lower()
+    parts = [
+        f"## {finding.id}",
+        f"**{finding.title}** ({finding.source}).",
+        f"Expected: {finding.expected}. Found: **{verdict}**.",
+        f"![{finding.id}: {finding.source}](images/study/{name}.png)",
+    ]
+    if finding.id == "F13":
+        parts.append("![Critics against Monte-Carlo returns](images/study/critic.png)")
+    rows = ["| claim | difference | seeds | at a third of the rate |", "| --- " * 4 + "|"]
+    if finding.chinese:
+        rows = ["| claim | difference | seeds | at a third of the rate | Chinese |"]
+        rows.append("| --- " * 5 + "|")
+    for claim, result in zip(finding.claims, each, strict=True):
+        rows.append(row(claim, result, finding.chinese, records))
+    parts.append("\n".join(rows))
+    parts.append(DISCUSSION[finding.id])
+    return parts
+
+
+def row(claim: Claim, result: str, chinese: bool, records: Records) -> str:
+    """Return a claim with its interval, how many seeds agree, and what else is known of it."""
+    found = measured(claim, seeds("en", records))
+    gentle = measured(claim, seeds("en", records, gentle=True))
+    cells = [claim.text, f"**{result}**: {spread(found, claim.unit)}", count(claim, found)]
+    cells.append(f"{spread(gentle, '')} ({count(claim, gentle)})" if gentle else "")
+    if chinese:
+        other = measured(claim, seeds("zh", records))
+        cells.append(number(other.mean) if other else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(found: Interval | None, unit: str) -> str:
+    """Return a mean and its 95 % interval."""
+    if found is None:
+        return "not run"
+    within = "" if math.isinf(found.low) else f" [{number(found.low)}, {number(found.high)}]"
+    return f"{number(found.mean)}{within} {unit}".strip()
+
+
+def count(claim: Claim, found: Interval | None) -> str:
+    """Return on how many seeds a claim holds."""
+    if found is None:
+        return ""
+    return f"{sum(map(claim.holds_for, found.values))} of {len(found.values)}"
+
+
+def number(value: float) -> str:
+    """Return a number as people read it: three digits, and a minus that is one."""
+    size = abs(value)
+    text = f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
+    negative = value < 0 and float(text) != 0
+    return f"−{text}" if negative else text
+
+
+def every_arm(records: Records) -> list[str]:
+    """Return a table of all arms, at both rates and in both languages."""
+    columns = ("score", "true quality", "KL", "length", "win", "lose", "collapsed")
+    lines = [f"| arm | {' | '.join(columns)} |", "| --- " * 8 + "|"]
+    for lang, note in (("en", ""), ("zh", " (Chinese)")):
+        for suffix, rate in (("", ""), ("@gentle", ", a third of the rate")):
+            for name, arm in ARMS.items():
+                runs = [r["runs"].get(name + suffix) for r in of(lang, records)]
+                if known := [run for run in runs if run]:
+                    lines.append(f"| {arm.title}{rate}{note} | {figures(known)} |")
+    return lines
+
+
+def figures(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the cells of an arm."""
+    cells = []
+    for name in ("reward_score", "true_quality", "kl", "length"):
+        values = [run["held_out"][name] for run in runs]
+        ends = f" [{number(min(values))}, {number(max(values))}]" if len(values) > 1 else ""
+        cells.append(number(mean(values)) + ends)
+    cells += [f"{mean(run['held_out'][name] for run in runs):.0%}" for name in ("win", "lose")]
+    flags = [any(run["curves"]["collapsed"][-5:]) for run in runs]
+    return " | ".join([*cells, f"{sum(flags)} of {len(flags)}"])

@@ -12,13 +12,12 @@ GENTLE = BASE / 3
 SEEDS = (100, 101, 102, 103, 104)
 """Of the worlds. None of them was looked at while library or study were written."""
 
-FEW = SEEDS[:3]
 LONG = "ppo_max_long"
-FIVE_SEEDS = ("vanilla", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max")
-"""Arms of F1, F4 and F12: five seeds, and one in Chinese."""
+IN_CHINESE = ("vanilla", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max", LONG)
+"""Arms of F1, F4, F11 and F12."""
 
 TWO_RATES = ("vanilla", "reward_clip_0.3", "kl_0.05", "importance", "entropy_target", "ppo_max")
-"""Arms that are run at `GENTLE` as well, on `FEW` seeds."""
+"""Arms that are run at `GENTLE` as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,9 @@ class Scale:
     """How large everything is.
 
     Args:
-        seeds: of the English worlds of `FIVE_SEEDS`.
-        few: of the other arms.
-        chinese: seeds of the Chinese worlds.
+        seeds: of the English worlds.
+        long_seeds: of those that F11 is run in.
+        chinese: of the Chinese worlds.
         examples: demonstrations for the SFT model.
         pairs: noisy pairs for the reward model.
         steps: PPO iterations of an arm.
@@ -44,7 +43,7 @@ class Scale:
     """
 
     seeds: Sequence[int] = SEEDS
-    few: Sequence[int] = FEW
+    long_seeds: Sequence[int] = SEEDS[:3]
     chinese: Sequence[int] = SEEDS[:1]
     examples: int = 8000
     pairs: int = 4000
@@ -61,7 +60,7 @@ class Scale:
 
 
 QUICK = Scale(
-    seeds=SEEDS[:1], few=SEEDS[:1], chinese=(), examples=256, pairs=128, steps=3, long_steps=4,
+    seeds=SEEDS[:1], long_seeds=SEEDS[:1], chinese=(), examples=256, pairs=128, steps=3, long_steps=4,
     pretrain=1, rollout=8, minibatch=4, held_out=12, states=2, continuations=2, log=1, long_log=1,
 )  # fmt: skip
 """Shows that everything runs; says nothing about PPO."""
@@ -118,7 +117,7 @@ def worlds(scale: Scale) -> list[World]:
     Args:
         scale: with their seeds.
     """
-    named = dict.fromkeys([*scale.seeds, *scale.few])
+    named = dict.fromkeys([*scale.seeds, *scale.long_seeds])
     return [World("en", s) for s in named] + [World("zh", s) for s in scale.chinese]
 
 
@@ -131,13 +130,11 @@ def jobs(scale: Scale, arms: Sequence[str]) -> list[Job]:
     """
     made = []
     for world in worlds(scale):
-        few = world.lang == "en" and world.seed in scale.few
-        for arm in arms:
-            if arm == LONG:
-                if few or world.lang == "zh":
-                    made.append(Job(world, arm, False, scale.long_steps, scale.long_log))
-            elif few or arm in FIVE_SEEDS:
+        for arm in arms if world.lang == "en" else IN_CHINESE:
+            if arm != LONG:
                 made.append(Job(world, arm, False, scale.steps, scale.log))
-        if few:
+            elif world.seed in scale.long_seeds:
+                made.append(Job(world, arm, False, scale.long_steps, scale.long_log))
+        if world.lang == "en":
             made += [Job(world, arm, True, scale.steps, scale.log) for arm in TWO_RATES]
     return sorted(made, key=lambda job: -job.steps)

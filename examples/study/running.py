@@ -52,8 +52,8 @@ def everything(scale: Scale, folder: Path, workers: int) -> None:
 
 
 def remember(scale: Scale, folder: Path) -> None:
-    """Write down what the folder is of, or make sure that it is of the same."""
-    ours = json.loads(json.dumps(asdict(scale)))
+    """Write down what the folder is of, or make sure that it is of the same; seeds may be added."""
+    ours = {name: value for name, value in asdict(scale).items() if isinstance(value, int)}
     path = folder / SETTINGS
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,280 @@
+"""A picture for each figure of the paper: mean over the seeds, and the band that they span."""
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mossrlhf.drawing import COLORS, GRID, INK, blank, dress, png_bytes
+from study.arms import ARMS
+from study.findings import FINDINGS
+from study.statistics import Finding, Seed
+
+TITLES = {
+    "score": "Reward-model score",
+    "true_quality": "True quality",
+    "kl": "KL to the SFT model (nats/response)",
+    "length": "Response length (tokens)",
+    "perplexity_policy": "Perplexity under the policy",
+    "perplexity_sft": "Perplexity under the SFT model",
+    "value_loss": "Value loss",
+    "explained_variance": "Explained variance of the critic",
+    "policy_grad_norm": "Gradient norm, policy",
+    "critic_grad_norm": "Gradient norm, critic",
+    "advantages_std": "Standard deviation of advantages",
+    "entropy": "Entropy (nats/token)",
+}
+SYMLOG = {"kl": 1.0}
+LOG = ("perplexity_sft", "value_loss", "policy_grad_norm", "critic_grad_norm", "advantages_std")
+FRONTIER = ("vanilla", "reward_clip_0.3", "importance", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max")
+P1_PREFERENCE = {
+    "helpful, en": (44, 26, 30),
+    "harmless, en": (62, 33, 5),
+    "helpful, zh": (46, 23, 31),
+    "harmless, zh": (39, 29, 32),
+}
+"""Win, tie and lose of PPO-max against SFT by human judges, in percent (P1 Fig. 10)."""
+
+DASHED = (0, (4, 1.5))
+SMOOTH = 5
+"""Points of which a curve of the frontier shows the mean."""
+
+Records = Sequence[Mapping[str, Any]]
+Figure = Any
+
+
+def draw_all(records: Records, folder: Path) -> None:
+    """Draw every picture of the study.
+
+    Args:
+        records: of all worlds.
+        folder: where the PNGs go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = digest(records)
+    pictures = {f.id.lower(): curves(f, records) for f in FINDINGS if f.panels}
+    pictures |= {
+        "f12": preference(records),
+        "frontier": frontier(records),
+        "critic": critic(records),
+    }
+    for name, figure in pictures.items():
+        packed, info = io.BytesIO(), PngInfo()
+        info.add_text("results", mark)  # a test compares it with the committed results
+        Image.open(io.BytesIO(png_bytes(figure))).save(packed, "png", pnginfo=info)
+        (folder / f"{name}.png").write_bytes(packed.getvalue())
+
+
+def digest(records: Records) -> str:
+    """Return a check sum of everything that could be drawn: runs and facts of all worlds."""
+    text = repr([[record["world"], record["facts"], record["runs"]] for record in records])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of(lang: str, records: Records) -> list[Mapping[str, Any]]:
+    """Records of the worlds of one language."""
+    return [record for record in records if record["world"]["lang"] == lang]
+
+
+def runs_of(arm: str, records: Records) -> list[Mapping[str, Any]]:
+    """The runs of an arm in all worlds that have it."""
+    return [record["runs"][arm] for record in records if arm in record["runs"]]
+
+
+def curves(finding: Finding, records: Records) -> Figure:
+    """Draw an arm in each color, a metric in each panel.
+
+    Args:
+        finding: which arms, which metrics.
+        records: of all worlds.
+    """
+    figure = blank()
+    figure.set_size_inches(12, 6.6)
+    for place, metric in enumerate(finding.panels, 1):
+        axes = figure.add_subplot(2, 3, place)
+        for arm, color in zip(finding.arms, COLORS, strict=False):
+            _band(axes, runs_of(arm, of("en", records)), metric, color, ARMS[arm].title)
+            if finding.chinese:
+                for run in runs_of(arm, of("zh", records)):
+                    x, y = _points(run, metric)
+                    axes.plot(x, y, color=color, lw=1.1, ls=DASHED)
+        dress(axes, TITLES[metric])
+        _scale(axes, metric)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if finding.chinese:
+        handles.append(_line(INK, DASHED))
+        labels.append("Chinese, one seed")
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _band(
+    axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color: str, label: str
+) -> None:
+    """The mean over the seeds, what they span, and each of them as a hair."""
+    columns: dict[int, list[float]] = {}
+    for run in runs:
+        x, y = _points(run, metric)
+        axes.plot(x, y, color=color, lw=0.5, alpha=0.35)
+        for step, value in zip(x, y, strict=True):
+            columns.setdefault(step, []).append(value)
+    steps = sorted(columns)
+    low = [min(columns[step]) for step in steps]
+    high = [max(columns[step]) for step in steps]
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+    axes.plot(steps, [mean(columns[step]) for step in steps], color=color, lw=2, label=label)
+
+
+def _points(run: Mapping[str, Any], metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a curve, without those that were not finite."""
+    both = zip(run["curves"]["step"], run["curves"][metric], strict=True)
+    kept = [(x, y) for x, y in both if y is not None]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _line(color: str, style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, ls=style)
+
+
+def _scale(axes: Any, metric: str) -> None:
+    if metric in SYMLOG:
+        axes.set_yscale("symlog", linthresh=SYMLOG[metric])
+    elif metric in LOG and all((line.get_ydata() > 0).all() for line in _drawn(axes)):
+        axes.set_yscale("log")
+
+
+def _drawn(axes: Any) -> list[Any]:
+    import numpy as np
+
+    for line in axes.lines:
+        line.set_ydata(np.asarray(line.get_ydata(), float))
+    return [line for line in axes.lines if len(line.get_ydata())]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """The mean of what was measured; NaN, which is not drawn, where nothing was."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else math.nan
+
+
+def frontier(records: Records) -> Figure:
+    """Draw true quality over √KL, the path of each arm: who gets more for the same distance.
+
+    Args:
+        records: of all worlds.
+    """
+    figure = blank()
+    figure.set_size_inches(12, 6)
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    english = of("en", records)
+    for axes, suffix in ((left, ""), (right, "@gentle")):
+        for arm, color in zip(FRONTIER, COLORS, strict=True):
+            runs = runs_of(arm + suffix, english)
+            if runs:
+                x, y = _path(runs)
+                axes.plot(x, y, color=color, lw=1.8, label=ARMS[arm].title)
+                axes.plot(x[-1:], y[-1:], "o", color=color, ms=7)
+        level = mean(record["facts"]["sft"]["true_quality"] for record in english)
+        axes.axhline(level, color=INK, lw=1, ls=DASHED)
+        axes.text(1, level, "SFT", color=INK, ha="right", va="bottom", transform=_at_edge(axes))
+        rate = "a third of the learning rate" if suffix else "the learning rate of the study"
+        dress(axes, f"True quality over √KL, {rate}", whole=False)
+        axes.set_xlabel("√KL to the SFT model (√nats per response)", color=INK)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _at_edge(axes: Any) -> Any:
+    from matplotlib.transforms import blended_transform_factory
+
+    return blended_transform_factory(axes.transAxes, axes.transData)
+
+
+def _path(runs: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean over seeds and neighboring points: √KL and true quality."""
+    length = min(len(run["curves"]["kl"]) for run in runs)
+    xs, ys = [], []
+    for i in range(length):
+        near = range(max(0, i - SMOOTH // 2), min(length, i + SMOOTH // 2 + 1))
+        kl = [run["curves"]["kl"][j] for run in runs for j in near]
+        quality = [run["curves"]["true_quality"][j] for run in runs for j in near]
+        finite = [value for value in kl if value is not None]
+        if finite:
+            xs.append(math.sqrt(max(0.0, mean(finite))))
+            ys.append(mean(quality))
+    return xs, ys
+
+
+def preference(records: Records) -> Figure:
+    """Draw win, tie and lose of PPO-max against SFT, beside those of P1's human judges.
+
+    Args:
+        records: of all worlds.
+    """
+    rows: list[tuple[str, tuple[float, ...]]] = []
+    for label, published in P1_PREFERENCE.items():
+        kind, lang = label.split(", ")
+        runs = runs_of("ppo_max", of(lang, records))
+        if runs:
+            shares = [mean(run[kind][name] for run in runs) for name in ("win", "tie", "lose")]
+            rows.append((f"{label}: here", tuple(100 * share for share in shares)))
+        rows.append((f"{label}: P1, human", tuple(map(float, published))))
+    figure = blank()
+    figure.set_size_inches(12, 1.2 + 0.5 * len(rows))
+    axes = figure.add_subplot(1, 1, 1)
+    for name, color, index in (("win", COLORS[2], 0), ("tie", GRID, 1), ("lose", COLORS[1], 2)):
+        for line, (_, shares) in enumerate(rows):
+            start, width = sum(shares[:index]), shares[index]
+            axes.barh(
+                line, width, left=start, color=color, label=name if line == 0 else None, height=0.7
+            )
+            ink = INK if name == "tie" else "white"
+            axes.text(start + width / 2, line, f"{width:.0f}", color=ink, ha="center", va="center")
+    dress(axes, "PPO-max against its SFT model, % of requests", whole=False)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=3, frameon=False, labelcolor=INK)
+    return figure
+
+
+def critic(records: Records) -> Figure:
+    """Draw how far critics are from Monte-Carlo returns, before PPO and after it.
+
+    Args:
+        records: of all worlds.
+    """
+    figure = blank()
+    figure.set_size_inches(12, 5)
+    arms = next(f for f in FINDINGS if f.id == "F13").arms
+    english = [record for record in of("en", records) if arms[0] in record["runs"]]
+    for place, when in enumerate(("critic_before", "critic_after"), 1):
+        axes = figure.add_subplot(1, 3, place)
+        for arm, color in zip(arms, COLORS, strict=False):
+            parts = [run[when]["by_position"] for run in runs_of(arm, english)]
+            errors = [_mean([p[i]["mean_absolute_error"] for p in parts]) for i in range(4)]
+            axes.plot([12.5, 37.5, 62.5, 87.5], errors, "o-", color=color, label=ARMS[arm].title)
+        moment = "before PPO" if place == 1 else "after PPO"
+        dress(axes, f"Mean |V − return|, {moment}", whole=False)
+        axes.set_ylim(0, None)
+        axes.set_xlabel("share of the response behind the state, %", color=INK)
+    axes = figure.add_subplot(1, 3, 3)
+    for record, color in zip(english, COLORS, strict=False):
+        after = Seed(record)["ppo_max"].record["critic_after"]
+        axes.plot(after["returns"], after["values"], "o", ms=3, alpha=0.6, color=color)
+    ends = axes.get_xlim()
+    axes.plot(ends, ends, color=INK, lw=1, ls=DASHED)
+    dress(axes, "PPO-max, after PPO: each state", whole=False)
+    axes.set_xlabel("mean return of 16 continuations", color=INK)
+    axes.set_ylabel("value of the critic", color=INK)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK)
+    return figure

@@ -1,0 +1,220 @@
+"""`examples/secrets_study.py`: its statistics, its plan, its runs, and the published page."""
+
+import json
+import math
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+NAMES = ("arms", "claims", "findings", "page", "pictures", "plan", "running", "statistics")
+
+
+@pytest.fixture(scope="module")
+def study(root):
+    """The modules of the study, found as they are when the script is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "examples")
+        made = {name: import_module(f"study.{name}") for name in NAMES}
+        yield SimpleNamespace(script=import_module("secrets_study"), **made)
+        for name in [n for n in sys.modules if n.split(".")[0] in ("study", "secrets_study")]:
+            sys.modules.pop(name)
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def student(t, freedom, steps=200_000):
+    """P(|T| ≤ t) by the trapezoid rule over the density."""
+    norm = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    norm /= math.sqrt(freedom * math.pi)
+    density = [
+        norm * (1 + (t * i / steps) ** 2 / freedom) ** (-(freedom + 1) / 2)
+        for i in range(steps + 1)
+    ]
+    return 2 * t / steps * (sum(density) - (density[0] + density[-1]) / 2)
+
+
+def test_quantiles_are_students(study):
+    for n, t in study.statistics.T_975.items():
+        assert student(t, n - 1) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_interval(study):
+    found = study.statistics.interval([1.0, 2.0, 6.0])
+    reach = 4.303 * math.sqrt((4 + 1 + 9) / 2) / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - reach, 3 + reach))
+    alone = study.statistics.interval([7.0])
+    assert (alone.mean, alone.low, alone.high) == (7.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("within", "values", "verdict", "held"),
+    [
+        (None, (1.0, 1.1, 0.9), "holds", 3),
+        (None, (-1.0, -1.1, -0.9), "against", 0),
+        (None, (1.0, -0.9, 0.2), "open", 2),
+        (None, (1.0,), "open", 1),
+        (0.3, (0.1, 0.12, 0.11), "holds", 3),
+        (0.3, (-0.1, -0.12, -0.11), "holds", 3),
+        (0.3, (0.9, 0.91, 0.92), "against", 0),
+        (0.3, (-0.9, -0.91, -0.92), "against", 0),
+        (0.3, (0.1, 0.5, -0.4), "open", 1),
+    ],
+)
+def test_verdict_of_a_claim(study, within, values, verdict, held):
+    claim = study.statistics.Claim("text", lambda seed: seed, "unit", within)
+    found = study.statistics.measured(claim, values)
+    assert (claim.verdict(found), sum(map(claim.holds_for, found.values))) == (verdict, held)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (("holds", "holds"), "reproduced"),
+        (("holds", "against"), "partly"),
+        (("holds", "open"), "partly"),
+        (("against", "open"), "refuted"),
+        (("open", "open"), "undecided"),
+    ],
+)
+def test_verdict_of_a_finding(study, verdicts, expected):
+    finding = study.findings.FINDINGS[0]
+    assert finding.verdict(verdicts) == expected
+
+
+def run_of(study, **columns):
+    length = len(next(iter(columns.values())))
+    steps = [10 * (i + 1) for i in range(length)]
+    return study.statistics.Run({"curves": {"step": steps, **columns}, "steps": 10 * length})
+
+
+def test_what_claims_ask_of_a_run(study):
+    run = run_of(study, kl=[0.0, 14.0, 16.0, 3.0], score=[1.0, 0.2, 2.0, 1.5])
+    assert run.passage == 30
+    assert run.early_drop("score", until=20) == pytest.approx(0.8)
+    assert run.early_drop("score", until=40) == pytest.approx(0.8)
+    assert run_of(study, kl=[0.0, 1.0]).passage == 20  # never: the end
+    assert run_of(study, kl=[0.0, None]).passage == 20  # what overflowed was beyond
+    changes = (-0.8, 1.8, -0.5)
+    center = sum(changes) / 3
+    spread = math.sqrt(sum((c - center) ** 2 for c in changes) / 2)
+    assert run.fluctuation("score") == pytest.approx(spread)
+    long = run_of(study, kl=[float(i) for i in range(30)])
+    assert long.last("kl") == 28.0  # of 27, 28 and 29
+
+
+# ---- plan ---------------------------------------------------------------------------------------
+
+
+def test_plan(study):
+    """Five seeds, three of 10,000 steps, Chinese for four findings; a few arms at two rates."""
+    scale = study.plan.Scale()
+    jobs = study.plan.jobs(scale, list(study.arms.ARMS))
+    counts = {}
+    for job in jobs:
+        counts.setdefault((job.world.lang, job.name), []).append(job.world.seed)
+    for finding in study.findings.FINDINGS:
+        for arm in finding.arms:
+            expected = 3 if arm == study.plan.LONG else 5
+            assert len(counts["en", arm]) == expected, (finding.id, arm)
+            assert not finding.chinese or len(counts["zh", arm]) == 1, (finding.id, arm)
+    assert {name for _, name in counts if "@" in name} == {
+        f"{arm}@gentle" for arm in study.plan.TWO_RATES
+    }
+    assert len(jobs) == len({(job.world, job.name) for job in jobs})
+    long = next(job for job in jobs if job.arm == study.plan.LONG)
+    assert long.steps * scale.rollout // scale.minibatch == 10_000
+
+
+def test_arms_differ_in_what_they_say(study):
+    """Each is its preset but for one part; none has a learning rate of its own."""
+
+    class World:
+        entropy = 0.7
+
+    for name, arm in study.arms.ARMS.items():
+        parts = arm.parts(World(), 10, total_steps=5, learning_rate=1e-3, critic_learning_rate=1e-3)
+        args = parts["args"]
+        assert (args.learning_rate, args.critic_learning_rate) == (1e-3, 1e-3), name
+        assert args.critic_pretrain_steps == (10 if arm.pretrained else 0), name
+        plain = arm.preset(total_steps=5, learning_rate=1e-3)
+        changed = [part for part in ("shaper", "advantage", "loss") if parts[part] != plain[part]]
+        assert len(changed) == (2 if name == "kl_and_importance" else len(changed) and 1), name
+
+
+def test_findings_are_measurable(study):
+    """Every claim finds what it asks for in the records that the plan leaves."""
+    names = {job.name for job in study.plan.jobs(study.plan.Scale(), list(study.arms.ARMS))}
+    asked = set()
+
+    class Asked(dict):
+        def __missing__(self, name):
+            asked.add(name)
+            raise KeyError(name)
+
+    for finding in study.findings.FINDINGS:
+        for claim in finding.claims:
+            seed = study.statistics.Seed({"runs": Asked(), "facts": {"sft": {}}})
+            assert study.statistics.measured(claim, [seed]) is None
+    assert asked <= names
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def invoke(study, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["secrets_study.py", *map(str, arguments)])
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of processes that pytest does not watch
+    study.script.main()
+
+
+def test_quick_study(study, monkeypatch, tmp_path, capsys):
+    """All arms run; what is finished stays; what is missing is made again, and comes out alike."""
+    call = ("--quick", "--output_dir", tmp_path, "--workers", 1)
+    invoke(study, monkeypatch, *call)
+    capsys.readouterr()
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    for finding in study.findings.FINDINGS:
+        assert f"## {finding.id}\n" in page
+        assert (tmp_path / f"images/study/{finding.id.lower()}.png").exists()
+    before = json.loads((tmp_path / "results/en100.json").read_text())
+    assert set(study.arms.ARMS) <= set(before["runs"])
+
+    (tmp_path / "runs/en100/kl_0.05.json").unlink()
+    invoke(study, monkeypatch, *call)
+    assert "1/1 en100 kl_0.05" in capsys.readouterr().out
+    after = json.loads((tmp_path / "results/en100.json").read_text())
+    for record in (before, after):
+        record.pop("wall_seconds")
+        record["runs"]["kl_0.05"].pop("seconds")
+    assert after == before
+
+    with pytest.raises(SystemExit, match="another scale"):
+        invoke(study, monkeypatch, "--output_dir", tmp_path)
+
+
+def test_quick_is_not_published(study, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        invoke(study, monkeypatch, "--quick", "--publish")
+    assert "nothing to publish" in capsys.readouterr().err
+
+
+# ---- what is published --------------------------------------------------------------------------
+
+
+def test_page_is_of_the_records(study, root):
+    records = study.running.read(study.script.RESULTS)
+    assert (root / "docs/study.md").read_text(encoding="utf-8") == study.page.page(records)
+
+
+def test_pictures_are_of_the_records(study, root):
+    from PIL import Image
+
+    records = study.running.read(study.script.RESULTS)
+    pictures = sorted((root / "docs/images/study").glob("*.png"))
+    assert len(pictures) == 15
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.info["results"] == study.pictures.digest(records), path.name
