@@ -60,8 +60,9 @@ class Scale:
 
 
 QUICK = Scale(
-    seeds=SEEDS[:1], long_seeds=SEEDS[:1], chinese=(), examples=256, pairs=128, steps=3, long_steps=4,
-    pretrain=1, rollout=8, minibatch=4, held_out=12, states=2, continuations=2, log=1, long_log=1,
+    seeds=SEEDS[:1], long_seeds=SEEDS[:1], chinese=(), examples=256, pairs=128, steps=3,
+    long_steps=4, pretrain=1, rollout=8, minibatch=4, held_out=12, states=2, continuations=2,
+    log=1, long_log=1,
 )  # fmt: skip
 """Shows that everything runs; says nothing about PPO."""
 

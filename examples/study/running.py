@@ -37,18 +37,20 @@ def everything(scale: Scale, folder: Path, workers: int) -> None:
     """
     remember(scale, folder)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they import torch
-    todo = [job for job in jobs(scale, list(ARMS)) if not record_of(job, folder).exists()]
     began, context = time.perf_counter(), multiprocessing.get_context("spawn")
-    with context.Pool(workers, _begin) as pool:
-        homes = [(place, scale, folder / str(place)) for place in worlds(scale)]
-        for place, seconds in pool.imap_unordered(_prepare, homes):
-            print(f"{place!s:6} SFT model, reward model, language model {seconds:5.0f} s")
-        tasks = [(job, scale, folder) for job in todo]
-        for count, line in enumerate(pool.imap_unordered(_run, tasks), 1):
-            print(f"{count:3}/{len(todo)} {line}", flush=True)
-        pool.close()
-        pool.join()
-    note_time(folder, time.perf_counter() - began)
+    try:
+        with context.Pool(workers, _begin) as pool:
+            homes = [(place, scale, folder / str(place)) for place in worlds(scale)]
+            for place, seconds in pool.imap_unordered(_prepare, homes):
+                print(f"{place!s:6} SFT model, reward model, language model {seconds:5.0f} s")
+            todo = [job for job in jobs(scale, list(ARMS)) if not record_of(job, folder).exists()]
+            tasks = [(job, scale, folder) for job in todo]
+            for count, line in enumerate(pool.imap_unordered(_run, tasks), 1):
+                print(f"{count:3}/{len(todo)} {line}", flush=True)
+            pool.close()
+            pool.join()
+    finally:
+        note_time(folder, time.perf_counter() - began)
 
 
 def remember(scale: Scale, folder: Path) -> None:
