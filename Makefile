@@ -1,4 +1,4 @@
-# Two commands on a fresh machine (Python 3.10 or newer, pip, make): `make demo`, `make test`.
+# On a fresh machine (Python 3.10 or newer, pip, make): `make demo`, `make test`, `make study`.
 # Everything is installed into a virtual environment of its own, at pinned versions.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types mutants traps format docs dist clean
+.PHONY: help demo study test lint types mutants traps format docs dist clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -19,6 +19,9 @@ help:  ## show this list
 
 demo: $(VENV)/installed-plot  ## vanilla PPO against PPO-max on a toy world, with curves
 	$(BIN)/python examples/ppo_llama.py
+
+study: $(VENV)/installed-plot  ## the paper's findings run again, into outputs/study/; hours, can be interrupted
+	$(BIN)/python examples/secrets_study.py
 
 test: $(VENV)/installed-dev  ## the tests, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 10

@@ -1,8 +1,8 @@
 """The findings of "Secrets of RLHF in Large Language Models Part I: PPO", run again in a toy world.
 
-    python examples/secrets_study.py            # all of it: about two hours on two cores
+    python examples/secrets_study.py            # all of it: some two hours on two cores
     python examples/secrets_study.py --quick    # whether it runs; says nothing about PPO
-    python examples/secrets_study.py --publish  # besides, into this repository's docs/
+    python examples/secrets_study.py --publish  # besides, into README and docs/ of this checkout
 
 Every finding is a set of arms (`study/arms.py`) and of claims with the verdict expected beforehand
 (`study/findings.py`). All arms have the same learning rate, rollouts and prompts; none is tuned.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from study import plan, running
-from study.page import write_page
+from study.page import write_page, write_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -46,7 +46,8 @@ def main() -> None:
     if args.publish:
         running.gather(scale, folder / "runs", RESULTS, command)
         write_page(RESULTS, ROOT / "docs")
-        print(f"{ROOT}: docs/study.md, docs/images/study/, benchmarks/results/study/")
+        write_readme(RESULTS, ROOT / "README.md")
+        print(f"{ROOT}: docs/study.md, docs/images/study/, README.md, benchmarks/results/study/")
 
 
 if __name__ == "__main__":

@@ -209,6 +209,12 @@ def test_page_is_of_the_records(study, root):
     assert (root / "docs/study.md").read_text(encoding="utf-8") == study.page.page(records)
 
 
+def test_readme_is_of_the_records(study, root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    between = text.split(study.page.BEGIN)[1].split(study.page.END)[0]
+    assert between.strip() == study.page.readme(study.running.read(study.script.RESULTS))
+
+
 def test_pictures_are_of_the_records(study, root):
     from PIL import Image
 

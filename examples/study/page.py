@@ -10,9 +10,12 @@ from study import running
 from study.arms import ARMS
 from study.discussion import DISCUSSION, FRONTIER, LEAD, METHOD
 from study.findings import FINDINGS
-from study.pictures import draw_all, of
+from study.pictures import draw_all, of, runs_of
 from study.plan import BASE, GENTLE
 from study.statistics import Claim, Finding, Interval, Seed, measured
+
+BEGIN = "<!-- study: begin (examples/secrets_study.py --publish writes what is between) -->"
+END = "<!-- study: end -->"
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -27,6 +30,40 @@ def write_page(results: Path, folder: Path) -> None:
     records = running.read(results)
     draw_all(records, folder / "images" / "study")
     (folder / "study.md").write_text(page(records), encoding="utf-8")
+
+
+def write_readme(results: Path, path: Path) -> None:
+    """Put the table of `readme` between its marks.
+
+    Args:
+        results: folder of the records.
+        path: of ``README.md``.
+    """
+    text = path.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    table = readme(running.read(results))
+    path.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
+
+
+def readme(records: Records) -> str:
+    """Return the few lines that the README has of it.
+
+    Args:
+        records: of all worlds.
+    """
+    english = of("en", records)
+    columns = ("score", "true quality", "KL, nats", "length", "win", "lose", "collapsed")
+    lines = [f"| mean over {len(english)} seeds | {' | '.join(columns)} |", "| --- " * 8 + "|"]
+    sft = [record["facts"]["sft"] for record in english]
+    names = ("reward_score", "true_quality", "response_length")
+    score, quality, length = (number(mean(facts[name] for facts in sft)) for name in names)
+    lines.append(f"| SFT | {score} | {quality} | 0 | {length} | | | |")
+    for suffix, rate in (("", ""), ("@gentle", ", a third of the rate")):
+        for arm in ("vanilla", "ppo_max"):
+            runs = runs_of(arm + suffix, english)
+            lines.append(f"| {ARMS[arm].title}{rate} | {figures(runs, ends=False)} |")
+    return "\n".join(lines)
 
 
 def page(records: Records) -> str:
@@ -185,13 +222,18 @@ def every_arm(records: Records) -> list[str]:
     return lines
 
 
-def figures(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the cells of an arm."""
+def figures(runs: Sequence[Mapping[str, Any]], ends: bool = True) -> str:
+    """Return the cells of an arm.
+
+    Args:
+        runs: one for each seed.
+        ends: whether to show the smallest and the largest beside each mean.
+    """
     cells = []
     for name in ("reward_score", "true_quality", "kl", "length"):
         values = [run["held_out"][name] for run in runs]
-        ends = f" [{number(min(values))}, {number(max(values))}]" if len(values) > 1 else ""
-        cells.append(number(mean(values)) + ends)
+        spread = f" [{number(min(values))}, {number(max(values))}]"
+        cells.append(number(mean(values)) + (spread if ends and len(values) > 1 else ""))
     cells += [f"{mean(run['held_out'][name] for run in runs):.0%}" for name in ("win", "lose")]
     flags = [any(run["curves"]["collapsed"][-5:]) for run in runs]
     return " | ".join([*cells, f"{sum(flags)} of {len(flags)}"])
