@@ -96,13 +96,62 @@ def test_what_claims_ask_of_a_run(study):
     assert run.early_drop("score", until=20) == pytest.approx(0.8)
     assert run.early_drop("score", until=40) == pytest.approx(0.8)
     assert run_of(study, kl=[0.0, 1.0]).passage == 20  # never: the end
-    assert run_of(study, kl=[0.0, None]).passage == 20  # what overflowed was beyond
+    assert run_of(study, kl=[0.0, None, 1.0]).passage == 20  # what overflowed was beyond
     changes = (-0.8, 1.8, -0.5)
     center = sum(changes) / 3
     spread = math.sqrt(sum((c - center) ** 2 for c in changes) / 2)
     assert run.fluctuation("score") == pytest.approx(spread)
     long = run_of(study, kl=[float(i) for i in range(30)])
     assert long.last("kl") == 28.0  # of 27, 28 and 29
+
+
+def test_claims_by_hand(study):
+    """Each kind of claim on two runs of which everything is known: what it is, and its sign."""
+
+    def held(kl, score, quality, win, lose):
+        return dict(
+            kl=kl, reward_score=score, true_quality=quality, win=win, lose=lose, reward_win=0.9,
+            reward_lose=0.2,
+        )  # fmt: skip
+
+    def critic(mean_error, before):
+        return {
+            "critic_after": {"mean_error": mean_error},
+            "critic_before": {"mean_absolute_error": before},
+        }
+
+    long = {"curves": {"true_quality": [float(i) for i in range(20)]}}
+    runs = {
+        "a": {"held_out": held(20.0, 3.0, 1.0, 0.7, 0.1), "steps": 30, **critic(-0.4, 0.5)},
+        "b": {"held_out": held(5.0, 1.0, 2.5, 0.3, 0.6), "steps": 30, **critic(0.1, 0.2)},
+        study.plan.LONG: long,
+    }
+    for name, kl in (("a", [0.0, 16.0, 20.0]), ("b", [0.0, 1.0, 5.0])):
+        runs[name]["curves"] = {"step": [10, 20, 30], "kl": kl, "score": kl}
+    sft = {"true_quality": 1.5, "reward_score": 0.5}
+    seed = study.statistics.Seed({"runs": runs, "facts": {"sft": sft}})
+    c = study.claims
+    by_hand = [
+        (c.collapses("a"), 5.0),
+        (c.collapses("b"), -10.0),
+        (c.stays("a"), -5.0),
+        (c.nearer("b", "a"), math.log(4)),
+        (c.higher("reward_score", "a", "b", "score"), 2.0),
+        (c.alike("true_quality", "a", "b", "quality"), -1.5),
+        (c.later("b", "a"), 10.0),
+        (c.above_sft("a"), -0.5),
+        (c.above_sft("a", sign=-1), 0.5),
+        (c.above_sft("b", "reward_score"), 0.5),
+        (c.ratio("", "a", "b", lambda run: run.curve("score")[-1]), math.log(4)),
+        (c.wins("a", "held_out"), 0.6),
+        (c.wins("b", "held_out"), -0.3),
+        (c.wins("b", "held_out", "reward_"), 0.7),
+    ]
+    for claim, expected in by_hand:
+        assert claim.measure(seed) == pytest.approx(expected), claim.text
+    assert (c.bias("a")(seed), c.error_before("a")(seed)) == (0.4, 0.5)
+    # The last tenth is 18 and 19, the second one 2 and 3.
+    assert c.long_change("true_quality")(seed) == 16.0
 
 
 # ---- plan ---------------------------------------------------------------------------------------
