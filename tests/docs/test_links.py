@@ -13,6 +13,10 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted(DOCS.rglob("*.ipynb"))]
 FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]*)\)")
+FOLDERS = ("benchmarks", "docs", "examples", "src", "tests", "tools")
+FILE = re.compile(
+    rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w/.-]+\.(?:css|ipynb|json|md|png|py|ya?ml)"
+)
 HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
 
 
@@ -53,6 +57,21 @@ def broken(page: Path) -> list[str]:
         if outside or not target.is_file() or (anchor and anchor not in anchors(target)):
             found.append(link)
     return found
+
+
+def absent(text: str) -> list[str]:
+    """The files of the repository that a text names, in prose or code, and that are not there."""
+    return sorted({name for name in FILE.findall(text) if not (ROOT / name).is_file()})
+
+
+def test_files_that_are_named_exist():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    found = {path: absent(path.read_text(encoding="utf-8")) for path in [*PAGES, *sources]}
+    assert {
+        path.relative_to(ROOT).as_posix(): names for path, names in found.items() if names
+    } == {}
+    gone = "/".join(("docs", "gone.md"))
+    assert absent(f"as `{gone}` says, and docs/index.md, and site/docs/none.md") == [gone]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
