@@ -17,6 +17,17 @@ NAMES = (
 )
 
 
+PICTURE = "<a picture>"
+SHOWN = {
+    "1_ppo_max_in_five_minutes": PICTURE,
+    "2_swap_a_component": "set both to the same number",
+    "4_a_reward_of_your_own": "reward 'forgetful' returned (63,) values for 64 completions",
+    "5_reading_the_curves": PICTURE,
+    "6_reward_models": PICTURE,
+}
+"""What the text around a cell says that it shows."""
+
+
 def cells(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
@@ -24,22 +35,26 @@ def cells(path):
 
 
 def code_of(path):
-    """All code of a notebook as one script; the last expression of a cell is printed."""
+    """The code of a notebook, cell by cell."""
     return ["".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code"]
 
 
-RUNNER = """
+RUNNER = f"""
 import ast, json, sys
 import matplotlib
 matplotlib.use("agg")
-names = {"__name__": "__main__"}
+names = {{"__name__": "__main__"}}
 for number, source in enumerate(json.load(sys.stdin)):
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, f"cell {number}", "exec"), names)
+    exec(compile(tree, f"cell {{number}}", "exec"), names)
     if last is not None:
-        print(eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names))
+        value = eval(compile(ast.Expression(last.value), f"cell {{number}}", "eval"), names)
+        if not source.endswith(";"):
+            drawn = hasattr(value, "_repr_png_") and value._repr_png_()
+            print("{PICTURE}" if drawn else value)
 """
+"""Shows what a notebook shows: the last expression of a cell, if no semicolon follows."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,6 +69,7 @@ def test_runs_from_top_to_bottom(root, tmp_path, name):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert SHOWN.get(name, "") in done.stdout
 
 
 def test_all_are_run(root):

@@ -1,4 +1,4 @@
-"""What mkdocs asks while it builds the site: the reference's pages, and their place in it."""
+"""What mkdocs asks while it builds the site: the pages that docs/ lacks, and their place in it."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import api_pages
+import tutorial_pages
 
 REFERENCE = "Reference"
 
@@ -22,7 +23,12 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the reference's pages to those of docs/."""
-    for path, text in api_pages.pages().items():
+    """Add the pages of the reference and of the tutorials to those of docs/."""
+    for path, text in {**api_pages.pages(), **tutorial_pages.pages()}.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links to notebooks lead to their pages; a notebook's page still links to the file."""
+    return markdown if page.file.generated_by else tutorial_pages.to_site(markdown)

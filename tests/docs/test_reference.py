@@ -20,6 +20,11 @@ def api(script):
 
 
 @pytest.fixture
+def tutorials(script):
+    return script("tools/tutorial_pages.py")
+
+
+@pytest.fixture
 def config(root):
     return yaml.safe_load((root / "mkdocs.yml").read_text(encoding="utf-8"))
 
@@ -63,11 +68,11 @@ def test_names_differ_by_more_than_case(api):
     assert len(paths) == len(set(paths))
 
 
-def test_the_navigation_has_every_page_once(api, config, root):
+def test_the_navigation_has_every_page_once(api, tutorials, config, root):
     listed = Counter([*files(config["nav"]), *files(api.navigation())[1:]])
     docs = root / "docs"
-    present = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} | set(api.pages())
-    assert set(listed) == present
+    written = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert set(listed) == written | set(api.pages()) | set(tutorials.pages())
     assert set(listed.values()) == {1}
 
 

@@ -15,7 +15,7 @@ from mossrlhf.sft_trainer import SFTTrainer
 Records = Sequence[Mapping[str, Any]]
 
 
-def training_arguments(folder: Path, **options: Any) -> TrainingArguments:
+def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:
     """Arguments of transformers for a short stage that saves nothing by itself.
 
     Args:
@@ -44,7 +44,7 @@ def fine_tune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     records: Records,
-    folder: Path,
+    folder: str | Path,
     max_length: int | None = None,
     **options: Any,
 ) -> float:
@@ -76,7 +76,7 @@ def train_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Records,
     held_out: Records,
-    folder: Path,
+    folder: str | Path,
     max_length: int | None = None,
     trainer_options: Mapping[str, Any] | None = None,
     **options: Any,

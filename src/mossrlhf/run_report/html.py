@@ -23,6 +23,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 .note { color: #555; }
 .wide { margin-bottom: .8rem; overflow-x: auto; }
 .side { display: grid; gap: .8rem; grid-auto-columns: minmax(15rem, 1fr); grid-auto-flow: column; }
+@media (max-width: 45rem) { .side { grid-auto-columns: auto; grid-auto-flow: row; } }
 .card { background: #f7f7f7; border-radius: 6px; padding: .5rem .7rem; }
 .card h4 { color: #555; font-size: .85rem; margin: 0 0 .3rem; }
 pre { font: inherit; margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }

@@ -114,7 +114,11 @@ def _curves(run: RunFolder, path: str | Path | None = None) -> "Figure":
 
 def _drawn_curves(run: RunFolder) -> str:
     if not any(inner.history for inner in (run, *run.runs)):
-        return paragraphs("note", ["There is no history to draw: no checkpoint that can be read."])
+        said = (
+            "There is no history to draw: no checkpoint that can be read. train() leaves one at "
+            "its end, and one every save_steps iterations."
+        )
+        return paragraphs("note", [said])
     try:
         return picture(png_bytes(_curves(run)), "Curves of the run over PPO iterations")
     except (ImportError, ValueError) as error:
