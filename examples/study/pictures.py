@@ -30,8 +30,16 @@ TITLES = {
     "advantages_std": "Standard deviation of advantages",
     "entropy": "Entropy (nats/token)",
 }
-SYMLOG = {"kl": 1.0}
-LOG = ("perplexity_sft", "value_loss", "policy_grad_norm", "critic_grad_norm", "advantages_std")
+FAR_APART = {
+    "kl": 1.0,
+    "perplexity_sft": 0.0,
+    "value_loss": 0.0,
+    "policy_grad_norm": 0.0,
+    "critic_grad_norm": 0.0,
+    "advantages_std": 0.0,
+}
+"""Metrics whose axis may be logarithmic, and the size below which it is linear; 0 for nowhere."""
+
 FRONTIER = ("vanilla", "reward_clip_0.3", "importance", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max")
 P1_PREFERENCE = {
     "helpful, en": (44, 26, 30),
@@ -106,8 +114,10 @@ def curves(finding: Finding, records: Records) -> Figure:
                     axes.plot(x, y, color=color, lw=1.1, ls=DASHED)
         dress(axes, TITLES[metric])
         _scale(axes, metric)
+        if place > 3:
+            axes.set_xlabel("iteration", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if finding.chinese:
+    if finding.chinese and of("zh", records):
         handles.append(_line(INK, DASHED))
         labels.append("Chinese, one seed")
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK)
@@ -145,18 +155,18 @@ def _line(color: str, style: Any) -> Any:
 
 
 def _scale(axes: Any, metric: str) -> None:
-    if metric in SYMLOG:
-        axes.set_yscale("symlog", linthresh=SYMLOG[metric])
-    elif metric in LOG and all((line.get_ydata() > 0).all() for line in _drawn(axes)):
-        axes.set_yscale("log")
+    """A logarithmic axis where values are far apart; its ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-
-def _drawn(axes: Any) -> list[Any]:
-    import numpy as np
-
-    for line in axes.lines:
-        line.set_ydata(np.asarray(line.get_ydata(), float))
-    return [line for line in axes.lines if len(line.get_ydata())]
+    drawn = [float(y) for line in axes.lines for y in line.get_ydata()]
+    if not drawn or metric not in FAR_APART or max(drawn) < 20 * max(FAR_APART[metric], min(drawn)):
+        return
+    # KL, signed, may be 0 or less: near 0 its axis is linear.
+    floor = FAR_APART[metric]
+    axes.set_yscale("symlog", linthresh=floor) if floor else axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
 
 
 def _mean(values: Sequence[float | None]) -> float:
@@ -265,6 +275,7 @@ def critic(records: Records) -> Figure:
         moment = "before PPO" if place == 1 else "after PPO"
         dress(axes, f"Mean |V − return|, {moment}", whole=False)
         axes.set_ylim(0, None)
+        axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("share of the response behind the state, %", color=INK)
     axes = figure.add_subplot(1, 3, 3)
     for record, color in zip(english, COLORS, strict=False):
