@@ -90,6 +90,7 @@ def keep(args: argparse.Namespace, found: Mapping[str, list[Any]]) -> None:
     device = describe(torch.device(args.device))
     of_devices = json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
     of_devices[device["slug"]] = {
+        "command": "python benchmarks/ppo_iteration.py --compare --peer path/to/trl/bin/python",
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"mossrlhf": mossrlhf.__version__, **versions(), "trl": "1.12.0"},

@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 
 from mossrlhf.data import load_pairs
+from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.recipes.corpus import make_corpus
 from mossrlhf.recipes.from_pairs import ScratchConfig, train_judge, train_policy
 
@@ -82,10 +83,14 @@ def measure(args: argparse.Namespace) -> None:
         print(f"\nThe standard error is that of {count} pairs, which the seeds share;")
         print(f"between the seeds, the standard error of the mean is {spread:.3f}.")
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+        how = {
+            "command": f"python benchmarks/hh_accuracy.py {Path(args.file).name}",
+            "versions": versions(),
+        }
+        Path(args.json).write_text(json.dumps({**how, **figures}, indent=1) + "\n")
 
 
-def with_table(page: str, figures: Mapping[str, float]) -> str:
+def with_table(page: str, figures: Mapping[str, Any]) -> str:
     """Put the figures into a page, between the marks.
 
     Args:

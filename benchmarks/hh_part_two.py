@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return run(corpus, ScratchConfig(file=args.file, seed=seed, output_dir=folder))
 
-    run_seeds(args.seeds, kept, settings, work)
+    command = f"python benchmarks/hh_part_two.py run {Path(args.file).name} --seeds"
+    run_seeds(args.seeds, kept, settings, work, command)
 
 
 def with_table(page: str, figures: Mapping[str, Any]) -> str:

@@ -88,7 +88,8 @@ def main(words: Sequence[str]) -> None:
         kept = json.loads(FIGURES.read_text())["seeds"] if FIGURES.exists() else {}
         seeds = dict(sorted({**kept, seed: found}.items(), key=lambda item: int(item[0])))
         settings = {"lora": LORA, "judged": JUDGED, "rate": RATE}
-        figures = {"settings": settings, "versions": versions(), "seeds": seeds}
+        command = " ".join(["python benchmarks/lora_toy.py run", *seeds])
+        figures = {"command": command, "settings": settings, "versions": versions(), "seeds": seeds}
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         figures["speed"] = round(base / median(seconds[name]), 2)
         figures["seconds"] = [round(s, 2) for s in seconds[name]]
         print(f"{name:24} padding {figures['padding']:.1%}  {figures['speed']:.2f} x")
-    kept = {"settings": vars(args) | {"file": Path(args.file).name}, "arms": found}
+    settings = vars(args) | {"file": Path(args.file).name}
+    command = f"python benchmarks/pair_batches.py {settings['file']}"
+    kept = {"command": command, "settings": settings, "arms": found}
     del kept["settings"]["json"]
     kept["versions"] = versions() | {"threads": torch.get_num_threads()}
     Path(args.json).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ def run_seeds(
     path: Path,
     settings: Mapping[str, Any],
     work: Callable[[int], dict[str, Any]],
+    command: str,
 ) -> None:
     """Run seeds, keeping the figures of each; those kept with the same settings are not run again.
 
@@ -40,6 +41,7 @@ def run_seeds(
         path: of the JSON.
         settings: that the figures depend on.
         work: from a seed to its figures.
+        command: that runs this, up to the numbers of the seeds.
     """
 
     def kept() -> dict[str, Any]:
@@ -56,7 +58,12 @@ def run_seeds(
         found = {**found, "seconds": round(time.perf_counter() - begun)}
         done = {**kept(), str(seed): found}  # read again: other seeds may run beside this one
         done = dict(sorted(done.items(), key=lambda item: int(item[0])))
-        figures = {"settings": settings, "versions": versions(), "seeds": done}
+        figures = {
+            "command": " ".join([command, *done]),
+            "settings": settings,
+            "versions": versions(),
+            "seeds": done,
+        }
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -253,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  clean {found['clean']:.3f}, AUC {found['auc']:.3f}, {found['flipped']}")
         return found
 
-    run_seeds(args.seeds, Path(args.json), settings, work)
+    command = "python benchmarks/preference_noise.py run --seeds"
+    run_seeds(args.seeds, Path(args.json), settings, work, command)
 
 
 def with_table(page: str, figures: Mapping[str, Any]) -> str:

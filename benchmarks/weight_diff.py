@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         for related in (True, False):
             with tempfile.TemporaryDirectory() as folder:
                 rows += pair(Path(folder), dtype, related)
-    kept = {"sizes": SIZES, "rows": rows, "versions": versions()}
+    command = "python benchmarks/weight_diff.py"
+    kept = {"command": command, "sizes": SIZES, "rows": rows, "versions": versions()}
     Path(args.json).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 

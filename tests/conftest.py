@@ -65,6 +65,16 @@ def script(root, monkeypatch) -> Callable[[str], ModuleType]:
     return load
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The folder that the test runs in from here on: tiny models lie there under real names."""
+    from snippets import save_stand_ins  # not before the annotations are checked
+
+    monkeypatch.chdir(tmp_path)  # what a page writes does not land in the repository either
+    save_stand_ins(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of sample data beside the checkout; where there is none, the test is skipped."""

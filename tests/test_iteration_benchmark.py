@@ -1,7 +1,6 @@
 """benchmarks/ppo_iteration.py does the work it says, and the page says what was measured."""
 
 import json
-import re
 from importlib import import_module
 
 import pytest
@@ -129,13 +128,3 @@ def test_the_page_says_what_the_figures_say(comparing):
     page = comparing.PAGE.read_text(encoding="utf-8")
     kept = json.loads(comparing.FIGURES.read_text(encoding="utf-8"))
     assert comparing.with_tables(page, kept) == page
-
-
-def test_the_readme_has_the_kept_figures(root, comparing):
-    (figures,) = json.loads(comparing.FIGURES.read_text("utf-8")).values()
-    text = " ".join((root / "README.md").read_text("utf-8").split())
-    for work, (peer, ours, *_) in comparing.AGAINST.items():
-        theirs, mine = (figures["runs"][name] for name in (peer, ours))
-        faster = comparing.middle(theirs, "median") / comparing.middle(mine, "median")
-        leaner = comparing.middle(mine, "peak_rss_mb") / comparing.middle(theirs, "peak_rss_mb")
-        assert re.search(rf"{faster:.1f} times .{{0,70}}in {leaner:.2f}", text), work

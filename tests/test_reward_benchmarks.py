@@ -1,6 +1,7 @@
 """What the benchmarks of reward models and weights compute beside measuring."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -104,10 +105,12 @@ def test_methods_follow_each_other_and_columns_are_found(load):
 
 
 def test_seeds_that_are_kept_are_not_run_again(load, tmp_path, capsys):
-    run_seeds, path = load("part_two").run_seeds, tmp_path / "figures.json"
+    path = tmp_path / "figures.json"
+    run_seeds = partial(load("part_two").run_seeds, command="python it.py run")
     run_seeds([1], path, {"pairs": 3}, lambda seed: {"seed": seed})
     run_seeds([1, 0], path, {"pairs": 3}, lambda seed: {"seed": 10 + seed})
     kept = json.loads(path.read_text())
+    assert kept["command"] == "python it.py run 0 1"
     assert [(name, found["seed"]) for name, found in kept["seeds"].items()] == [("0", 10), ("1", 1)]
     assert "seed 1 is kept in figures.json" in capsys.readouterr().out
     beside = lambda seed: run_seeds([5], path, {"pairs": 3}, lambda s: {"seed": s}) or {}  # noqa: E731

@@ -40,6 +40,7 @@ from mossrlhf import (
     TrainerConfig,
     last_checkpoint,
 )
+from mossrlhf.recipes.bookkeeping import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "kill_runs.json"
@@ -255,7 +256,13 @@ def main(words: Sequence[str] | None = None) -> int:
         signal.alarm(int(PATIENCE * (args.runs + 1)))
         with tempfile.TemporaryDirectory(prefix="kill-runs-") as folder:
             name = f"{processes} with adapters" if args.adapters else str(processes)
-            results[name] = study(args.runs, processes, args.seed, Path(folder), args.adapters)
+            found = study(args.runs, processes, args.seed, Path(folder), args.adapters)
+        command = f"--runs {args.runs} --processes {processes} --seed {args.seed}"
+        results[name] = {
+            "command": f"python tools/kill_runs.py {command}{' --adapters' * args.adapters}",
+            "versions": versions(),
+            **found,
+        }
     signal.alarm(0)
     Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return int(any(result["different"] for result in results.values()))

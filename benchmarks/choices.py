@@ -1,0 +1,89 @@
+"""Two choices of the fast paths, each beside what it is in place of: who multiplies, how is drawn.
+
+    python benchmarks/choices.py    # seconds; on a CPU, one thread
+
+Figures go to benchmarks/results/choices.json; docs/performance.md says what they are.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Clock, Pass, describe, interleaved, versions
+from torch import Tensor
+from transformers import GenerationConfig
+
+import mossrlhf
+from mossrlhf.kernels.products import NAMES, product, use_products
+from mossrlhf.sampling.draws import Draws
+
+FIGURES = Path(__file__).resolve().parent / "results" / "choices.json"
+SIDE = 2048
+ROWS, WORDS = 16, 32000
+ROUNDS = 21
+
+
+def multiplied(side: int) -> dict[str, Pass]:
+    """Return a product of two square matrices by each of `NAMES`."""
+    a, b = torch.randn(2, side, side)
+
+    def by(name: str) -> Callable[[], Tensor]:
+        def work() -> Tensor:
+            with use_products(name):
+                return product(a, b.t())
+
+        return work
+
+    return {name: Pass(forward=by(name)) for name in NAMES}
+
+
+def drawn(rows: int, words: int) -> dict[str, Pass]:
+    """Return the drawing of a token for each row: as `generate` does, and as `HFSampler` has it.
+
+    The second also notes log-probability and entropy of what it draws.
+    """
+    scores, ids = 3 * torch.randn(rows, words), torch.zeros(rows, 1, dtype=torch.long)
+    uniform = torch.rand(rows, 1)
+
+    def by_noise() -> Tensor:
+        return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+
+    def by_sums() -> Tensor:
+        return Draws(GenerationConfig(), uniform)(ids, scores.clone()).argmax(-1)
+
+    return {"by noise": Pass(forward=by_noise), "by sums": Pass(forward=by_sums)}
+
+
+def timed(passes: Mapping[str, Pass], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each, in turn, once warm."""
+    for one in passes.values():
+        one.forward()
+    found = interleaved(passes, rounds, Clock(torch.device("cpu")))
+    return {name: figures["forward"] for name, figures in found.items()}
+
+
+def measure(side: int = SIDE, rows: int = ROWS, words: int = WORDS, rounds: int = ROUNDS) -> Any:
+    """Return all figures."""
+    torch.manual_seed(0)
+    taken = timed(multiplied(side), rounds)
+    return {
+        "benchmark": "choices",
+        "command": "python benchmarks/choices.py",
+        "device": describe(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "versions": {"mossrlhf": mossrlhf.__version__, **versions()},
+        "products": {
+            "side": side,
+            "giga_operations_per_second": {n: 2 * side**3 / ms / 1e6 for n, ms in taken.items()},
+        },
+        "drawing": {"rows": rows, "words": words, "ms": timed(drawn(rows, words), rounds)},
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FIGURES.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    print(FIGURES.read_text(encoding="utf-8"))
