@@ -31,7 +31,7 @@ MEASURED = re.compile(
     r"(?<![\w.,/−-])\d[\d.,]*(?:–\d[\d.,]*)? ?"
     r"(?:µs|ms|s|seconds?|minutes?|[KMG]i?B|[GT]FLOP/s|times|%|nats?)(?!\w)"
 )
-ELSEWHERE = {"toy_results.md", "study.md", "bad_inputs.md"}
+ELSEWHERE = {"study.md", "bad_inputs.md"}
 """Pages that are written, or held to what happens, as a whole."""
 CHOSEN = {
     "README.md": set(),
@@ -74,8 +74,6 @@ def test_no_quantity_stands_without_figures(root, kept):
             for w in make(kept(figures))
         ]
         text = path.read_text("utf-8")
-        if path.name == "README.md":  # what `make demo` shows is said of its own figures
-            text = re.sub(r"^## Two commands$.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
         assert set(unheld(text, words)) == CHOSEN.get(path.name, set()), name
 
 
@@ -87,7 +85,7 @@ def named(node, name):
     )
 
 
-OWN = {"mutants", "toy_seeds"}
+OWN = {"mutants"}
 """Of the tools and recipes that read them again, in a layout of their own."""
 OLD = {"hh_accuracy", "kill_runs"}
 """Kept before the versions were written along; what is measured anew has them."""

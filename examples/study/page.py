@@ -14,8 +14,8 @@ from study.pictures import draw_all, of, runs_of
 from study.plan import BASE, GENTLE
 from study.statistics import Claim, Finding, Interval, Seed, measured
 
-BEGIN = "<!-- study: begin (examples/secrets_study.py --publish writes what is between) -->"
-END = "<!-- study: end -->"
+BEGIN = "<!-- written by: examples/secrets_study.py --publish -->"
+END = "<!-- end -->"
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -41,7 +41,7 @@ def write_readme(results: Path, path: Path) -> None:
     """
     text = path.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
+    _, tail = rest.split(END, 1)
     table = readme(running.read(results))
     path.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
 
@@ -124,7 +124,7 @@ def provenance(records: Records) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     runs = [run for record in records for run in record["runs"].values()]
     return (
-        f"Made by `{first['command']}` in {first['wall_seconds'] / 60:.0f} minutes on two cores: "
+        f"Made by `{first['command']}` in {first['wall_seconds'] / 60:.0f} minutes by the clock: "
         f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core, "
         f"with {versions}. Learning rates: {BASE:g}, and {GENTLE:.2g} where a third of it is said."
     )
