@@ -19,7 +19,7 @@ from study.statistics import Finding, Seed
 TITLES = {
     "score": "Reward-model score",
     "true_quality": "True quality",
-    "kl": "KL to the SFT model (nats/response)",
+    "kl": "KL to the model begun with (nats/response)",  # of `no_sft` that is another
     "length": "Response length (tokens)",
     "perplexity_policy": "Perplexity under the policy",
     "perplexity_sft": "Perplexity under the SFT model",
