@@ -254,6 +254,7 @@ def test_quick_study(study, monkeypatch, tmp_path, capsys):
         assert (tmp_path / f"images/study/{finding.id.lower()}.png").exists()
     before = json.loads((tmp_path / "results/en100.json").read_text())
     assert set(study.arms.ARMS) <= set(before["runs"])
+    assert not [*tmp_path.glob("runs/*/*/checkpoint-*")]  # or what is made again would be read
 
     (tmp_path / "runs/en100/kl_0.05.json").unlink()
     invoke(study, monkeypatch, *call)
