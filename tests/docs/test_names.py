@@ -263,3 +263,9 @@ def test_every_module_has_its_floor_on_the_page(root):
     there = {path.stem for path in source.glob("[!_]*.py")}
     there |= {path.parent.name for path in source.glob("*/__init__.py")}
     assert set(SPAN.findall(table)) == there
+
+
+def test_the_files_of_an_example_of_make_exist(root):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.search(r'FILES="([^"]+)"', text)[1].split()
+    assert [file for file in files if not (root / "src" / "mossrlhf" / file).is_file()] == []
