@@ -192,6 +192,23 @@ def test_broken_files_cost_their_part_alone(tmp_path):
     assert len(run.completions) == 13
 
 
+def test_what_is_no_number_costs_its_place_alone(tmp_path):
+    """Null, texts, and numbers that no axis could span: of a subclass's metrics, or by hand."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "run"
+    odd = dict.fromkeys(["policy/moved_fraction", "response/truncated_fraction"])
+    odd |= {"policy/learning_rate": 1e-3, "kl/ref_per_sequence": "far", "x": math.inf}
+    checkpoint(folder, 2, [entry(1, **odd), entry(2, **odd), {"step": "three"}])
+    rows = [
+        {"step": 1, "completion": "a", "reward/model": x, "reward/fine": 0.5}
+        for x in (1.0, 1e308, -1e308, "good")
+    ]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert page.tags.count("img") == 2
+    assert "Numbers that are not finite were logged: x." in page.text
+
+
 def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run: .*is no folder; pass a run's output_dir"):
         write_report(tmp_path / "nowhere")

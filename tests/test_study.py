@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from importlib import import_module
 from types import SimpleNamespace
@@ -82,6 +83,22 @@ def test_verdict_of_a_claim(study, within, values, verdict, held):
 def test_verdict_of_a_finding(study, verdicts, expected):
     finding = study.findings.FINDINGS[0]
     assert finding.verdict(verdicts) == expected
+
+
+def test_seeds_on_which_all_of_a_finding_holds(study):
+    """Of three with all runs one has both claims; one more lacks a run, and is not counted."""
+    claim, statistics = study.claims, study.statistics
+    claims = (claim.stays("a"), claim.nearer("a", "b"))
+    finding = statistics.Finding(
+        id="F0", title="", source="", claims=claims, expected="", arms=(), panels=()
+    )
+
+    def world(**kl):
+        runs = {name: {"held_out": {"kl": value}} for name, value in kl.items()}
+        return {"world": {"lang": "en"}, "runs": runs, "facts": {"sft": {}}}
+
+    records = [world(a=1.0, b=2.0), world(a=3.0, b=2.0), world(a=16.0, b=20.0), world(a=1.0)]
+    assert study.page.on_seeds(finding, records) == "1 of 3"
 
 
 def run_of(study, **columns):
@@ -210,6 +227,13 @@ def test_findings_are_measurable(study):
     assert asked <= names
 
 
+def test_a_claim_has_as_many_cells_as_its_table(study):
+    for finding in study.findings.FINDINGS:
+        for claim in finding.claims:
+            line = study.page.row(claim, "open", finding.chinese, [])
+            assert len(re.findall(r"(?<!\\)\|", line)) == (6 if finding.chinese else 5), line
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 
@@ -230,6 +254,7 @@ def test_quick_study(study, monkeypatch, tmp_path, capsys):
         assert (tmp_path / f"images/study/{finding.id.lower()}.png").exists()
     before = json.loads((tmp_path / "results/en100.json").read_text())
     assert set(study.arms.ARMS) <= set(before["runs"])
+    assert not [*tmp_path.glob("runs/*/*/checkpoint-*")]  # or what is made again would be read
 
     (tmp_path / "runs/en100/kl_0.05.json").unlink()
     invoke(study, monkeypatch, *call)

@@ -2,8 +2,8 @@
 
     python tools/mutants.py                       # everything, on two cores: tens of minutes
     python tools/mutants.py functional/reduce.py  # one file, or several
-    python tools/mutants.py --list loss.py        # what would be tried
-    python tools/mutants.py loss.py:123           # one line
+    python tools/mutants.py --list shaping.py     # what would be tried
+    python tools/mutants.py shaping.py:123        # one line
 
 Signs, comparisons, clips, indices, masks, means and sums, detaches: one change at a time
 (``faults.py`` has the rules), never on disk. A mutant that no test sees is printed; one that

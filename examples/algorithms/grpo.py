@@ -2,8 +2,8 @@
 
 J = E[1/G Σ_i 1/|o_i| Σ_t min(ρ_t Â_i, clip(ρ_t, 1 ± ε) Â_i) − β KL(π‖π_ref)], with
 Â_i = (R_i − mean R)/std R: each response counts alike, however long, and the KL divergence is in
-the loss. The paper differentiates k3 for it (eq. 4), whose gradient is that of the reverse
-divergence; here it is k2, the library's. Run it: ``python examples/algorithms/grpo.py``.
+the loss. The paper differentiates k3 for it (eq. 4), whose gradient is that of KL(π_ref‖π); here it
+is k2, the library's, whose is that of KL(π‖π_ref). Run it: ``python examples/algorithms/grpo.py``.
 
 Source: DeepSeekMath, arXiv 2402.03300, eqs. 3 and 4, §4.1.2 (outcome supervision).
 """

@@ -56,8 +56,9 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
         if arm.critic_evaluated:
             trainer.pretrain_critic()
             found["critic_before"] = values(trainer, scale)
-        # Only long runs save, so only they have anything to go on from.
-        trainer.train(resume_from_checkpoint=any(home.glob("checkpoint-*")) or None)
+        # Every run leaves a checkpoint at its end or at Ctrl-C; short ones do not go on from it.
+        begun = job.arm == LONG and any(home.glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=begun or None)
         found["held_out"] = judged(trainer.evaluate())
         if arm.judged_apart:
             found |= {kind: judged(trainer.evaluate(of)) for kind, of in apart(ready, scale)}

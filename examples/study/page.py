@@ -88,7 +88,9 @@ def page(records: Records) -> str:
         "## Every arm",
         "Means over the seeds, on held-out prompts after the last iteration; in brackets the "
         "smallest and the largest. A run counts as collapsed where `policy/collapsed` was logged "
-        "in its last five points. The curves of every run are in `benchmarks/results/study/`.",
+        "in its last five points. KL, wins and losses are against the model that a run began "
+        "with: the SFT model, but for the policy without SFT. The curves of every run are in "
+        "`benchmarks/results/study/`.",
         "\n".join(every_arm(records)),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -109,13 +111,26 @@ def judged(finding: Finding, records: Records) -> tuple[str, list[str]]:
 
 def verdicts(records: Records) -> list[str]:
     """Return the table of all findings."""
-    lines = ["| | finding | expected | verdict | claims that hold |", "| --- " * 5 + "|"]
+    columns = ("", "finding", "expected", "verdict", "claims that hold", "seeds where all do")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * 6 + "|"]
     for finding in FINDINGS:
         verdict, each = judged(finding, records)
         held = f"{each.count('holds')} of {len(each)}"
         link = f"[{finding.id}](#{finding.id.lower()})"
-        lines.append(f"| {link} | {finding.title} | {finding.expected} | **{verdict}** | {held} |")
+        cells = (link, finding.title, finding.expected, f"**{verdict}**", held)
+        lines.append(f"| {' | '.join(cells)} | {on_seeds(finding, records)} |")
     return lines
+
+
+def on_seeds(finding: Finding, records: Records) -> str:
+    """Return on how many seeds, of those with all runs, every claim of a finding is as claimed."""
+    each = []
+    for seed in seeds("en", records):
+        found = [measured(claim, [seed]) for claim in finding.claims]
+        if None not in found:
+            pairs = zip(finding.claims, found, strict=True)
+            each.append(all(claim.holds_for(one.mean) for claim, one in pairs))
+    return f"{sum(each)} of {len(each)}"
 
 
 def provenance(records: Records) -> str:
@@ -178,7 +193,8 @@ def row(claim: Claim, result: str, chinese: bool, records: Records) -> str:
     """Return a claim with its interval, how many seeds agree, and what else is known of it."""
     found = measured(claim, seeds("en", records))
     gentle = measured(claim, seeds("en", records, gentle=True))
-    cells = [claim.text, f"**{result}**: {spread(found, claim.unit)}", count(claim, found)]
+    text = claim.text.replace("|", "\\|")  # as of |bias|: a bare one would begin another cell
+    cells = [text, f"**{result}**: {spread(found, claim.unit)}", count(claim, found)]
     cells.append(f"{spread(gentle, '')} ({count(claim, gentle)})" if gentle else "")
     if chinese:
         other = measured(claim, seeds("zh", records))

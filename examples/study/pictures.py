@@ -19,7 +19,7 @@ from study.statistics import Finding, Seed
 TITLES = {
     "score": "Reward-model score",
     "true_quality": "True quality",
-    "kl": "KL to the SFT model (nats/response)",
+    "kl": "KL to the reference (nats/response)",  # of `no_sft` that is not the SFT model
     "length": "Response length (tokens)",
     "perplexity_policy": "Perplexity under the policy",
     "perplexity_sft": "Perplexity under the SFT model",
@@ -236,7 +236,8 @@ def preference(records: Records) -> Figure:
         runs = runs_of("ppo_max", of(lang, records))
         if runs:
             shares = [mean(run[kind][name] for run in runs) for name in ("win", "tie", "lose")]
-            rows.append((f"{label}: here", tuple(100 * share for share in shares)))
+            seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+            rows.append((f"{label}: here, {seeds}", tuple(100 * share for share in shares)))
         rows.append((f"{label}: P1, human", tuple(map(float, published))))
     figure = blank()
     figure.set_size_inches(12, 1.2 + 0.5 * len(rows))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -99,6 +100,9 @@ def _run(task: tuple[Job, Scale, Path]) -> str:
     # Long runs are resumed from their checkpoints, the others are begun anew.
     found = measuring.run(job, scale, folder / str(job.world))
     measuring.write(found, record_of(job, folder))
+    # Or a run whose record somebody deletes, its arm having changed, would be taken for finished.
+    for left in (folder / str(job.world) / job.name).glob("checkpoint-*"):
+        shutil.rmtree(left)
     return measuring.describe(job, found)
 
 

@@ -46,7 +46,7 @@ def plot_reward_histograms(
         )
     parts = _spans(sorted({row["step"] for row in rows}), spans)
     figure = blank()
-    figure.set_size_inches(12, 1.2 + 1.5 * len(parts))
+    figure.set_size_inches(max(12, 3.5 * len(names)), 1.2 + 1.5 * len(parts))
     for column, name in enumerate(names):
         given = [row[name] for row in rows if _number(row.get(name))]
         low, high = min(given), max(given)
@@ -72,7 +72,8 @@ def plot_reward_histograms(
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # Not only finite: the span from the least to the largest must be a number too.
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _spans(steps: Sequence[int], count: int) -> list[set[int]]:

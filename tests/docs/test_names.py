@@ -254,3 +254,18 @@ def test_options_of_commands_exist(root, script):
 
 def test_rollout_has_the_fields_of_the_letters():
     assert {"scores", "values", "returns"} <= {field.name for field in dataclasses.fields(Rollout)}
+
+
+def test_every_module_has_its_floor_on_the_page(root):
+    text = (root / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.split("| floor | modules |")[1].split("\n\n")[0]
+    source = root / "src" / "mossrlhf"
+    there = {path.stem for path in source.glob("[!_]*.py")}
+    there |= {path.parent.name for path in source.glob("*/__init__.py")}
+    assert set(SPAN.findall(table)) == there
+
+
+def test_the_files_of_an_example_of_make_exist(root):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.search(r'FILES="([^"]+)"', text)[1].split()
+    assert [file for file in files if not (root / "src" / "mossrlhf" / file).is_file()] == []

@@ -149,7 +149,7 @@ def _newest(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], dic
     for path in reversed(checkpoints(folder)):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            history = [entry for entry in state["history"] if isinstance(entry, dict)]
+            history = [_numbers(entry) for entry in state["history"] if isinstance(entry, dict)]
             settings = dict(state.get("settings") or {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             missing.append(f"{path.name}: cannot be read ({type(error).__name__}: {error})")
@@ -157,6 +157,11 @@ def _newest(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], dic
         return history, {**settings, "mossrlhf": state.get("version")}
     missing.append("checkpoint-<step>/: none that can be read, so no curves")
     return [], {}
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an entry can be drawn and compared: a subclass may log what is no number."""
+    return {name: x for name, x in entry.items() if isinstance(x, int | float)}
 
 
 def read_samples(path: Path) -> list[Sample]:
