@@ -228,7 +228,7 @@ FINDINGS = (
         expected="reproduced",
         claims=(
             Claim(
-                "it never counts as collapsed (0.5 less the largest flag)",
+                "it counts as collapsed in no logged iteration (0.5 less the largest flag)",
                 lambda s: 0.5 - max(s[LONG].curve("collapsed")),
                 "flag",
             ),

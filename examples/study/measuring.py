@@ -55,7 +55,8 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
         trainer = assemble(job, ready, scale, home)
         if arm.critic_evaluated:
             trainer.pretrain_critic()
-            found["critic_before"] = values(trainer, scale)
+            known = trainer if arm.pretrained else acquainted(job, ready, scale, home)
+            found["critic_before"] = values(known, scale)
         # Every run leaves a checkpoint at its end or at Ctrl-C; short ones do not go on from it.
         begun = job.arm == LONG and any(home.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=begun or None)
@@ -109,6 +110,18 @@ def assemble(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
         generation_config=ready.generation,
         **arm.parts(ready, scale.pretrain, **options),
     )
+
+
+def acquainted(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
+    """Return a trainer of the same arm that has seen as many rewards as pre-training shows.
+
+    Its shaper then normalizes as that of the pre-trained arms does: returns and errors of both are
+    in one unit. The trainer that goes on to PPO is left as it is.
+    """
+    trainer = assemble(job, ready, scale, home)
+    for _ in range(scale.pretrain):
+        trainer.estimate(trainer.annotate(trainer.score(trainer.collect())))
+    return trainer
 
 
 def apart(ready: Prepared, scale: Scale) -> list[tuple[str, list[dict[str, Any]]]]:

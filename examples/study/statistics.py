@@ -95,6 +95,10 @@ class Run:
         return max(max(values[: i + 1]) - y for i, y in enumerate(values))
 
 
+class NotRun(LookupError):
+    """An arm that this world does not have."""
+
+
 class Seed:
     """All runs of one world.
 
@@ -108,8 +112,11 @@ class Seed:
         self.gentle = gentle
 
     def __getitem__(self, arm: str) -> Run:
-        """The run of an arm; a KeyError where there is none at this rate."""
-        return Run(self.record["runs"][f"{arm}@gentle" if self.gentle else arm])
+        """The run of an arm; `NotRun` where there is none at this rate."""
+        name = f"{arm}@gentle" if self.gentle else arm
+        if name not in self.record["runs"]:
+            raise NotRun(name)
+        return Run(self.record["runs"][name])
 
     @property
     def sft(self) -> Mapping[str, float]:
@@ -199,6 +206,6 @@ def measured(claim: Claim, seeds: Sequence[Seed]) -> Interval | None:
     for seed in seeds:
         try:
             values.append(claim.measure(seed))
-        except KeyError:  # this seed lacks a run that the claim is about
+        except NotRun:
             continue
     return interval(values) if values else None
