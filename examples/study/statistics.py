@@ -95,7 +95,7 @@ class Run:
         return max(max(values[: i + 1]) - y for i, y in enumerate(values))
 
 
-class NotRun(LookupError):
+class NotRunError(LookupError):
     """An arm that this world does not have."""
 
 
@@ -112,10 +112,10 @@ class Seed:
         self.gentle = gentle
 
     def __getitem__(self, arm: str) -> Run:
-        """The run of an arm; `NotRun` where there is none at this rate."""
+        """The run of an arm; `NotRunError` where there is none at this rate."""
         name = f"{arm}@gentle" if self.gentle else arm
         if name not in self.record["runs"]:
-            raise NotRun(name)
+            raise NotRunError(name)
         return Run(self.record["runs"][name])
 
     @property
@@ -206,6 +206,6 @@ def measured(claim: Claim, seeds: Sequence[Seed]) -> Interval | None:
     for seed in seeds:
         try:
             values.append(claim.measure(seed))
-        except NotRun:
+        except NotRunError:
             continue
     return interval(values) if values else None
