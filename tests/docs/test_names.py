@@ -269,3 +269,12 @@ def test_the_files_of_an_example_of_make_exist(root):
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files = re.search(r'FILES="([^"]+)"', text)[1].split()
     assert [file for file in files if not (root / "src" / "mossrlhf" / file).is_file()] == []
+
+
+def test_mutants_and_their_tests_exist(root, script):
+    """Or `make mutants` would end at a file that was renamed."""
+    mutants = script("tools/mutants.py")
+    mutants.COPIES.cleanup()  # it would be told of at exit
+    named = [root / "src/mossrlhf" / file for file in mutants.NEAREST]
+    named += [root / "tests" / test for tests in mutants.NEAREST.values() for test in tests]
+    assert [path for path in named if not path.is_file()] == []
