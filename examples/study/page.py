@@ -81,6 +81,7 @@ def page(records: Records) -> str:
         provenance(records),
         "## The worlds",
         "\n".join(worlds(records)),
+        conditions(records),
         "## True quality over √KL",
         "![True quality over the square root of the KL divergence](images/study/frontier.png)",
         FRONTIER,
@@ -164,6 +165,27 @@ def worlds(records: Records) -> list[str]:
             f"| {number(facts['language_model']['true_quality'])} |"
         )
     return lines
+
+
+def conditions(records: Records) -> str:
+    """Say which worlds miss what a world should have for PPO to show anything in it."""
+    missed = []
+    for record in records:
+        facts = record["facts"]
+        sft, fixed = facts["sft"], facts["fixed_answers"]
+        wanted = {
+            "answers well-formed": sft["well_formed"] >= 0.98,
+            "reward model": facts["reward_model"]["accuracy"] >= 0.75,
+            "fixed answers": max(fixed.values()) < sft["true_quality"],
+        }
+        place = f"{record['world']['lang']} {record['world']['seed']}"
+        missed += [f"{place} ({name})" for name, met in wanted.items() if not met]
+    return (
+        "In a world whose SFT model or reward model is bad PPO shows nothing. So at least 98 % of "
+        "SFT's answers should be well-formed, the reward model right on 75 % of fresh pairs, and "
+        "empty and fixed answers truly worse than SFT's mean. Worlds that miss one of these are "
+        f"kept all the same: {', '.join(missed) or 'none'}."
+    )
 
 
 def section(finding: Finding, records: Records) -> list[str]:

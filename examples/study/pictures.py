@@ -284,7 +284,7 @@ def critic(records: Records) -> Figure:
         axes.plot(after["returns"], after["values"], "o", ms=3, alpha=0.6, color=color)
     ends = axes.get_xlim()
     axes.plot(ends, ends, color=INK, lw=1, ls=DASHED)
-    dress(axes, "PPO-max, after PPO: each state", whole=False)
+    dress(axes, "PPO-max, after PPO: states, by seed", whole=False)
     axes.set_xlabel("mean return of 16 continuations", color=INK)
     axes.set_ylabel("value of the critic", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
