@@ -1,6 +1,7 @@
 """The page of the study: every number in it comes from the records of the runs."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -111,14 +112,15 @@ def judged(finding: Finding, records: Records) -> tuple[str, list[str]]:
 
 
 def verdicts(records: Records) -> list[str]:
-    """Return the table of all findings."""
-    columns = ("", "finding", "expected", "verdict", "claims that hold", "seeds where all do")
+    """Return the table of all findings; what was expected in full stands with each of them."""
+    columns = ("", "finding", "verdict", "expected", "claims that hold", "seeds where all do")
     lines = [f"| {' | '.join(columns)} |", "| --- " * 6 + "|"]
     for finding in FINDINGS:
         verdict, each = judged(finding, records)
         held = f"{each.count('holds')} of {len(each)}"
         link = f"[{finding.id}](#{finding.id.lower()})"
-        cells = (link, finding.title, finding.expected, f"**{verdict}**", held)
+        expected = re.split("[:,]", finding.expected)[0]
+        cells = (link, finding.title, f"**{verdict}**", expected, held)
         lines.append(f"| {' | '.join(cells)} | {on_seeds(finding, records)} |")
     return lines
 
