@@ -8,8 +8,9 @@ import torch
 from snippets import MODELS, cells, run, shrink
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from mossrlhf import ToyWorld, Trainer, presets
+from mossrlhf import AdvantageEstimator, ToyWorld, Trainer, presets
 from mossrlhf.data import PairCollator
+from mossrlhf.faults import NonFiniteError
 
 PAGES = ("index", "concepts", "from_trl", "from_moss")
 
@@ -65,6 +66,30 @@ def test_adapters(root, had):
     go_on(had, [lora, reward, "trainer =" + rest])
     assert (Path("path/to/reward") / "adapter").is_dir()
     had["trainer"].train()
+
+
+def test_faults(root, had):
+    """The page's fault is that of another run; this one has its like, and trying it again fails."""
+
+    def spoiled(rewards, values, mask):
+        done = AdvantageEstimator()(rewards, values, mask)
+        done.advantages[5, 0] = torch.inf
+        return done
+
+    preset = {**presets.ppo_max(output_dir="outputs"), "advantage": spoiled}
+    trainer = Trainer(
+        "org/model", reward=had["reward"], train_dataset=had["prompts"], critic=False, **preset
+    )
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    (block,) = blocks_of(root, "faults")
+    assert "outputs/faults/step-12" in block
+    names = {**had, "trainer": trainer}
+    with pytest.raises(NonFiniteError):
+        exec(block.replace("step-12", "step-1"), names)
+    (suspect,) = names["fault"].suspects
+    assert suspect.term == "advantages"
+    assert "fault.rollout" in block.splitlines()[-1]  # the last line is what failed
 
 
 def test_algorithms(root, had, monkeypatch):
