@@ -21,7 +21,7 @@ from mossrlhf import ToyWorld, Trainer
 from mossrlhf.models import save_adapters
 from mossrlhf.recipes import toy
 from mossrlhf.recipes.bookkeeping import versions
-from mossrlhf.recipes.toy_stages import train_reward, train_sft
+from mossrlhf.recipes.toy_stages import EXAMPLES, PAIRS, train_reward, train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "lora"
@@ -41,9 +41,9 @@ def run(seed: int, rate: float = RATE) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     world = ToyWorld(seed=seed)
     tokenizer = world.tokenizer()
-    policy, _ = train_sft(world, tokenizer, folder, seed)
+    policy, _ = train_sft(world, tokenizer, folder, seed, EXAMPLES)
     options = {"trainer_options": {"peft_config": LoraConfig(**LORA)}, **JUDGED}
-    reward, accuracy = train_reward(world, tokenizer, policy, folder, seed, **options)
+    reward, accuracy = train_reward(world, tokenizer, policy, folder, seed, PAIRS, **options)
     save_adapters(reward, folder / "reward")
     config = toy.ToyConfig(seed=seed, output_dir=str(folder))
     stage = toy.Stage(world, tokenizer, policy, folder / "reward")

@@ -29,8 +29,8 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """A world with few examples, so that a run takes seconds; the code is the same."""
-    monkeypatch.setattr(toy_stages, "EXAMPLES", 64)
-    monkeypatch.setattr(toy_stages, "PAIRS", 64)
+    monkeypatch.setattr(toy, "EXAMPLES", 64)
+    monkeypatch.setattr(toy, "PAIRS", 64)
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 1)
     monkeypatch.setattr(toy, "_held_out", lambda world: world.prompts(24, split="eval", seed=3))
     monkeypatch.setattr(

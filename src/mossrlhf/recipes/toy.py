@@ -19,7 +19,7 @@ from mossrlhf.models import RewardModel
 from mossrlhf.plotting import plot_arms
 from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.report import Results, answer_texts, write_report
-from mossrlhf.recipes.toy_stages import generation, train_reward, train_sft
+from mossrlhf.recipes.toy_stages import EXAMPLES, PAIRS, generation, train_reward, train_sft
 from mossrlhf.toyworld import ToyWorld
 from mossrlhf.trainer import Trainer
 from mossrlhf.version import __version__
@@ -161,14 +161,14 @@ def prepare(config: ToyConfig, folder: Path, clock: Clock) -> tuple[Stage, dict[
     world = ToyWorld(lang=config.lang, seed=config.seed)
     tokenizer = world.tokenizer()
     print("SFT model      ", end="", flush=True)
-    policy, sft = clock("sft", train_sft, world, tokenizer, folder, config.seed)
+    policy, sft = clock("sft", train_sft, world, tokenizer, folder, config.seed, EXAMPLES)
     print(
         f"true quality {sft['true_quality']:.2f}, ended {sft['ended']:.0%}, "
         f"well-formed {sft['well_formed']:.0%}"
     )
     print("reward model   ", end="", flush=True)
     reward_model, accuracy = clock(
-        "reward_model", train_reward, world, tokenizer, policy, folder, config.seed
+        "reward_model", train_reward, world, tokenizer, policy, folder, config.seed, PAIRS
     )
     print(f"right on {accuracy:.1%} of fresh pairs")
     with no_progress_bars():

@@ -25,7 +25,7 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     seed: int,
-    examples: int = EXAMPLES,
+    examples: int,
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """Train the SFT model, and say how good its answers are.
 
@@ -71,7 +71,7 @@ def train_reward(
     policy: LlamaForCausalLM,
     folder: Path,
     seed: int,
-    pairs: int = PAIRS,
+    pairs: int,
     **options: Any,
 ) -> tuple[RewardModel, float]:
     """Train the reward model on noisy pairs, and say how often it is right about fresh ones.
