@@ -139,8 +139,8 @@ ARMS: Mapping[str, Arm] = {
         change=both(shaped(kl_coef=0.05), lost(reference_ratio=True)),
     ),
     "entropy_bonus": Arm(title="entropy bonus", change=lost(entropy_coef=0.01)),
-    "entropy_target_0.9": Arm(title="target 10 % lower", change=entropy_target(0.9)),
-    "entropy_target_1.1": Arm(title="target 10 % higher", change=entropy_target(1.1)),
+    "entropy_target_0.9": Arm(title="entropy target 10 % lower", change=entropy_target(0.9)),
+    "entropy_target_1.1": Arm(title="entropy target 10 % higher", change=entropy_target(1.1)),
     # F4, P1 Fig. 15
     "kl_0.1": Arm(title="KL penalty 0.1", change=shaped(kl_coef=0.1)),
     "kl_0.2": Arm(title="KL penalty 0.2", change=shaped(kl_coef=0.2)),
@@ -152,7 +152,7 @@ ARMS: Mapping[str, Arm] = {
     "value_clip": Arm(title="value clip 0.2", change=lost(value_clip=0.2)),
     "advantage_norm": Arm(title="advantage norm.", change=lost(advantage_norm=True)),
     "value_clip_advantage_norm": Arm(
-        title="both", change=lost(value_clip=0.2, advantage_norm=True)
+        title="value clip and advantage norm.", change=lost(value_clip=0.2, advantage_norm=True)
     ),
     # F7, P1 Fig. 17
     "surrogate_clip_0.1": Arm(title="surrogate clip 0.1", change=lost(policy_clip=0.1)),

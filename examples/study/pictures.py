@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from PIL import Image
@@ -14,17 +14,18 @@ from PIL.PngImagePlugin import PngInfo
 from mossrlhf.drawing import COLORS, GRID, INK, blank, dress, png_bytes
 from study.arms import ARMS
 from study.findings import FINDINGS
+from study.plan import LONG
 from study.statistics import Finding, Seed
 
 TITLES = {
     "score": "Reward-model score",
     "true_quality": "True quality",
-    "kl": "KL to the reference (nats/response)",  # of `no_sft` that is not the SFT model
+    "kl": "KL to the reference (nats/response)",  # of `no_sft` that is not SFT's
     "length": "Response length (tokens)",
     "perplexity_policy": "Perplexity under the policy",
     "perplexity_sft": "Perplexity under the SFT model",
     "value_loss": "Value loss",
-    "explained_variance": "Explained variance of the critic",
+    "explained_variance": "Explained variance of the critic (from −1)",
     "policy_grad_norm": "Gradient norm, policy",
     "critic_grad_norm": "Gradient norm, critic",
     "advantages_std": "Standard deviation of advantages",
@@ -43,13 +44,19 @@ FAR_APART = {
 FRONTIER = ("vanilla", "reward_clip_0.3", "importance", "kl_0.05", "kl_0.1", "kl_0.2", "ppo_max")
 P1_PREFERENCE = {
     "helpful, en": (44, 26, 30),
-    "harmless, en": (62, 33, 5),
+    "harmful, en": (62, 33, 5),
     "helpful, zh": (46, 23, 31),
-    "harmless, zh": (39, 29, 32),
+    "harmful, zh": (39, 29, 32),
 }
 """Win, tie and lose of PPO-max against SFT by human judges, in percent (P1 Fig. 10)."""
 
+FIXED = {"vanilla": COLORS[0], "kl_0.05": COLORS[3], "ppo_max": COLORS[6], LONG: COLORS[6]}
+"""Arms that have their color in every picture; the others take what is left, in turn."""
+
 DASHED = (0, (4, 1.5))
+MIDDLES = (12.5, 37.5, 62.5, 87.5)
+"""Of the four parts of a response, in percent of its length."""
+
 SMOOTH = 5
 """Points of which a curve of the frontier shows the mean."""
 
@@ -85,6 +92,12 @@ def digest(records: Records) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def colors(arms: Sequence[str]) -> dict[str, str]:
+    """Return a color for each arm of a picture."""
+    left = iter(color for color in COLORS if color not in FIXED.values())
+    return {arm: FIXED.get(arm) or next(left) for arm in arms}
+
+
 def of(lang: str, records: Records) -> list[Mapping[str, Any]]:
     """Records of the worlds of one language."""
     return [record for record in records if record["world"]["lang"] == lang]
@@ -106,7 +119,7 @@ def curves(finding: Finding, records: Records) -> Figure:
     figure.set_size_inches(12, 6.6)
     for place, metric in enumerate(finding.panels, 1):
         axes = figure.add_subplot(2, 3, place)
-        for arm, color in zip(finding.arms, COLORS, strict=False):
+        for arm, color in colors(finding.arms).items():
             _band(axes, runs_of(arm, of("en", records)), metric, color, ARMS[arm].title)
             if finding.chinese:
                 for run in runs_of(arm, of("zh", records)):
@@ -114,6 +127,8 @@ def curves(finding: Finding, records: Records) -> Figure:
                     axes.plot(x, y, color=color, lw=1.1, ls=DASHED)
         dress(axes, TITLES[metric])
         _scale(axes, metric)
+        if metric == "explained_variance":
+            axes.set_ylim(max(axes.get_ylim()[0], -1), 1)
         if place > 3:
             axes.set_xlabel("iteration", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -138,7 +153,8 @@ def _band(
     low = [min(columns[step]) for step in steps]
     high = [max(columns[step]) for step in steps]
     axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
-    axes.plot(steps, [mean(columns[step]) for step in steps], color=color, lw=2, label=label)
+    center = median if metric in FAR_APART else mean  # of which one seed far out would be all
+    axes.plot(steps, [center(columns[step]) for step in steps], color=color, lw=2, label=label)
 
 
 def _points(run: Mapping[str, Any], metric: str) -> tuple[list[int], list[float]]:
@@ -164,7 +180,9 @@ def _scale(axes: Any, metric: str) -> None:
     # KL, signed, may be 0 or less: near 0 its axis is linear.
     floor = FAR_APART[metric]
     axes.set_yscale("symlog", linthresh=floor) if floor else axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:g}")
+    )
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
 
@@ -183,10 +201,11 @@ def frontier(records: Records) -> Figure:
     """
     figure = blank()
     figure.set_size_inches(12, 6)
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    left = figure.add_subplot(1, 2, 1)
+    right = figure.add_subplot(1, 2, 2, sharex=left, sharey=left)
     english = of("en", records)
     for axes, suffix in ((left, ""), (right, "@gentle")):
-        for arm, color in zip(FRONTIER, COLORS, strict=True):
+        for arm, color in colors(FRONTIER).items():
             runs = runs_of(arm + suffix, english)
             if runs:
                 x, y = _path(runs)
@@ -197,7 +216,8 @@ def frontier(records: Records) -> Figure:
         axes.text(1, level, "SFT", color=INK, ha="right", va="bottom", transform=_at_edge(axes))
         rate = "a third of the learning rate" if suffix else "the learning rate of the study"
         dress(axes, f"True quality over √KL, {rate}", whole=False)
-        axes.set_xlabel("√KL to the SFT model (√nats per response)", color=INK)
+        axes.set_xlabel("√(mean KL to the SFT model) (√nats per response)", color=INK)
+        axes.set_ylabel("true quality", color=INK)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=INK)
     return figure
@@ -233,6 +253,7 @@ def preference(records: Records) -> Figure:
     rows: list[tuple[str, tuple[float, ...]]] = []
     for label, published in P1_PREFERENCE.items():
         kind, lang = label.split(", ")
+        kind = {"harmful": "harmless"}.get(kind, kind)  # as P1 and the records have it
         runs = runs_of("ppo_max", of(lang, records))
         if runs:
             shares = [mean(run[kind][name] for run in runs) for name in ("win", "tie", "lose")]
@@ -269,22 +290,24 @@ def critic(records: Records) -> Figure:
     english = [record for record in of("en", records) if arms[0] in record["runs"]]
     for place, when in enumerate(("critic_before", "critic_after"), 1):
         axes = figure.add_subplot(1, 3, place)
-        for arm, color in zip(arms, COLORS, strict=False):
+        for arm, color in colors(arms).items():
             parts = [run[when]["by_position"] for run in runs_of(arm, english)]
             errors = [_mean([p[i]["mean_absolute_error"] for p in parts]) for i in range(4)]
-            axes.plot([12.5, 37.5, 62.5, 87.5], errors, "o-", color=color, label=ARMS[arm].title)
+            # The two without pre-training begin as the same critic: one circle around the other.
+            style = dict(mfc="none", ms=10) if arm == arms[0] else dict(ms=6)
+            axes.plot(MIDDLES, errors, "o-", color=color, label=ARMS[arm].title, **style)
         moment = "before PPO" if place == 1 else "after PPO"
         dress(axes, f"Mean |V − return|, {moment}", whole=False)
         axes.set_ylim(0, None)
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("share of the response behind the state, %", color=INK)
     axes = figure.add_subplot(1, 3, 3)
-    for record, color in zip(english, COLORS, strict=False):
+    for record in english:
         after = Seed(record)["ppo_max"].record["critic_after"]
-        axes.plot(after["returns"], after["values"], "o", ms=3, alpha=0.6, color=color)
+        axes.plot(after["returns"], after["values"], "o", ms=3, alpha=0.5, color="#777777")
     ends = axes.get_xlim()
     axes.plot(ends, ends, color=INK, lw=1, ls=DASHED)
-    dress(axes, "PPO-max, after PPO: states, by seed", whole=False)
+    dress(axes, "PPO-max, after PPO: states of all seeds", whole=False)
     axes.set_xlabel("mean return of 16 continuations", color=INK)
     axes.set_ylabel("value of the critic", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()
