@@ -5,6 +5,7 @@ true quality is a fifth of the standard deviation of an SFT answer's.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import log
 
 from study.plan import LONG
@@ -49,12 +50,8 @@ def higher(name: str, arm: str, other: str, unit: str) -> Claim:
 
 def alike(name: str, arm: str, other: str, unit: str) -> Claim:
     label = name.replace("_", " ").replace("reward score", "score")
-    return Claim(
-        f"{label} of `{arm}` and `{other}` within {ALIKE}",
-        lambda s: s[arm].held(name) - s[other].held(name),
-        unit,
-        within=ALIKE,
-    )
+    text = f"{label} of `{arm}` and `{other}` within {ALIKE}"
+    return replace(higher(name, arm, other, unit), text=text, within=ALIKE)
 
 
 def later(arm: str, other: str) -> Claim:
