@@ -61,7 +61,7 @@ above. Probably a smaller step (or an earlier stop) only hides what a longer run
 """,
     "F2": """
 What P1 calls a delay is seen clearly for rewards clipped at 0.3, in the mean only for those
-clipped at 0.8, (where one seed makes most of it), and not for advantages. At this rate every run
+clipped at 0.8 (where one seed makes most of it), and not for advantages. At this rate every run
 ends beyond the bound and below SFT in true quality; at a third of it, rewards clipped at 0.3 end
 a little above SFT in the mean. Scaling alone passes the bound *later* than vanilla PPO on every
 seed, which P1's finding denies (its claim here, of less than ten iterations, stays open); why,
