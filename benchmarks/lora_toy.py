@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from part_two import between
+from part_two import between, run_seeds
 from peft import LoraConfig
 
 from mossrlhf import ToyWorld, Trainer
 from mossrlhf.models import save_adapters
 from mossrlhf.recipes import toy
-from mossrlhf.recipes.bookkeeping import versions
 from mossrlhf.recipes.toy_stages import EXAMPLES, PAIRS, train_reward, train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,15 +81,9 @@ def main(words: Sequence[str]) -> None:
         page = with_table(PAGE.read_text(encoding="utf-8"), known)
         PAGE.write_text(page, encoding="utf-8")
         return
-    for seed in words[1:]:
-        found = run(int(seed))
-        print(seed, json.dumps(found))
-        kept = json.loads(FIGURES.read_text())["seeds"] if FIGURES.exists() else {}
-        seeds = dict(sorted({**kept, seed: found}.items(), key=lambda item: int(item[0])))
-        settings = {"lora": LORA, "judged": JUDGED, "rate": RATE}
-        command = " ".join(["python benchmarks/lora_toy.py run", *seeds])
-        figures = {"command": command, "settings": settings, "versions": versions(), "seeds": seeds}
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    settings = {"lora": LORA, "judged": JUDGED, "rate": RATE}
+    seeds = [int(seed) for seed in words[1:]]
+    run_seeds(seeds, FIGURES, settings, run, "python benchmarks/lora_toy.py run")
 
 
 if __name__ == "__main__":

@@ -269,6 +269,17 @@ def test_quick_study(study, monkeypatch, tmp_path, capsys):
         invoke(study, monkeypatch, "--output_dir", tmp_path)
 
 
+def test_an_interrupted_run_is_not_kept(study, monkeypatch, tmp_path):
+    """A trainer that Ctrl-C reached ends as others do, after fewer iterations."""
+    job = study.plan.jobs(study.plan.QUICK, ["vanilla"])[0]
+    trainer = SimpleNamespace(train=lambda **how: None, run=SimpleNamespace(interrupted=True))
+    monkeypatch.setattr(study.running.measuring, "load", lambda *place: None)
+    monkeypatch.setattr(study.running.measuring, "assemble", lambda *parts: trainer)
+    with pytest.raises(RuntimeError, match="en100 vanilla was interrupted"):
+        study.running._run((job, study.plan.QUICK, tmp_path))
+    assert list(tmp_path.rglob("*.json")) == []
+
+
 def test_quick_is_not_published(study, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         invoke(study, monkeypatch, "--quick", "--publish")

@@ -31,8 +31,10 @@ the responses' distinct-2 is below half of the reference's as well. In the pictu
 mean over the seeds (the median of KL, losses, norms and perplexity under the SFT model), a band
 goes from the smallest to the largest, and hairs are the seeds; axes of KL are linear below 1.
 
-Seeds 100 to 104 had not been looked at while world, library and study were written. What such a
-world can show is the mechanism, not the size of an effect in a model of billions of weights.
+Seeds 100 to 104 had not been looked at while world, library and study were written; of other
+seeds vanilla PPO, its KL penalties and PPO-max had been, so what was expected of those is no
+blind guess. What such a world can show is the mechanism, not the size of an effect in a model of
+billions of weights.
 """
 
 FRONTIER = """

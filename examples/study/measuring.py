@@ -45,6 +45,9 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
 
     Returns:
         curves, figures and seconds.
+
+    Raises:
+        RuntimeError: where Ctrl-C reached it, so that it has fewer iterations than it should.
     """
     began = time.perf_counter()
     ready = load(job.world, folder)
@@ -60,6 +63,8 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
         # Every run leaves a checkpoint at its end or at Ctrl-C; short ones do not go on from it.
         begun = job.arm == LONG and any(home.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=begun or None)
+        if trainer.run.interrupted:  # it ends as if it were done, and must not be kept as that
+            raise RuntimeError(f"{job.world} {job.name} was interrupted; its record is not kept")
         found["held_out"] = judged(trainer.evaluate())
         if arm.judged_apart:
             found |= {kind: judged(trainer.evaluate(of)) for kind, of in apart(ready, scale)}
