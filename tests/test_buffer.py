@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossrlhf.buffer import RolloutBuffer, micro_batches, note, split
+from mossrlhf.minibatches import RolloutBuffer, micro_batches, note, split
 from mossrlhf.types import Rollout
 
 

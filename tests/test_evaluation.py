@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mossrlhf.evaluation import compare, own_randomness, win_rates
+from mossrlhf.trainer import compare, own_randomness, win_rates
 
 OURS = torch.tensor([3.0, 1.0, 2.0, 5.0, torch.nan, 0.0])
 THEIRS = torch.tensor([2.0, 1.0, 4.0, 1.0, 9.0, torch.nan])

@@ -32,7 +32,7 @@ from mossrlhf.models import (
     whole_logits,
 )
 from mossrlhf.models.padding import looks_back
-from mossrlhf.signature import accepts
+from mossrlhf.options import accepts
 from mossrlhf.types import LossOutput, Rollout
 
 V, PAD = 23, 22

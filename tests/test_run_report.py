@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from mossrlhf import cli
+from mossrlhf.checkpoint.folders import STATE
 from mossrlhf.recipes.report import write_page
-from mossrlhf.retention import STATE
 from mossrlhf.run_report import plot_run, read_run, write_report
 from mossrlhf.run_report.concerns import concerns
 from mossrlhf.run_report.reading import RunFolder, read_samples

@@ -11,9 +11,9 @@ from bad_inputs.shop import Shop
 from dangers import dangers
 from safetensors.torch import save_file
 
-from mossrlhf.checkpoint import sealed_state
+from mossrlhf.checkpoint.folders import STATE
+from mossrlhf.checkpoint.serialization import sealed_state
 from mossrlhf.data import load_pairs, load_prompts, load_sft, stream_prompts
-from mossrlhf.retention import STATE
 from mossrlhf.shards import ShardError, Shards
 
 FOLDERS = ("src", "examples", "benchmarks", "tools")

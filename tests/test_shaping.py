@@ -9,7 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments, add_at_last
+from mossrlhf.reward_shaping import (
+    RewardShaper,
+    RollingReturnMoments,
+    RunningMoments,
+    add_at_last,
+)
 from mossrlhf.types import Rollout
 
 SCORES = st.lists(st.floats(-100, 100), max_size=8)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mossrlhf.strict import ELSEWHERE, check_range, strict, suggest
+from mossrlhf.options import ELSEWHERE, check_range, strict, suggest
 
 
 @strict

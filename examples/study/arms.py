@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardModel, RewardShaper, presets
-from mossrlhf.shaping import RollingReturnMoments
+from mossrlhf.reward_shaping import RollingReturnMoments
 from study.plan import LONG
 from study.preparing import Prepared, copied
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mossrlhf import Trainer
-from mossrlhf.evaluation import own_randomness
+from mossrlhf.trainer import own_randomness
 from study.arms import ARMS
 from study.plan import LONG, Job, Scale
 from study.preparing import Prepared, load

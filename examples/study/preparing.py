@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import RewardModel, ToyWorld, Trainer, presets
-from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.recipes.stages import fine_tune
 from mossrlhf.recipes.toy_stages import generation, train_reward, train_sft
 from study.plan import Scale, World

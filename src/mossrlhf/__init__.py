@@ -93,10 +93,11 @@ if TYPE_CHECKING:
         LeaveOneOut,
         ReinforcePlusPlus,
     )
-    from mossrlhf.buffer import RolloutBuffer, micro_batches
+    from mossrlhf.checkpoint.folders import last_checkpoint
     from mossrlhf.config import TrainerConfig
     from mossrlhf.judging import score_responses
     from mossrlhf.loss import PPOMaxLoss
+    from mossrlhf.minibatches import RolloutBuffer, micro_batches
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.planning import MemoryPlan, plan
@@ -106,12 +107,11 @@ if TYPE_CHECKING:
         PreferenceStrength,
         SmoothLabels,
     )
-    from mossrlhf.retention import last_checkpoint
+    from mossrlhf.reward_shaping import RewardShaper, RollingReturnMoments, RunningMoments
     from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
     from mossrlhf.rewards import ModelReward, PatientReward, RewardFunction, RewardSet
     from mossrlhf.sampling import ContinuousSampler, HFSampler, Sampler, VLLMSampler
     from mossrlhf.sft_trainer import SFTTrainer
-    from mossrlhf.shaping import RewardShaper, RollingReturnMoments, RunningMoments
     from mossrlhf.toyworld import ToyWorld
     from mossrlhf.trainer import Trainer
     from mossrlhf.types import Advantages, LossOutput, Rollout, TokenStats

@@ -14,7 +14,7 @@ from mossrlhf.functional.advantages import (
     sequence_returns,
 )
 from mossrlhf.functional.reduce import Reduce, whiten
-from mossrlhf.strict import check_range, strict
+from mossrlhf.options import check_range, strict
 from mossrlhf.types import Advantages
 
 

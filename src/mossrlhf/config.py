@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from mossrlhf.strict import check_range, strict, suggest
+from mossrlhf.options import check_range, strict, suggest
 
 SCHEDULES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear",

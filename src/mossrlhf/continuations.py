@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig
 
+from mossrlhf.distributed.processes import together
 from mossrlhf.functional.advantages import discounted_returns, gae
 from mossrlhf.functional.reduce import widest
-from mossrlhf.processes import together
-from mossrlhf.returned import responses, shaped
+from mossrlhf.reward_shaping import RunningMoments
 from mossrlhf.sampling import assemble
-from mossrlhf.shaping import RunningMoments
 from mossrlhf.types import Rollout
+from mossrlhf.validation import responses, shaped
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mossrlhf.agreement import Agreement, agreement
+from mossrlhf.checkpoint.state import random_state, set_random_state
 from mossrlhf.continuations import continued, draw_states, returns_of
-from mossrlhf.randomness import random_state, set_random_state
+from mossrlhf.options import check_range
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.segments import FROM_ROWS
-from mossrlhf.strict import check_range
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data import encode_prompt, encode_response, pad, pad_id
-from mossrlhf.strict import check_range
+from mossrlhf.options import check_range
 
 Prompt = str | Sequence[Mapping[str, str]]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]

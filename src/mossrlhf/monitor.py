@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mossrlhf.sharding import local
+from mossrlhf.distributed.sharding import local
 
 LATELY = 10
 """Iterations back that `CollapseWatch.lately` remembers."""

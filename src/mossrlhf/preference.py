@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mossrlhf.judging import Collate, fingerprint, pair_margins
-from mossrlhf.strict import check_range, strict
+from mossrlhf.options import check_range, strict
 
 Records = Sequence[Mapping[str, Any]]
 Train = Callable[[list[dict[str, Any]], int], nn.Module]

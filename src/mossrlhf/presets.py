@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss
-from mossrlhf.shaping import RewardShaper
+from mossrlhf.reward_shaping import RewardShaper
 
 P1_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.65e-6}
 """P1: the critic learns 3.3 times as fast as the policy."""

@@ -1,9 +1,11 @@
-"""The bookkeeping of a run: counters, callbacks, console, trackers, watchers, checkpoints."""
+"""The bookkeeping of a run: counters, callbacks, console, trackers, checkpoints."""
 
+import difflib
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +14,124 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from mossrlhf.flow import Flow, is_best, is_due, numbers, require_measurable
-from mossrlhf.interrupts import Signals
-from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
+from mossrlhf.checkpoint.folders import set_aside, sweep
+from mossrlhf.checkpoint.save_load import load_checkpoint, save_checkpoint
+from mossrlhf.checkpoint.state import judges_of, settings_of, snapshot
+from mossrlhf.config import TrainerConfig
+from mossrlhf.distributed.processes import together
 from mossrlhf.monitor import CollapseWatch, StillWatch
-from mossrlhf.processes import together
-from mossrlhf.resume import load_checkpoint, save_checkpoint
-from mossrlhf.retention import set_aside, sweep
-from mossrlhf.rewinding import snapshot
-from mossrlhf.settings import judges_of, settings_of
+from mossrlhf.shutdown import Signals, leave, leave_in_error, say_terminated, stop_at_once
 from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
+
+
+class Flow(DefaultFlowCallback):
+    """Decides when to log, evaluate, save and stop, from `TrainerConfig`. Source: ours."""
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Set the wishes of an iteration."""
+        step = state.global_step
+        control.should_log = step == 1 or is_due(args.logging_steps, step)
+        control.should_evaluate = is_due(args.eval_steps, step)
+        control.should_save = is_due(args.save_steps, step)
+        if step >= args.total_steps:
+            control.should_training_stop = True
+            control.should_log = True
+        return control
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that happens every so many iterations happens after this one.
+
+    Args:
+        every: iterations; None for never.
+        step: the iteration, from 1.
+
+    Source: ours.
+    """
+    return every is not None and step % every == 0
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    """Return the metrics of an update as plain numbers, which is what can be written down.
+
+    Args:
+        metrics: what `Trainer.update` returned.
+
+    Raises:
+        TypeError: where it is no dict.
+
+    Source: ours.
+    """
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            f"update: returned {type(metrics).__name__}, expected a dict of metrics; an override "
+            "ends with the metrics of super().update(rollout)"
+        )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def require_measurable(args: TrainerConfig, eval_dataset: Any) -> None:
+    """Refuse settings that ask for measurements nobody will take.
+
+    Args:
+        args: of the run.
+        eval_dataset: of the trainer, or None.
+
+    Raises:
+        ValueError: which setting, and what to do.
+
+    Source: ours.
+    """
+    if args.eval_steps is not None and eval_dataset is None:
+        raise ValueError(
+            f"TrainerConfig(eval_steps={args.eval_steps}): there is nothing to evaluate on; pass "
+            "Trainer(eval_dataset=), or set eval_steps=None"
+        )
+    best = args.metric_for_best_model
+    if best is not None and best.startswith("eval/") and args.eval_steps is None:
+        raise ValueError(
+            f"TrainerConfig(metric_for_best_model={best!r}): it is measured by evaluations, of "
+            "which there are none; set eval_steps="
+        )
+
+
+def is_best(args: TrainerConfig, best: float | None, latest: Mapping[str, float]) -> bool:
+    """Whether the latest metrics are the best so far.
+
+    Args:
+        args: with ``metric_for_best_model`` and ``greater_is_better``.
+        best: the best so far, or None.
+        latest: metrics of an iteration, and of its evaluation if there was one.
+
+    Raises:
+        ValueError: where there is no such metric; it names close ones.
+
+    Source: ours.
+    """
+    name = args.metric_for_best_model
+    if name is None:
+        return False
+    if name not in latest:
+        if name.startswith("eval/") and not any(key.startswith("eval/") for key in latest):
+            return False
+        close = difflib.get_close_matches(name, latest, n=3) or sorted(latest)
+        raise ValueError(
+            f"TrainerConfig(metric_for_best_model={name!r}): there is no such metric; the closest "
+            f"are {close}"
+        )
+    if math.isnan(latest[name]):
+        return False  # nothing would ever be better
+    if best is None:
+        return True
+    return latest[name] > best if args.greater_is_better else latest[name] < best
 
 
 class Run:

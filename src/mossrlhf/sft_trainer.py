@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
 from mossrlhf.data import SFTCollator, require_fitting_prompts, require_records
-from mossrlhf.strict import check_range
+from mossrlhf.options import check_range
 
 
 class SFTTrainer(TransformersTrainer):

@@ -133,7 +133,7 @@ def in_force(trainer: Any, kind: str) -> dict[str, bool]:
     """Say by what the weights are spread, by what they are made of."""
     from torch.distributed.fsdp import FSDPModule
 
-    from mossrlhf.sharding import is_sharded
+    from mossrlhf.distributed.sharding import is_sharded
 
     if trainer.ref_model is not None:  # and the reward model
         frozen = [trainer.ref_model, *trainer.rewards.models()]
@@ -153,14 +153,14 @@ def in_force(trainer: Any, kind: str) -> dict[str, bool]:
 
 def flat(trainer: Any) -> torch.Tensor:
     """All weights, one after the other."""
-    from mossrlhf.sharding import gathered_tensor
+    from mossrlhf.distributed.sharding import gathered_tensor
 
     return torch.cat([gathered_tensor(p).flatten() for p in trainer.model.parameters()])
 
 
 def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
     """Take the step, and return what came of it."""
-    from mossrlhf.resume import load_checkpoint, save_checkpoint
+    from mossrlhf.checkpoint.save_load import load_checkpoint, save_checkpoint
 
     torch.set_default_dtype(getattr(torch, case.dtype))
     trainer = built(folder, case)

@@ -148,8 +148,8 @@ def test_what_saving_raises_does_not_hide_the_cause(make, monkeypatch, capsys):
     trainer = make()
     trainer.run.state.global_step = 1
     monkeypatch.setattr(trainer, "score", fail)
-    monkeypatch.setattr("mossrlhf.leaving.save_checkpoint", unsaved)
-    monkeypatch.setattr("mossrlhf.leaving.is_saved", lambda _: False)
+    monkeypatch.setattr("mossrlhf.shutdown.save_checkpoint", unsaved)
+    monkeypatch.setattr("mossrlhf.shutdown.is_saved", lambda _: False)
     with pytest.raises(KeyError, match="the cause"):
         trainer.train()
     assert "Nothing could be saved: ValueError: cannot be saved" in capsys.readouterr().out

@@ -13,11 +13,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from mossrlhf import checkpoint, last_checkpoint
-from mossrlhf.checkpoint import sealed_state
-from mossrlhf.randomness import random_state, set_random_state
-from mossrlhf.resume import save_checkpoint
-from mossrlhf.retention import STATE
+from mossrlhf import last_checkpoint
+from mossrlhf.checkpoint.folders import STATE
+from mossrlhf.checkpoint.save_load import save_checkpoint
+from mossrlhf.checkpoint.serialization import sealed_state
+from mossrlhf.checkpoint.serialization import serialization as checkpoint
+from mossrlhf.checkpoint.state import random_state, set_random_state
 
 
 def full_disk(trainer, step, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from mossrlhf import PPOMaxLoss, RewardShaper, engine
+from mossrlhf import PPOMaxLoss, RewardShaper
+from mossrlhf import optimization as engine
 from mossrlhf.models import IGNORED_LABEL
 
 

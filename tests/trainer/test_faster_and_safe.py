@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler
-from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
+from mossrlhf.checkpoint.serialization import pack_optimizer, unpack_optimizer
 from mossrlhf.kernels import fast_products, products, use_products
 
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")

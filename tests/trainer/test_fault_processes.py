@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mossrlhf.checkpoint import load_tensors
-from mossrlhf.faults import read_fault
-from mossrlhf.retention import checkpoints
+from mossrlhf.checkpoint.folders import checkpoints
+from mossrlhf.checkpoint.serialization import load_tensors
+from mossrlhf.nan_debug import read_fault
 
 SCRIPT = Path(__file__).parent.parent / "support" / "faults.py"
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer, checkpoint
-from mossrlhf.faults import NonFiniteError, read_fault, write_fault
-from mossrlhf.retention import checkpoints
+from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer
+from mossrlhf.checkpoint.folders import checkpoints
+from mossrlhf.checkpoint.serialization import serialization as checkpoint
+from mossrlhf.nan_debug import NonFiniteError, read_fault, write_fault
 
 
 def steps_in(folder: Path) -> list[str]:

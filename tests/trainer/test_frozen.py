@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from mossrlhf import ActorCritic, RewardModel, TrainerConfig
-from mossrlhf.zero import make_engine
+from mossrlhf.distributed.deepspeed import make_engine
 
 
 class Traveler(RewardModel):

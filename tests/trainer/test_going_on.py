@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from mossrlhf import TrainerConfig, last_checkpoint
-from mossrlhf.flow import is_best
+from mossrlhf.checkpoint.folders import STATE, checkpoints, finish_renames
+from mossrlhf.checkpoint.save_load import is_saved, save_checkpoint
 from mossrlhf.models import RewardModel, add_adapters, save_adapters
-from mossrlhf.resume import is_saved, save_checkpoint
-from mossrlhf.retention import STATE, checkpoints, finish_renames
+from mossrlhf.run import is_best
 from mossrlhf.tracking import completion_table
 
 

@@ -11,7 +11,7 @@ import torch
 from launching import launch
 
 from mossrlhf import last_checkpoint
-from mossrlhf.retention import STATE
+from mossrlhf.checkpoint.folders import STATE
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from mossrlhf import PPOMaxLoss, RewardShaper, Trainer, presets
-from mossrlhf.fitting import require_parts
+from mossrlhf.checkpoint.folders import STATE, checkpoints
 from mossrlhf.monitor import CollapseWatch, StillWatch
-from mossrlhf.retention import STATE, checkpoints
 from mossrlhf.tracking import completion_table
+from mossrlhf.validation import require_parts
 
 
 def test_early_stopping_of_transformers_stops(make, world, caplog):
@@ -127,7 +127,7 @@ def test_checkpoints_hold_the_watches(make):
     trainer.train()
     trainer.run.collapse.flags.append(True)
     trainer.run.still.still = 2
-    from mossrlhf.resume import save_checkpoint
+    from mossrlhf.checkpoint.save_load import save_checkpoint
 
     resumed = make("resumed", args=dict(total_steps=1))
     resumed.train(resume_from_checkpoint=save_checkpoint(trainer))

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mossrlhf.checkpoint import sealed_state
-from mossrlhf.retention import STATE, checkpoints
-from mossrlhf.saved_state import FORMAT, KINDS, read_state
+from mossrlhf.checkpoint.folders import STATE, checkpoints
+from mossrlhf.checkpoint.serialization import sealed_state
+from mossrlhf.checkpoint.state import FORMAT, KINDS, read_state
 
 
 def test_what_is_asked_for_is_written(make):

@@ -148,7 +148,7 @@ def test_the_first_ratio_is_one_to_the_last_bit(make, batch, monkeypatch):
         return tokens(self, stats, rows, denominator)
 
     monkeypatch.setattr(PPOMaxLoss, "tokens", watched)
-    monkeypatch.setattr("mossrlhf.engine.coupling", lambda loss: None)
+    monkeypatch.setattr("mossrlhf.optimization.coupling", lambda loss: None)
     scored = trainer.estimate(trainer.score(annotated))
     trainer.engine.step(scored, trainer.loss)
     assert len(drift) > 1  # chunk by chunk

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper
-from mossrlhf.engine import StepOutput
 from mossrlhf.models import IGNORED_LABEL
+from mossrlhf.optimization import StepOutput
 
 
 def brevity(*, completion_ids, **columns):

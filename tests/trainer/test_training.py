@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from mossrlhf import Advantages, PPOMaxLoss, RewardShaper, Trainer
-from mossrlhf.retention import checkpoints
+from mossrlhf.checkpoint.folders import checkpoints
 
 
 def test_training_leaves_history_completions_and_a_checkpoint(make):

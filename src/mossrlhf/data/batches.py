@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
-from mossrlhf.strict import check_range, strict
+from mossrlhf.options import check_range, strict
 
 GRAIN = 16
 """Lengths are alike, and shuffled among each other, that are as many times this many tokens."""

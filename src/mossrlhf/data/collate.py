@@ -18,7 +18,7 @@ from mossrlhf.data.templates import (
     encode_text,
     prompt_encodings,
 )
-from mossrlhf.strict import check_range
+from mossrlhf.options import check_range
 
 IGNORE = -100
 """The label of tokens outside the loss, as torch's cross entropy and transformers have it."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mossrlhf.models.reward_model import RewardModel
 from mossrlhf.models.scoring import language_model_loss, policy_loss, policy_stats
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 from mossrlhf.types import Rollout, TokenStats
 
 Values = tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mossrlhf.distributed.sharding import entire, shape
 from mossrlhf.models.beneath import merged_layer, merged_modules, only_tokens_of
 from mossrlhf.models.quantized import keep_differentiable, note_quantization
-from mossrlhf.sharding import entire, shape
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name for them."""

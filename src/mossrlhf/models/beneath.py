@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mossrlhf.models.quantized import is_quantized, plain_layer
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 
 _REWRITING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """How the names of PEFT's initializations begin that take from the base what they give to A, B."""

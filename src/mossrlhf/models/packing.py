@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mossrlhf.distributed.sharding import is_sharded
 from mossrlhf.models.padding import needed_mask
-from mossrlhf.sharding import is_sharded
 
 APART = "mossrlhf_apart"
 """What transformers calls `attend_apart`, while it is in force."""

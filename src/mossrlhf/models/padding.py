@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from mossrlhf.sharding import is_sharded
+from mossrlhf.distributed.sharding import is_sharded
 
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mossrlhf import functional, kernels
 from mossrlhf.functional.losses import lm_loss
 from mossrlhf.models.token_path import TokenPath, hidden_states, is_whole, output_head, token_path
-from mossrlhf.signature import accepts
+from mossrlhf.options import accepts
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 IGNORED_LABEL = -100

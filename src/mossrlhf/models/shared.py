@@ -26,7 +26,7 @@ from mossrlhf.models.adapters import (
 from mossrlhf.models.beneath import checksums, merged_modules, require_resting, trained_beneath
 from mossrlhf.models.quantized import forget_quantization
 from mossrlhf.models.reward_model import RewardModel, ValueHead
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 
 
 @contextmanager

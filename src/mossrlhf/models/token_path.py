@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mossrlhf.kernels.head import capped
 from mossrlhf.kernels.modules import applied, is_linear
 from mossrlhf.models.packing import states
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Of logits made from hidden states, scaled or capped, by the largest of the model's; else 0.02."""

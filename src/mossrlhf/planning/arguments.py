@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mossrlhf.config import TrainerConfig
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ValueHead
+from mossrlhf.options import suggest
 from mossrlhf.planning.spread import SHARDINGS
 from mossrlhf.rewards import ModelReward
-from mossrlhf.strict import suggest
 
 _MODELS = (nn.Module, str, Path, PreTrainedConfig)
 
@@ -102,7 +102,7 @@ def where_frozen(frozen: str | None, sharding: str | None, args: TrainerConfig) 
     Raises:
         ValueError: where something else was asked for than follows.
 
-    Source: `mossrlhf.frozen.settle`.
+    Source: `mossrlhf.distributed.offload.settle`.
     """
     if sharding in ("fsdp", "zero3"):
         follows, why = "sharded", f"under sharding={sharding!r} Trainer shards them"

@@ -19,12 +19,12 @@ from mossrlhf.models import (
     share_base,
 )
 from mossrlhf.models.classifiers import classifier_class
+from mossrlhf.options import inside
 from mossrlhf.planning.ledger import tensors_of
 from mossrlhf.planning.starting import starts_changed
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles import is_adapted, load_policy, vocabulary_size
 from mossrlhf.roles.policy import at_least_float32, has_effect
-from mossrlhf.signature import inside
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ModelReward)}
 

@@ -13,12 +13,12 @@ from mossrlhf.kernels.head import chunks
 from mossrlhf.kernels.products import BLOCK, filled, pieces, products
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
 from mossrlhf.models.token_path import output_head
+from mossrlhf.options import inside
 from mossrlhf.planning.dry import Dry, backward
 from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 from mossrlhf.planning.parts import Parts
 from mossrlhf.roles import as_reference
 from mossrlhf.sampling import draws
-from mossrlhf.signature import inside
 
 
 @dataclass(frozen=True)

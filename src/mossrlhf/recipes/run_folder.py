@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.plotting import plot_history
 from mossrlhf.recipes.bookkeeping import REPORT, versions
 from mossrlhf.recipes.report import answer_pairs, dialogue, write_page

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import presets
-from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.drawing import require_matplotlib
 from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import presets
-from mossrlhf.checkpoint import no_progress_bars
+from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.drawing import require_matplotlib
 from mossrlhf.models import RewardModel
 from mossrlhf.plotting import plot_arms

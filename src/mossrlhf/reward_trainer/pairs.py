@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mossrlhf import kernels
 from mossrlhf.functional.losses import ranking_loss
 from mossrlhf.models import IGNORED_LABEL, RewardModel, logit_scaling
-from mossrlhf.strict import check_range, strict
+from mossrlhf.options import check_range, strict
 from mossrlhf.types import LossOutput
 
 

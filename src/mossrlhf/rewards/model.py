@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel, ValueHead
-from mossrlhf.strict import strict
+from mossrlhf.options import strict
 from mossrlhf.types import Rollout
 
 Messages = Sequence[Mapping[str, str]]

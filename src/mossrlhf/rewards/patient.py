@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from mossrlhf.randomness import random_state, set_random_state
+from mossrlhf.checkpoint.state import random_state, set_random_state
+from mossrlhf.options import check_range
 from mossrlhf.rewards.model import ModelReward
 from mossrlhf.rewards.together import reward_name
-from mossrlhf.strict import check_range
 
 
 class PatientReward:

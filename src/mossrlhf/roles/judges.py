@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from mossrlhf.distributed.sharding import is_sharded
 from mossrlhf.models import (
     RewardModel,
     SharedRewardModel,
@@ -21,11 +22,10 @@ from mossrlhf.models import (
     load_shared,
     share_base,
 )
+from mossrlhf.options import inside
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
 from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
-from mossrlhf.sharding import is_sharded
-from mossrlhf.signature import inside
 
 
 def load_critic(

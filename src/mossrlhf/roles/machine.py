@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mossrlhf.config import TrainerConfig
+from mossrlhf.distributed.sharding import count
 from mossrlhf.models import ActorCritic, as_it_spoke
-from mossrlhf.sharding import count
-from mossrlhf.strict import suggest
+from mossrlhf.options import suggest
 
 
 class OwnPrecision(Accelerator):

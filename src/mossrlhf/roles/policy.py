@@ -21,8 +21,8 @@ from mossrlhf.models import (
     rewriting_initialization,
     trained_beneath,
 )
+from mossrlhf.options import inside
 from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
-from mossrlhf.signature import inside
 
 
 def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Module:

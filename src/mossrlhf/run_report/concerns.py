@@ -33,7 +33,7 @@ def _of_faults(run: RunFolder) -> Iterator[str]:
     if run.faults:
         yield (
             "Steps were not taken, since a loss or gradient was not finite: "
-            f"{', '.join(run.faults)} in faults/; mossrlhf.faults.read_fault(folder) returns a "
+            f"{', '.join(run.faults)} in faults/; mossrlhf.nan_debug.read_fault(folder) returns a "
             "batch."
         )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mossrlhf.checkpoint import read_json
-from mossrlhf.retention import STATE, checkpoints
+from mossrlhf.checkpoint.folders import STATE, checkpoints
+from mossrlhf.checkpoint.serialization import read_json
 from mossrlhf.tracking import completion_table
 
 

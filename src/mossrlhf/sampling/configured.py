@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.models.beneath import bare_module
+from mossrlhf.options import inside
 from mossrlhf.sampling.distribution import (
     FREE,
     NEUTRAL,
@@ -15,7 +16,6 @@ from mossrlhf.sampling.distribution import (
     require_distribution,
     require_plain,
 )
-from mossrlhf.signature import inside
 
 
 class Configured:

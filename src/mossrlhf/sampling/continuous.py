@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.options import strict
 from mossrlhf.sampling.assembling import assemble, require_prompts
 from mossrlhf.sampling.configured import (
     Configured,
@@ -19,7 +20,6 @@ from mossrlhf.sampling.configured import (
     special_tokens,
     within_layers,
 )
-from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
 
 _WHO = "continuous batching"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mossrlhf.models.adapters import adapter_layers, merged_state_dict
 from mossrlhf.models.beneath import checksums
-from mossrlhf.signature import inside
+from mossrlhf.options import inside
 
 
 @dataclass(frozen=True, kw_only=True)

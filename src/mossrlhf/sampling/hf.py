@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
+from mossrlhf.options import check_range, inside, strict
 from mossrlhf.sampling.configured import Configured, effective_config, special_tokens
 from mossrlhf.sampling.draws import undrawn
 from mossrlhf.sampling.segments import drawn, learns_prompt
-from mossrlhf.signature import inside
-from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
 
 

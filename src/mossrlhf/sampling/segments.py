@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
+from mossrlhf.options import accepts, inside
 from mossrlhf.sampling.cache import has_rows, make_room
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
-from mossrlhf.signature import accepts, inside
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.options import strict
 from mossrlhf.sampling.assembling import assemble, require_prompts
 from mossrlhf.sampling.configured import (
     Configured,
@@ -21,7 +22,6 @@ from mossrlhf.sampling.configured import (
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.engines import Asked, Drawn, Engine, Synchronizer
 from mossrlhf.sampling.vllm_engine import VLLMEngine
-from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
 
 _WHO = "the engine"

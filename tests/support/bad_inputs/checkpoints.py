@@ -5,7 +5,7 @@ import shutil
 
 from bad_inputs.room import Room
 from mossrlhf import RewardShaper
-from mossrlhf.retention import STATE
+from mossrlhf.checkpoint.folders import STATE
 
 room = Room("Checkpoints")
 row = room.row

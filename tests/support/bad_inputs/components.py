@@ -11,8 +11,8 @@ from mossrlhf import (
     RewardShaper,
     presets,
 )
-from mossrlhf.buffer import RolloutBuffer, split
-from mossrlhf.shaping import RollingReturnMoments, RunningMoments
+from mossrlhf.minibatches import RolloutBuffer, split
+from mossrlhf.reward_shaping import RollingReturnMoments, RunningMoments
 
 room = Room("PPOMaxLoss, RewardShaper, AdvantageEstimator")
 row = room.row

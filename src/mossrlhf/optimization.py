@@ -1,4 +1,4 @@
-"""Optimizer steps: roles in turn, one denominator, one place where accelerate's divisions end."""
+"""Optimizer steps: the roles in turn, one denominator."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from mossrlhf.buffer import micro_batches
-from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
+from mossrlhf.checkpoint.serialization import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
-from mossrlhf.faults import Fault, Suspect
+from mossrlhf.distributed.processes import on_all
+from mossrlhf.distributed.sharding import full, is_sharded
 from mossrlhf.kernels import fast_products
 from mossrlhf.loss import PPOMaxLoss, coupling
+from mossrlhf.minibatches import micro_batches
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
-from mossrlhf.processes import on_all
-from mossrlhf.sharding import full, is_sharded
-from mossrlhf.suspects import not_finite, report
+from mossrlhf.nan_debug import Fault, Suspect, not_finite, report
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy")

@@ -1,4 +1,4 @@
-"""Saving a trainer whole, and going on from there as if nothing had happened."""
+"""Save a trainer, and resume it."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState
 
-from mossrlhf.checkpoint import (
+from mossrlhf.checkpoint.folders import (
+    STATE,
+    checkpoints,
+    last_checkpoint,
+    prune,
+    written_aside,
+)
+from mossrlhf.checkpoint.serialization import (
     load_tensors,
     load_trained,
     read_json,
@@ -17,15 +24,20 @@ from mossrlhf.checkpoint import (
     trained_tensors,
     write_json,
 )
+from mossrlhf.checkpoint.state import (
+    FORMAT,
+    adapters_of,
+    apply_settings,
+    random_state,
+    read_state,
+    require_same_adapters,
+    set_random_state,
+    shaper_state,
+)
+from mossrlhf.distributed.processes import together
+from mossrlhf.distributed.sharding import whole
 from mossrlhf.models import weights_digest
 from mossrlhf.models.adapters import adapter_parameters
-from mossrlhf.processes import together
-from mossrlhf.randomness import random_state, set_random_state
-from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside
-from mossrlhf.rewinding import shaper_state
-from mossrlhf.saved_state import FORMAT, read_state
-from mossrlhf.settings import adapters_of, apply_settings, require_same_adapters
-from mossrlhf.sharding import whole
 from mossrlhf.version import __version__
 
 if TYPE_CHECKING:

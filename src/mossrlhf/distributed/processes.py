@@ -1,4 +1,4 @@
-"""Several processes that stop together: what one of them raises is told to the others."""
+"""Errors of one process that reach the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

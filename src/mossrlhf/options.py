@@ -1,7 +1,8 @@
-"""Options that are refused get an answer: what was meant, or where it lives here."""
+"""Checks of arguments, with suggestions for misspelled names; calls with optional arguments."""
 
 import difflib
 import functools
+import inspect
 import numbers
 import os
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from dataclasses import fields
 from inspect import signature
 from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args
+
+from torch import nn
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -184,3 +187,44 @@ def check_range(
         f"{owner}({name}=): got {value}, expected a number in {opening}{low}, {high}]"
         + (" (None switches it off, where that is allowed)" if above else "")
     )
+
+
+def call_with(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
+    """Call a function with those of the optional keywords that it takes.
+
+    Args:
+        function: a component of ours or of the user's: ``lambda rewards, values, mask: …``.
+        args: always passed.
+        optional: passed where named, or where the function takes any keyword.
+
+    Source: ours.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = {p.name for p in parameters}
+        optional = {name: value for name, value in optional.items() if name in names}
+    return function(*args, **optional)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward, adapters unwrapped, names `argument`.
+
+    Args:
+        model: a transformers model, with or without PEFT adapters around it.
+        argument: the keyword.
+
+    Source: ours.
+    """
+    return argument in inspect.signature(inside(model).forward).parameters
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """Return the transformers model that PEFT adapters are wrapped around, or the model itself.
+
+    Args:
+        model: a transformers model, with or without PEFT adapters around it.
+
+    Source: ours.
+    """
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()

@@ -1,4 +1,4 @@
-"""From scores to rewards: running moments, normalization, clipping and the KL penalty."""
+"""`RewardShaper`: rewards per token from the rewards of responses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mossrlhf.functional.logprobs import kl_k1
 from mossrlhf.functional.reduce import Reduce, widest
 from mossrlhf.models import SCORE_MOMENTS
-from mossrlhf.strict import check_range, strict
+from mossrlhf.options import check_range, strict
 from mossrlhf.types import Rollout
 
 

@@ -1,21 +1,154 @@
-"""The PPO-max loss: clipped surrogate, clipped value loss, entropy, KL and PTX terms."""
+"""`PPOMaxLoss`: the policy, value and pre-training losses of PPO-max."""
 
 import copy
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mossrlhf.functional.logprobs import kl_k2
+from mossrlhf.functional.logprobs import kl_k2, kl_k3
 from mossrlhf.functional.losses import clipped_policy_loss, clipped_value_loss
 from mossrlhf.functional.reduce import Reduce, whiten
-from mossrlhf.loss.rows import TokenRows, counted, filled, require_per_token, weighted
-from mossrlhf.loss.statistics import surrogate_statistics
-from mossrlhf.signature import call_with
-from mossrlhf.strict import check_pair, check_range, strict
+from mossrlhf.options import call_with, check_pair, check_range, strict
 from mossrlhf.types import LossOutput, Rollout, TokenStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """N tokens of a batch, in the order of ``batch.mask``; zeros where a token's weight is zero.
+
+    Args:
+        weights: ``[N]`` in the loss.
+        old_logprob: ``[N]`` under the policy the ratio is taken to, nats.
+        advantage: ``[N]``.
+        ref_logprob: ``[N]`` under the reference, nats; None where the loss does not ask.
+        drift: ``[N]`` log π_old − log π_sampler, nats; None likewise.
+        entropy_side: ``[N]`` sign of what the entropy is to do; None likewise.
+
+    Source: ours.
+    """
+
+    weights: Float[Tensor, " N"]
+    old_logprob: Float[Tensor, " N"]
+    advantage: Float[Tensor, " N"]
+    ref_logprob: Float[Tensor, " N"] | None = None
+    drift: Float[Tensor, " N"] | None = None
+    entropy_side: Float[Tensor, " N"] | None = None
+
+    def __getitem__(self, rows: slice) -> "TokenRows":
+        return self._map(lambda x: x[rows])
+
+    def to(self, like: Tensor) -> "TokenRows":
+        """Return the same in the type and on the device of another tensor.
+
+        Args:
+            like: that tensor.
+        """
+        return self._map(lambda x: x.to(like))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TokenRows":
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        changed: dict[str, Any] = {
+            name: None if value is None else change(value) for name, value in values.items()
+        }
+        return TokenRows(**changed)
+
+
+def weighted(x: Float[Tensor, "..."], weights: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Σ w·x that a NaN of weight zero does not spoil.
+
+    Args:
+        x: any shape.
+        weights: of the same shape.
+
+    Source: ours.
+    """
+    return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
+
+
+def counted(x: Tensor, mask: Tensor, weights: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The entries of a mask, with zeros at weight zero: a NaN there would spoil the gradient.
+
+    Args:
+        x: ``[B, T]``.
+        mask: ``[B, T]`` with N entries.
+        weights: ``[N]``.
+
+    Source: ours.
+    """
+    return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
+
+
+def filled(batch: Rollout, name: str) -> Float[Tensor, "B T"]:
+    """Return a field of a batch.
+
+    Args:
+        batch: any.
+        name: of the field.
+
+    Raises:
+        ValueError: where it is empty; it says who fills it.
+
+    Source: ours.
+    """
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        raise ValueError(
+            f"batch.{name}: got None, expected [B, T]; fill it in before the loss "
+            "(Trainer.annotate and Trainer.estimate do, given the models it needs)"
+        )
+    return value
+
+
+def require_per_token(name: str, returned: object, weights: Tensor) -> None:
+    """Refuse a loss that is not one number per token.
+
+    Args:
+        name: of the method.
+        returned: by it.
+        weights: ``[N]``.
+
+    Raises:
+        ValueError: with the shape that came and the one expected.
+
+    Source: ours.
+    """
+    shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+    if shape != tuple(weights.shape):
+        raise ValueError(
+            f"{name}: returned {shape}, expected one number per token, {tuple(weights.shape)}"
+        )
+
+
+def surrogate_statistics(
+    logprob: Float[Tensor, " N"], rows: TokenRows, clip_range: tuple[float, float] | None
+) -> dict[str, Tensor]:
+    """Sum ratio, approximate KL and clipped tokens, weighted; divided by nothing yet.
+
+    Args:
+        logprob: ``[N]`` under the policy being trained, nats, detached.
+        rows: of the same tokens.
+        clip_range: (ε_low, ε_high); None leaves the clip fraction out.
+
+    Returns:
+        scalars by the metric's name.
+
+    Source: P1 §5.2.
+    """
+    old_logprob, advantage, weights = rows.old_logprob, rows.advantage, rows.weights
+    ratio = torch.exp(logprob - old_logprob)
+    stats = {
+        "policy/ratio": weighted(ratio, weights),
+        "policy/approx_kl_per_token": weighted(kl_k3(old_logprob, logprob), weights),
+    }
+    if clip_range is not None:
+        low, high = clip_range
+        up, down = (advantage > 0) & (ratio > 1 + high), (advantage < 0) & (ratio < 1 - low)
+        stats["policy/clip_fraction"] = weighted((up | down).to(weights), weights)
+    return stats
 
 
 @strict
@@ -344,3 +477,66 @@ class PPOMaxLoss:
                 "entropy of the whole minibatch; call prepare(minibatch) before splitting it"
             )
         return batch.extra["entropy_side"][:, None].expand_as(batch.mask)[batch.mask]
+
+
+SCALES = (0.1, 1.0, 4.0, 30.0)
+"""Of made-up log-ratios and advantages: in a clip, beyond it, far beyond any threshold."""
+
+
+def coupling(loss: PPOMaxLoss) -> str | None:
+    """Say what makes a policy's loss more than a sum over tokens; None where it is one.
+
+    A copy of `policy_loss` is asked about six made-up tokens at once and one by one, for losses
+    and gradients, at several scales. What no such question shows a subclass says itself, by
+    ``couples_tokens = True``.
+
+    Args:
+        loss: a `PPOMaxLoss` or a subclass of it.
+
+    Returns:
+        a clause, for people to read; or None.
+
+    Source: ours.
+    """
+    if loss.couples_tokens:
+        return f"{type(loss).__name__}.couples_tokens is set"
+    for name in ("policy", "tokens"):
+        if getattr(type(loss), name) is not getattr(PPOMaxLoss, name):
+            return f"{type(loss).__name__} overrides {name}"
+    if type(loss).policy_loss is PPOMaxLoss.policy_loss:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            return next((why for scale in SCALES if (why := _asked(loss, scale))), None)
+    except Exception as error:  # it is the user's code: whatever it may raise on made-up tokens
+        return f"policy_loss raises {type(error).__name__} on a few made-up tokens"
+
+
+def _asked(loss: PPOMaxLoss, scale: float) -> str | None:
+    numbers = torch.linspace(-1.0, 1.0, 6)
+    old_logprob = -torch.linspace(3.0, 0.5, 6) - scale
+    logprob = (old_logprob + scale * numbers.roll(1)).clamp(max=-0.01)
+    entropy = numbers.roll(2) + 1.5
+    tokens = torch.stack([logprob, old_logprob, scale * numbers.roll(4), entropy])
+    whole = _answer(loss, tokens)
+    alone = [_answer(loss, token) for token in tokens.split(1, dim=1)]
+    apart = [torch.cat(parts, -1) for parts in zip(*alone, strict=True)]
+    pairs = zip(whole, apart, strict=True)
+    if all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs):
+        return None
+    return "policy_loss gives a token another loss in other company"
+
+
+def _answer(loss: PPOMaxLoss, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of some tokens, and the gradient of their weighted sum."""
+    asked = copy.deepcopy(loss)  # what it remembers is not to be of made-up tokens
+    given = tokens.clone().requires_grad_()
+    logprob, old_logprob, advantage, entropy = given
+    more = {} if loss.entropy_coef is None else {"entropy": entropy}
+    answer: Tensor = call_with(
+        asked.policy_loss, logprob, old_logprob.detach(), advantage.detach(), **more
+    )
+    found = torch.zeros_like(tokens)
+    if answer.requires_grad:
+        (found,) = torch.autograd.grad(answer.sum(), given)
+    return answer.detach(), found

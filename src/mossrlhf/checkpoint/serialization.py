@@ -1,4 +1,4 @@
-"""What is in a checkpoint: numbers in JSON, tensors in safetensors, nothing pickled; sealed."""
+"""Files of a checkpoint: tensors in safetensors, the rest in JSON, with checksums."""
 
 import json
 import zlib
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from mossrlhf.sharding import full, put, shape, share_of
+from mossrlhf.distributed.sharding import full, put, shape, share_of
 
 CHECKSUM = "crc32"
 """Under which name a state has its own."""

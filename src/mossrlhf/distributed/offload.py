@@ -1,4 +1,4 @@
-"""Reference and reward models beside a sharded policy: sharded as it is, or waiting on the CPU."""
+"""Frozen models beside a trained one: sharded like it, or kept on the CPU."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mossrlhf.config import TrainerConfig
-from mossrlhf.sharding import by_fsdp, by_zero3, gathered, is_sharded, note_hooks
-from mossrlhf.signature import inside
+from mossrlhf.distributed.sharding import by_fsdp, by_zero3, gathered, is_sharded, note_hooks
+from mossrlhf.options import inside
 
 
 def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Optimizer steps under DeepSpeed, which has one engine, one optimizer and its own way to step."""
+"""Optimizer steps under DeepSpeed, ZeRO-2 and ZeRO-3."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from mossrlhf.checkpoint import unpack_optimizer
+from mossrlhf.checkpoint.serialization import unpack_optimizer
 from mossrlhf.config import TrainerConfig
-from mossrlhf.engine import Engine, StepOutput
+from mossrlhf.distributed.sharding import note_hooks
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ActorCritic
-from mossrlhf.sharding import note_hooks
+from mossrlhf.optimization import Engine, StepOutput
 from mossrlhf.types import Rollout
 
 

@@ -1,4 +1,4 @@
-"""A small experience buffer: rollouts in, minibatches out."""
+"""`RolloutBuffer`: minibatches of a rollout, and micro-batches of a minibatch."""
 
 from collections.abc import Iterator
 from typing import Any

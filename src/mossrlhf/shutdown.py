@@ -1,25 +1,98 @@
-"""How a run is left: what is saved, where to, and what is said of it."""
+"""How a run ends early: signals, errors, a full disk, a lost process."""
 
 import shutil
 import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from mossrlhf.faults import Fault, NonFiniteError, Suspect, with_prompts, write_fault
-from mossrlhf.interrupts import TERMINATED
-from mossrlhf.processes import PeerError, is_loss_of_a_peer, is_shared, together
-from mossrlhf.resume import is_saved, save_checkpoint
-from mossrlhf.retention import checkpoints, written_aside
-from mossrlhf.rewinding import restore
+from mossrlhf.checkpoint.folders import checkpoints, written_aside
+from mossrlhf.checkpoint.save_load import is_saved, save_checkpoint
+from mossrlhf.checkpoint.state import restore
+from mossrlhf.distributed.processes import PeerError, is_loss_of_a_peer, is_shared, together
+from mossrlhf.nan_debug import Fault, NonFiniteError, Suspect, with_prompts, write_fault
 
 if TYPE_CHECKING:
     from mossrlhf.run import Run
+
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a command that SIGTERM has ended, as shells count: 143."""
+
+
+class _AtOnce(BaseException):
+    """Raised by a second SIGTERM. No `Exception`: nothing on the way may take it for its own."""
+
+
+class Signals:
+    """What a process has been asked for while it was busy.
+
+    Args:
+        stop: called with the signal's number and False when it comes, from within its handler,
+            and with True once a second one has broken off what was going on.
+
+    Source: ours.
+    """
+
+    def __init__(self, stop: Callable[[int, bool], None]) -> None:
+        self.stop = stop
+        self.terminated = False
+        self._before: Any = signal.SIG_DFL
+
+    def leave(self) -> None:
+        """End the process as SIGTERM would have, or let a handler of the user's decide.
+
+        Raises:
+            SystemExit: with `TERMINATED`, where nobody else had a handler for SIGTERM.
+        """
+        if callable(self._before):
+            self._before(signal.SIGTERM, None)
+        else:
+            raise SystemExit(TERMINATED)
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM be a wish, and only the second break off the block.
+
+        Outside the main thread, where Python sets no signal handlers, nothing is changed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        interrupt = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = signal.getsignal(signal.SIGTERM)
+        # Ignored, it was meant to be; None is a handler that is not Python's.
+        heeds = self._before is not signal.SIG_IGN and self._before is not None
+        if heeds:
+            signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop(signal.SIGINT, True)
+        except _AtOnce:
+            self.stop(signal.SIGTERM, True)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+            if heeds:
+                signal.signal(signal.SIGTERM, self._before)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        # Not the handler before: a shell starts its background jobs with interrupts ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.stop(number, False)
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        if self.terminated:
+            raise _AtOnce
+        self.terminated = True
+        self.stop(number, False)
 
 
 def leave(run: "Run") -> Path | None:
@@ -161,7 +234,7 @@ def keep_fault(run: "Run", fault: Fault) -> tuple[str, Sequence[Suspect]]:
         write_fault(fault, folder)
     except (OSError, SafetensorError) as error:
         return f"The batch could not be kept in {str(folder)!r} ({error}). ", fault.suspects
-    said = f"mossrlhf.faults.read_fault({str(folder)!r}) returns the batch. "
+    said = f"mossrlhf.nan_debug.read_fault({str(folder)!r}) returns the batch. "
     return said, fault.suspects
 
 

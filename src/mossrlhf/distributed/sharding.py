@@ -1,9 +1,4 @@
-"""Weights that are spread over processes: FSDP2's and ZeRO-3's, lent whole for as long as needed.
-
-A model that is trained is asked through `ActorCritic.forward`, where the hooks of whoever shards
-it fetch what a layer needs. Whatever goes another way (`generate`, saving) borrows the weights
-here.
-"""
+"""Parameters that are sharded over processes, by FSDP2 or ZeRO-3."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager

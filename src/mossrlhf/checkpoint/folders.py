@@ -1,4 +1,4 @@
-"""Folders of checkpoints: written aside and renamed, listed, pruned, moved out of the way."""
+"""Folders of checkpoints: written atomically, listed, pruned."""
 
 import os
 import shutil

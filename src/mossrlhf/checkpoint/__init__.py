@@ -1,0 +1,1 @@
+"""Checkpoints: save, resume, list."""

@@ -1,0 +1,1 @@
+"""Several processes: placement, sharding, offloading, DeepSpeed, errors."""
