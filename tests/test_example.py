@@ -249,7 +249,7 @@ def test_where_to_go_on_from(example, tmp_path, word, meant):
 
 class Interrupted(Trainer):
     def collect(self, prompts=None):
-        if self.run.pretrained:
+        if self.run.run_state.pretrained:
             signal.raise_signal(signal.SIGINT)
         return super().collect(prompts)
 

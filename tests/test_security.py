@@ -12,8 +12,8 @@ from dangers import dangers
 from safetensors.torch import save_file
 
 from mossrlhf.checkpoint.folders import STATE
-from mossrlhf.checkpoint.serialization import sealed_state
 from mossrlhf.data import load_pairs, load_prompts, load_sft, stream_prompts
+from mossrlhf.serialization import with_checksum
 from mossrlhf.shards import ShardError, Shards
 
 FOLDERS = ("src", "examples", "benchmarks", "tools")
@@ -216,7 +216,7 @@ def test_a_checkpoint_names_no_folders(tmp_path, changes):
     shop.trainer(args=args).train()
     path = tmp_path / "work" / "run" / "checkpoint-1"
     state = json.loads((path / STATE).read_text())
-    (path / STATE).write_text(json.dumps(sealed_state({**state, **changes})))
+    (path / STATE).write_text(json.dumps(with_checksum({**state, **changes})))
     with nothing_outside(tmp_path):
         again = shop.trainer(args={**args, "total_steps": 3})
         if "best_model_checkpoint" in changes:

@@ -11,9 +11,9 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import RewardModel, ToyWorld, Trainer, presets
-from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.recipes.stages import fine_tune
 from mossrlhf.recipes.toy_stages import generation, train_reward, train_sft
+from mossrlhf.serialization import no_progress_bars
 from study.plan import Scale, World
 
 FACTS = "facts.json"

@@ -182,8 +182,6 @@ class TrainerConfig:
 
         Raises:
             ValueError: where a rollout or minibatch would be torn apart.
-
-        Source: ours.
         """
         whole = {
             "rollout_size": processes * self.samples_per_prompt,
@@ -202,8 +200,6 @@ class TrainerConfig:
 
         Args:
             pretraining: whether to count those of the critic's warm-up as well.
-
-        Source: ours.
         """
         per_rollout = -(-self.rollout_size // self.minibatch_size) * self.num_ppo_epochs
         iterations = self.total_steps + (self.critic_pretrain_steps if pretraining else 0)

@@ -71,7 +71,7 @@ def draw_states(
     """
     asked = trainer._encode([dict(data[record]) for record in mine])
     drawn = []
-    with together(trainer.accelerator), trainer._at_work(trainer.policy):
+    with together(trainer.accelerator), trainer._on_device(trainer.policy):
         for record, prompt in zip(mine, asked.ids, strict=True):
             _sow(seed, record, -1)
             drawn.append(_drawn(trainer, trainer.sampler, [prompt]))
@@ -93,7 +93,7 @@ def draw_states(
 
 def _drawn(trainer: "Trainer", sampler: Any, prompts: Sequence[Sequence[int]]) -> Rollout:
     trainer.model.eval()
-    with trainer._computing():
+    with trainer.accelerator.autocast():
         rollout = responses(sampler, trainer.policy, prompts)
     places = torch.arange(rollout.mask.shape[1], device=rollout.mask.device)
     if not bool((rollout.mask == (places < rollout.response_lengths[:, None])).all()):
@@ -128,7 +128,7 @@ def continued(
     Source: ours.
     """
     whole = []
-    with together(trainer.accelerator), trainer._at_work(trainer.policy):
+    with together(trainer.accelerator), trainer._on_device(trainer.policy):
         for state in states:
             left = trainer.sampler.max_new_tokens - len(state.prefix)
             begun = [*state.prompt, *state.prefix]

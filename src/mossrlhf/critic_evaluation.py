@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mossrlhf.agreement import Agreement, agreement
-from mossrlhf.checkpoint.state import random_state, set_random_state
 from mossrlhf.continuations import continued, draw_states, returns_of
 from mossrlhf.options import check_range
+from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.segments import FROM_ROWS
 

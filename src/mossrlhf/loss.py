@@ -27,8 +27,6 @@ class TokenRows:
         ref_logprob: ``[N]`` under the reference, nats; None where the loss does not ask.
         drift: ``[N]`` log π_old − log π_sampler, nats; None likewise.
         entropy_side: ``[N]`` sign of what the entropy is to do; None likewise.
-
-    Source: ours.
     """
 
     weights: Float[Tensor, " N"]
@@ -63,8 +61,6 @@ def weighted(x: Float[Tensor, "..."], weights: Float[Tensor, "..."]) -> Float[Te
     Args:
         x: any shape.
         weights: of the same shape.
-
-    Source: ours.
     """
     return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
 
@@ -76,8 +72,6 @@ def counted(x: Tensor, mask: Tensor, weights: Float[Tensor, " N"]) -> Float[Tens
         x: ``[B, T]``.
         mask: ``[B, T]`` with N entries.
         weights: ``[N]``.
-
-    Source: ours.
     """
     return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
 
@@ -91,8 +85,6 @@ def filled(batch: Rollout, name: str) -> Float[Tensor, "B T"]:
 
     Raises:
         ValueError: where it is empty; it says who fills it.
-
-    Source: ours.
     """
     value: Tensor | None = getattr(batch, name)
     if value is None:
@@ -113,8 +105,6 @@ def require_per_token(name: str, returned: object, weights: Tensor) -> None:
 
     Raises:
         ValueError: with the shape that came and the one expected.
-
-    Source: ours.
     """
     shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
     if shape != tuple(weights.shape):
@@ -495,8 +485,6 @@ def coupling(loss: PPOMaxLoss) -> str | None:
 
     Returns:
         a clause, for people to read; or None.
-
-    Source: ours.
     """
     if loss.couples_tokens:
         return f"{type(loss).__name__}.couples_tokens is set"

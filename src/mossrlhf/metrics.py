@@ -25,8 +25,6 @@ class Meter:
     """Adds up weighted means, and gives the mean of them all in one reduction.
 
     Tensors stay on their device until `compute`, so that nothing waits for the accelerator.
-
-    Source: ours.
     """
 
     def __init__(self) -> None:
@@ -207,3 +205,60 @@ def distinct_2(completions: Sequence[Sequence[int]]) -> float:
     """
     bigrams = [pair for ids in completions for pair in pairwise(ids)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def win_rates(
+    ours: Float[Tensor, " B"],
+    theirs: Float[Tensor, " B"],
+    reduce: Reduce = lambda tensor: tensor,
+) -> dict[str, float]:
+    """Share of prompts on which one answer scores above, level with, or below the other.
+
+    Args:
+        ours: ``[B]`` scores of the policy's answers; NaN leaves the prompt out.
+        theirs: ``[B]`` scores of the reference's, to the same prompts.
+        reduce: sums a tensor over all processes.
+
+    Returns:
+        ``win_rate``, ``tie_rate`` and ``lose_rate``, which add up to 1; all are 0 where no prompt
+        counts.
+
+    Source: P1 §5.5 (win, tie, lose against the SFT model).
+    """
+    counted = torch.isfinite(ours) & torch.isfinite(theirs)
+    outcomes = torch.stack([ours > theirs, ours == theirs, ours < theirs])
+    counts = reduce(widest((outcomes & counted).sum(dim=1)))
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
+    return dict(zip(("win_rate", "tie_rate", "lose_rate"), shares, strict=True))
+
+
+def compare(
+    policy: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    reduce: Reduce = lambda tensor: tensor,
+) -> dict[str, float]:
+    """Mean of every reward on both sides, and who wins.
+
+    Args:
+        policy: ``[B]`` rewards of the policy's answers, by name.
+        reference: of the reference's answers to the same prompts, by name.
+        reduce: sums a tensor over all processes.
+
+    Returns:
+        ``eval/<name>/policy``, ``eval/<name>/ref`` and the rates of `win_rates`.
+
+    Source: P1 §5.5.
+    """
+    metrics: dict[str, float] = {}
+    for name, ours in policy.items():
+        for side, scores in (("policy", ours), ("ref", reference[name])):
+            finite = torch.isfinite(scores)
+            count = reduce(widest(finite.sum()))
+            total = reduce(widest(torch.where(finite, scores, 0.0)).sum())
+            metrics[f"eval/{name}/{side}"] = float(total / count.clamp(min=1))
+        rates = win_rates(ours, reference[name], reduce)
+        metrics.update({f"eval/{name}/{rate}": value for rate, value in rates.items()})
+    return metrics
+
+
+Dataset = Sequence[Mapping[str, Any]]

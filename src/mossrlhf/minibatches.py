@@ -103,8 +103,6 @@ def split(
 
     Raises:
         ValueError: where a bound is below 1.
-
-    Source: ours.
     """
     for name, bound in (("size", size), ("max_tokens", max_tokens)):
         if bound is not None and bound < 1:
@@ -132,8 +130,6 @@ def micro_batches(
         minibatch: the sequences of one optimizer step.
         size: most sequences in one micro-batch; None for no bound.
         max_tokens: most padded tokens in one; None for no bound.
-
-    Source: ours.
     """
     groups = split(minibatch, size, max_tokens)
     return [minibatch] if len(groups) == 1 else [minibatch.select(rows) for rows in groups]
@@ -156,8 +152,6 @@ def note(
         shape: (B, T).
         mask: ``[K, t]`` the places of the values in those rows, t at most T.
         values: ``[N]`` in the order of the mask.
-
-    Source: ours.
     """
     assert values is not None
     block = values.new_zeros(mask.shape)

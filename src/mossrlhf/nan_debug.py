@@ -6,27 +6,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from mossrlhf.checkpoint.serialization import load_tensors, read_json, save_tensors, write_json
 from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.models import ActorCritic
+from mossrlhf.serialization import load_tensors, read_json, save_tensors, write_json
 from mossrlhf.types import LossOutput, Rollout
 from mossrlhf.version import __version__
-
-if TYPE_CHECKING:
-    from mossrlhf.optimization import Engine
-
 
 DESCRIPTION = "fault.json"
 """The file that is written last and read first."""
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is not finite; no process has taken the step. Source: ours."""
+    """A loss or gradient is not finite; no process has taken the step."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ class Suspect:
         sample: its index in the minibatch of its process; in that of the PTX data for "ptx".
         process: whose minibatch it is.
         prompt: the row of the training set its prompt is; None where that is not known.
-
-    Source: ours.
     """
 
     term: str
@@ -65,8 +61,6 @@ class Fault:
         denominators: by role, what its loss was divided by.
         ptx: the batch of pre-training data, by name; empty where there was none.
         process: which of them this is.
-
-    Source: ours.
     """
 
     terms: Sequence[str]
@@ -80,22 +74,9 @@ class Fault:
 
 
 def write_fault(fault: Fault, folder: Path) -> Path:
-    """Write a fault as JSON and safetensors; an older one of the same name is replaced.
+    """Write a fault as JSON and safetensors to ``<folder>/process-<k>``, and return that folder.
 
-    Each process replaces its own folder; process 0 removes those of processes there are no more,
-    as an earlier run on more of them leaves. No folder is touched by two of them.
-
-    Args:
-        fault: of this process.
-        folder: of the step; each process has a folder of its own in it.
-
-    Returns:
-        the folder of the process.
-
-    Raises:
-        OSError: where it cannot be written.
-
-    Source: ours.
+    Process 0 removes folders of processes that an earlier run had and this one has not.
     """
     path = folder / f"process-{fault.process}"
     shutil.rmtree(path, ignore_errors=True)
@@ -138,8 +119,6 @@ def read_fault(folder: str | Path) -> Fault:
 
     Raises:
         FileNotFoundError: where there is none.
-
-    Source: ours.
     """
     path = Path(folder)
     if not (path / DESCRIPTION).is_file():
@@ -167,15 +146,7 @@ def read_fault(folder: str | Path) -> Fault:
 
 
 def with_prompts(fault: Fault, rows: Sequence[int], dataset: Sequence[Mapping[str, Any]]) -> Fault:
-    """Name the prompts of the suspects by their rows in the training set.
-
-    Args:
-        fault: of this process.
-        rows: which rows this process has drawn last.
-        dataset: the training set.
-
-    Source: ours.
-    """
+    """Add to each suspect the row of its prompt, among the last `rows` read of the training set."""
     asked = fault.rollout.columns.get("prompt")
     known = [(row, dict(dataset[row]).get("prompt")) for row in rows] if asked else []
 
@@ -219,15 +190,9 @@ WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 
 def in_columns(minibatch: Rollout) -> list[tuple[str, int]]:
-    """Look for samples of which the rollout itself holds numbers that are not finite.
+    """Return the first column of a rollout with numbers that are not finite, and their samples.
 
-    Args:
-        minibatch: as it came, before anything was normalized over all of it.
-
-    Returns:
-        column and sample, of the first such column.
-
-    Source: ours.
+    The minibatch is the one that came, before anything was normalized over all of it.
     """
     for name in COLUMNS:
         value: Tensor | None = getattr(minibatch, name)
@@ -242,147 +207,127 @@ def in_columns(minibatch: Rollout) -> list[tuple[str, int]]:
     return []
 
 
-def in_models(
-    engine: "Engine",
-    minibatch: Rollout,
-    loss: PPOMaxLoss,
-    ptx: Mapping[str, Tensor] | None,
-    denominators: Mapping[str, Tensor],
-) -> list[tuple[str, int]]:
-    """Run the models on each sample alone, forward and then backward, until one is not finite.
+@dataclass(frozen=True, kw_only=True)
+class FailedStep:
+    """What `diagnose` needs to repeat an optimizer step sample by sample.
 
     Args:
-        engine: whose models they are; its gradients are gone afterwards.
-        minibatch: of this process, prepared by the loss.
+        model: policy and critic, unwrapped.
+        wrapped: the same, as accelerate wrapped it.
+        accelerator: of the processes.
+        given: this process's minibatch as it came.
+        minibatch: the same, prepared by the loss.
         loss: what was to be minimized.
+        roles: who was to learn.
         ptx: the batch of pre-training data, or None.
-        denominators: by role that was to learn, what its loss is divided by.
+        denominators: by role, what its loss is divided by.
+    """
+
+    model: ActorCritic
+    wrapped: nn.Module
+    accelerator: Accelerator
+    given: Rollout
+    minibatch: Rollout
+    loss: PPOMaxLoss
+    roles: Sequence[str]
+    ptx: Mapping[str, Tensor] | None
+    denominators: Mapping[str, Tensor]
+
+
+def diagnose(
+    step: FailedStep,
+    terms: Sequence[str],
+    keep: Callable[[Fault], tuple[str, Sequence[Suspect]]] | None = None,
+) -> NonFiniteError:
+    """Find the samples at fault and keep the batch; collective, with one error for all processes.
+
+    Args:
+        step: the step that was not taken; its gradients must have been dropped.
+        terms: names of what is not finite.
+        keep: stores a `Fault`, and returns a sentence on where and its suspects with prompts.
+    """
+    process, processes = step.accelerator.process_index, step.accelerator.num_processes
+    weights = [n for n, p in step.model.named_parameters() if not _finite(p.detach())]
+    found = in_columns(step.given)
+    if not found and not weights:
+        found = in_models(step)
+    fault = Fault(
+        terms=terms,
+        suspects=[Suspect(term, row, process) for term, row in found],
+        rollout=step.given,
+        roles=list(step.roles),
+        loss=repr(step.loss),
+        denominators={role: float(value) for role, value in step.denominators.items()},
+        ptx=step.ptx or {},
+        process=process,
+    )
+    kept, suspects = ("", fault.suspects) if keep is None else keep(fault)
+    if processes > 1:
+        suspects = gather_object(list(suspects))
+    return NonFiniteError(
+        f"not finite: {', '.join(terms)}; the step was not taken. "
+        f"{_described(suspects, weights, len(step.given) * processes)} {kept}"
+        "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
+    )
+
+
+def in_models(step: FailedStep) -> list[tuple[str, int]]:
+    """Run each sample alone, forward and then backward, until one is not finite.
 
     Returns:
-        "forward" or "backward" of a role, and the sample; of the first role that has any.
-
-    Source: ours.
+        "forward" or "backward" of a role and the sample, of the first role that has any; nothing
+        where the weights are spread over processes.
     """
-    if engine.accelerator.distributed_type not in WHOLE:
-        return []  # the weights are spread over processes, and each would need the others
+    if step.accelerator.distributed_type not in WHOLE:
+        return []
     for backward in (False, True):
-        for role, denominator in denominators.items():
-            extra = {"entropy": loss.entropy_coef is not None} if role == "policy" else {}
+        for role in step.denominators:
+            samples = enumerate(_samples(step, role))
             found = [
                 row
-                for row, (part, share) in enumerate(_alone(role, minibatch, loss, ptx, denominator))
-                if not _is_finite(engine, role, part, share, backward, **extra)
+                for row, (part, share) in samples
+                if not _runs_finite(step, role, part, share, backward)
             ]
             if found:
                 return [(f"{role} {'backward' if backward else 'forward'}", row) for row in found]
     return []
 
 
-def _alone(
-    role: str,
-    minibatch: Rollout,
-    loss: PPOMaxLoss,
-    ptx: Mapping[str, Tensor] | None,
-    denominator: Tensor,
-) -> Iterator[tuple[Any, Callable[..., LossOutput]]]:
-    """Each sample of a role as a micro-batch of its own, with the loss of it."""
+def _samples(step: FailedStep, role: str) -> Iterator[tuple[Any, Callable[..., LossOutput]]]:
+    """Each sample of a role as a micro-batch, with its loss."""
+    loss, denominator = step.loss, step.denominators[role]
     if role == "ptx":
-        for row in range(0 if ptx is None else len(next(iter(ptx.values())))):
-            part = {name: value[row : row + 1] for name, value in (ptx or {}).items()}
+        ptx = step.ptx or {}
+        for row in range(len(next(iter(ptx.values()), ()))):
+            part = {name: value[row : row + 1] for name, value in ptx.items()}
             yield part, partial(loss.ptx, denominator=denominator)
         return
     whole = loss.policy if role == "policy" else loss.critic
-    for row in range(len(minibatch)):
-        sample = minibatch.select(torch.tensor([row]))
+    for row in range(len(step.minibatch)):
+        sample = step.minibatch.select(torch.tensor([row]))
         yield sample, partial(whole, batch=sample, denominator=denominator)
 
 
-def weights_not_finite(engine: "Engine") -> list[str]:
-    """Return the names of parameters that hold numbers which are not finite.
-
-    Args:
-        engine: whose models they are.
-
-    Source: ours.
-    """
-    named = engine.bare.named_parameters()
-    return [name for name, p in named if not bool(torch.isfinite(p.detach()).all())]
-
-
-def not_finite(engine: "Engine", stats: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of statistics that are not finite on some process.
-
-    Args:
-        engine: that reduces over processes.
-        stats: losses and gradient norms, scalars.
-
-    Source: ours.
-    """
-    values = torch.stack([value.float() for value in stats.values()])
-    broken = engine.reduce((~torch.isfinite(values)).float()).tolist()
-    return [name for name, b in zip(stats, broken, strict=True) if b]
+def _runs_finite(step: FailedStep, role: str, part: Any, share: Any, backward: bool) -> bool:
+    extra = {"entropy": step.loss.entropy_coef is not None} if role == "policy" else {}
+    # Not through the wrapper: its hooks would wait for other processes.
+    with step.accelerator.no_sync(step.wrapped), torch.set_grad_enabled(backward):
+        output = step.model(role, part, share, **extra)
+        values = [output.loss, *output.stats.values()]
+        if backward:
+            step.accelerator.backward(output.loss)
+            trained = [p for p in step.model.parameters() if p.grad is not None]
+            values = [p.grad for p in trained if p.grad is not None]
+            for parameter in trained:
+                parameter.grad = None
+    return all(_finite(value) for value in values)
 
 
-def report(
-    engine: "Engine",
-    terms: list[str],
-    given: Rollout,
-    minibatch: Rollout,
-    loss: PPOMaxLoss,
-    roles: Sequence[str],
-    ptx: Mapping[str, Tensor] | None,
-    denominators: Mapping[str, Tensor],
-) -> NonFiniteError:
-    """Look for the samples at fault, keep the batch, and say both, on all processes alike.
-
-    Args:
-        engine: whose step it was; its gradients are gone afterwards.
-        terms: names of what is not finite.
-        given: this process's minibatch as it came.
-        minibatch: the same, prepared by the loss.
-        loss: what was to be minimized.
-        roles: who was to learn.
-        ptx: the batch of pre-training data, or None.
-        denominators: by role that was to learn, what its loss is divided by.
-
-    Source: ours.
-    """
-    engine.forget()
-    accelerator = engine.accelerator
-    weights = weights_not_finite(engine)
-    found = in_columns(given)
-    if not found and not weights:
-        found = in_models(engine, minibatch, loss, ptx, denominators)
-    fault = Fault(
-        terms=terms,
-        suspects=[Suspect(term, row, accelerator.process_index) for term, row in found],
-        rollout=given,
-        roles=list(roles),
-        loss=repr(loss),
-        denominators={role: float(value) for role, value in denominators.items()},
-        ptx=ptx or {},
-        process=accelerator.process_index,
-    )
-    kept, suspects = engine.keep_fault(fault)
-    if accelerator.num_processes > 1:
-        suspects = gather_object(list(suspects))
-    return NonFiniteError(
-        f"not finite: {', '.join(terms)}; the step was not taken. "
-        f"{describe(suspects, weights, len(given) * accelerator.num_processes)} {kept}"
-        "Look for a reward that explodes, a learning rate too high, or half-precision overflow"
-    )
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
-def describe(suspects: Sequence[Suspect], weights: Sequence[str], size: int) -> str:
-    """Say in a sentence or two who is suspected.
-
-    Args:
-        suspects: of all processes.
-        weights: parameters that are not finite.
-        size: samples of a minibatch.
-
-    Source: ours.
-    """
+def _described(suspects: Sequence[Suspect], weights: Sequence[str], size: int) -> str:
     if weights:
         return f"The weights themselves are not finite: {', '.join(weights[:3])}."
     if not suspects:
@@ -395,19 +340,3 @@ def describe(suspects: Sequence[Suspect], weights: Sequence[str], size: int) -> 
     spread = len(suspects) >= size > 1
     hint = " All samples at once: one may have spread by a normalization." if spread else ""
     return f"In the minibatch, {shown}{more}.{hint}"
-
-
-def _is_finite(
-    engine: "Engine", role: str, part: Any, share: Any, backward: bool, **extra: Any
-) -> bool:
-    # Not through what wraps the models: its hooks would wait for other processes.
-    with engine.accelerator.no_sync(engine.model), torch.set_grad_enabled(backward):
-        output = engine.bare(role, part, share, **extra)
-        values = [output.loss, *output.stats.values()]
-        if backward:
-            engine.accelerator.backward(output.loss)
-            trained = [p for p in engine.bare.parameters() if p.grad is not None]
-            values = [p.grad for p in trained if p.grad is not None]
-            for parameter in trained:
-                parameter.grad = None
-    return all(bool(torch.isfinite(value).all()) for value in values)

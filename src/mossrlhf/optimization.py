@@ -12,15 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from mossrlhf.checkpoint.serialization import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.processes import on_all
-from mossrlhf.distributed.sharding import full, is_sharded
-from mossrlhf.kernels import fast_products
+from mossrlhf.distributed.sharding import full, is_sharded, share_of
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.minibatches import micro_batches
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
-from mossrlhf.nan_debug import Fault, Suspect, not_finite, report
+from mossrlhf.nan_debug import FailedStep, Fault, Suspect, diagnose
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 ROLES = ("critic", "policy")
@@ -29,15 +27,13 @@ ROLES = ("critic", "policy")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What there is to say about an optimizer step.
+    """Statistics of an optimizer step.
 
     Args:
         stats: this process's shares by metric name (they add up over processes), scalars.
-        norms: gradient norms, alike on all processes, scalars.
-        weights: by role, what its statistics are means over: tokens, states or labels of all
+        norms: gradient norms, equal on all processes, scalars.
+        weights: by role, the denominator of its statistics: tokens, states or labels of all
             processes, scalars.
-
-    Source: ours.
     """
 
     stats: dict[str, Tensor]
@@ -46,24 +42,24 @@ class StepOutput:
 
 
 class Engine:
-    """The trained models with their optimizers, and the one way to move them.
+    """The trained models with their optimizers and schedules; `step` updates them.
 
     Args:
         model: policy and critic.
         args: learning rates, clipping, micro-batches.
         accelerator: places the models and reduces over processes.
 
-    Source: ours; optimizers as in C (AdamW, β = (0.9, 0.95), ε = 1e-6).
+    Source: MOSS-RLHF's scripts (AdamW, β = (0.9, 0.95), ε = 1e-6).
     """
 
     def __init__(self, model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> None:
         self.args = args
         self.accelerator = accelerator
         self.bare = model
-        self._asked: tuple[PPOMaxLoss, str | None] | None = None
-        self._last = ""  # whose backward is the last of a step
-        self.steps = 0  # taken so far
-        self.keep_fault: Callable[[Fault], tuple[str, Sequence[Suspect]]] = _not_kept
+        self.steps = 0  # optimizer steps taken
+        self.keep_fault: Callable[[Fault], tuple[str, Sequence[Suspect]]] | None = None
+        self._coupling: tuple[PPOMaxLoss, str | None] | None = None
+        self._last_role = ""  # whose backward is the last of a step
         rates = {"policy": args.learning_rate}
         if model.critic is not None:
             rates["critic"] = args.critic_learning_rate
@@ -87,37 +83,28 @@ class Engine:
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            fused=True,  # in one pass over the weights, without copies of them
+            fused=True,  # one pass over the weights, without copies of them
         )
 
     def _scheduler(self, role: str, optimizer: torch.optim.Optimizer) -> Any:
-        # Made before `prepare`, and stepped by hand: accelerate would step it once a process.
+        # Made before `prepare` and stepped by hand: accelerate would step it once per process.
         total = self.args.optimizer_steps(pretraining=role == "critic")
         warmup = self.args.warmup_steps
         warmup = math.ceil(warmup * total) if warmup < 1 else int(warmup)
         return get_scheduler(self.args.lr_scheduler_type, optimizer, warmup, total)
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all processes.
-
-        Args:
-            tensor: any shape; left as it is.
-        """
+        """Return the sum of a tensor over all processes."""
         if self.accelerator.num_processes == 1:
             return tensor
         return self.accelerator.reduce(tensor.clone(), reduction="sum")
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each role."""
+        """Return the current learning rate of each role."""
         return {r: float(o.param_groups[0]["lr"]) for r, o in self.optimizers.items()}
 
     def set_learning_rate(self, role: str, rate: float) -> None:
-        """Change the learning rate a schedule starts from, and with it the one in force.
-
-        Args:
-            role: "policy" or "critic".
-            rate: at the peak of the schedule.
-        """
+        """Change the peak of a role's schedule, and the current learning rate with it."""
         scheduler, groups = self.schedulers[role], self.optimizers[role].param_groups
         scheduler.base_lrs = [rate] * len(groups)
         for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
@@ -140,15 +127,12 @@ class Engine:
         Args:
             minibatch: this process's sequences, annotated and estimated.
             loss: what to minimize.
-            roles: "policy" and "critic" as wanted; roles without an optimizer are passed over.
+            roles: "policy" and "critic" as wanted; roles without an optimizer are skipped.
             ptx: a batch of pre-training data for the policy, or None.
 
-        Returns:
-            statistics, gradient norms, and what the statistics are means over.
-
         Raises:
-            NonFiniteError: (a FloatingPointError) where a loss or gradient is not finite; nothing
-                has moved, on no process. It names samples, and where the batch has been left.
+            NonFiniteError: (a FloatingPointError) where a loss or gradient is not finite. No
+                process has taken the step; the error names samples and where the batch was kept.
         """
         given, minibatch = minibatch, loss.prepare(minibatch, self.reduce)
         parts = self._parts(minibatch)
@@ -157,74 +141,73 @@ class Engine:
         passes = [role for role in ROLES if role in roles and role in self.optimizers]
         if ptx is not None and "policy" in roles:
             passes.append("ptx")
-        self._last = passes[-1] if passes else ""
+        self._last_role = passes[-1] if passes else ""
         for role in passes:
             if role == "ptx" and ptx is not None:
                 weights[role] = self._backward_ptx(ptx, loss, stats)
             else:
                 weights[role] = self._backward(role, parts, loss, stats)
         norms = self._clip(roles)
-        if broken := not_finite(self, {**stats, **norms}):
-            raise on_all(report(self, broken, given, minibatch, loss, roles, ptx, weights))
+        if broken := self._not_finite({**stats, **norms}):
+            self.zero_grad()
+            failed = FailedStep(
+                model=self.bare,
+                wrapped=self.model,
+                accelerator=self.accelerator,
+                given=given,
+                minibatch=minibatch,
+                loss=loss,
+                roles=roles,
+                ptx=ptx,
+                denominators=weights,
+            )
+            raise on_all(diagnose(failed, broken, self.keep_fault))
         self.steps += 1
         self._move([role for role in roles if role in self.optimizers])
-        self.forget()  # all: a head on the policy has reached beneath it
+        self.zero_grad()  # of all roles: a critic on the policy's base has reached both
         return StepOutput(stats, norms, weights)
+
+    def _not_finite(self, stats: Mapping[str, Tensor]) -> list[str]:
+        values = torch.stack([value.float() for value in stats.values()])
+        broken = self.reduce((~torch.isfinite(values)).float()).tolist()
+        return [name for name, flag in zip(stats, broken, strict=True) if flag]
 
     def _move(self, roles: Sequence[str]) -> None:
         for role in roles:
             self.optimizers[role].step()
             self.schedulers[role].step()
 
-    def forget(self) -> None:
-        """Drop all gradients: of a step that was taken, or given up."""
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
     def _parts(self, minibatch: Rollout) -> list[Rollout]:
         parts = micro_batches(minibatch, self.args.micro_batch_size, self.args.max_tokens)
-        return parts + [_weightless(parts[0])] * self._spare(len(parts))
+        return parts + [_weightless(parts[0])] * self._missing(len(parts))
 
-    def _spare(self, count: int) -> int:
-        """How many micro-batches of weight zero this process adds to its own.
+    def _missing(self, count: int) -> int:
+        """How many micro-batches of weight zero this process adds to have as many as any other.
 
-        Under a token budget processes may split differently, and wait for each other in every
-        backward.
+        Under a token budget processes may split differently, but every backward synchronizes.
         """
         if self.accelerator.num_processes == 1:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max()) - count
 
-    def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return a role's optimizer, as `pack_optimizer` does; all processes ask for it together.
+    def in_step(self, parts: list[Any]) -> list[Any]:
+        """Repeat the first part until all processes have as many, where forwards are collective."""
+        missing = self._missing(len(parts)) if is_sharded(self.bare) else 0
+        return parts + parts[:1] * missing
 
-        Args:
-            role: "policy" or "critic".
-        """
+    def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Split a role's optimizer state into tensors by name and JSON data; collective."""
         return pack_optimizer(self.optimizers[role])
 
     def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Put back what `pack` returned.
-
-        Args:
-            role: "policy" or "critic".
-            tensors: by name, all of them on all processes.
-            plain: the rest.
-        """
+        """Load what `pack` returned; all processes pass all of it."""
         unpack_optimizer(self.optimizers[role], tensors, plain)
-
-    def in_step(self, parts: list[Any]) -> list[Any]:
-        """Let all processes run as many forwards, where a forward takes all of them.
-
-        Args:
-            parts: what this process runs, one by one.
-
-        Returns:
-            them, the first again as often as the busiest process has more.
-        """
-        spare = self._spare(len(parts)) if is_sharded(self.bare) else 0
-        return parts + parts[:1] * spare
 
     def _backward(
         self, role: str, parts: list[Rollout], loss: PPOMaxLoss, stats: dict[str, Tensor]
@@ -234,7 +217,8 @@ class Engine:
         denominator = self.reduce(sums.sum())
         extra: dict[str, Any] = {}
         if role == "policy":
-            extra = dict(entropy=loss.entropy_coef is not None, fused=self._fuses(loss))
+            fused = self.why_not_fused(loss) is None
+            extra = dict(entropy=loss.entropy_coef is not None, fused=fused)
         for index, part in enumerate(parts):
             if extra.get("fused"):
                 share = _share_of_tokens(loss, part, denominator)
@@ -242,8 +226,7 @@ class Engine:
                 whole = loss.policy if role == "policy" else loss.critic
                 share = partial(whole, batch=part, denominator=denominator)
             output = self._accumulate(index == len(parts) - 1, role, part, share, **extra)
-            for name, value in output.items():
-                stats[name] = stats.get(name, 0.0) + value
+            _add(stats, output)
         return denominator
 
     def _backward_ptx(
@@ -258,52 +241,41 @@ class Engine:
         chunks = [value.split(size) for value in batch.values()]
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*chunks, strict=True)]
         blank = {**parts[0], "labels": torch.full_like(parts[0]["labels"], IGNORED_LABEL)}
-        parts += [blank] * self._spare(len(parts))
+        parts += [blank] * self._missing(len(parts))
         for index, part in enumerate(parts):
-            for name, value in self._accumulate(
-                index == len(parts) - 1, "ptx", part, share, fused=self._may_fuse
-            ).items():
-                stats[name] = stats.get(name, 0.0) + value
+            last = index == len(parts) - 1
+            _add(stats, self._accumulate(last, "ptx", part, share, fused=self._may_fuse))
         return denominator
 
     @property
     def _may_fuse(self) -> bool:
-        # A scale that comes after the gradient has been rounded to float16 saves nothing.
+        # A loss scale applied after the gradient was rounded to float16 is of no use.
         return bool(self.accelerator.mixed_precision != "fp16")
 
-    def _fuses(self, loss: PPOMaxLoss) -> bool:
-        """Whether a loss is a sum over tokens, whose gradient can be made along with it."""
-        return self.why_not_fused(loss) is None
-
     def why_not_fused(self, loss: PPOMaxLoss) -> str | None:
-        """Say why the gradient of a loss is not made along with it; None where it is.
-
-        Args:
-            loss: asked once, and remembered.
-        """
+        """Return why a loss's gradient is not made in its forward pass; None where it is."""
         if not self._may_fuse:
             return "float16's scale comes too late"
-        if self._asked is None or self._asked[0] is not loss:
-            self._asked = loss, coupling(loss)
-        return self._asked[1]
+        if self._coupling is None or self._coupling[0] is not loss:
+            self._coupling = loss, coupling(loss)
+        return self._coupling[1]
 
     def _accumulate(
-        self, sync: bool, role: str, part: Any, share: Any, **extra: Any
+        self, last: bool, role: str, part: Any, share: Any, **extra: Any
     ) -> dict[str, Tensor]:
-        # Gradients wait for the last micro-batch of the last role to be averaged with it; where
-        # each process has a share of them, for the last of their role: what a backward does not
-        # reach would not be handed out.
-        averages = sync and (role == self._last or is_sharded(self.bare))
-        with fast_products(), nullcontext() if averages else self.accelerator.no_sync(self.model):
-            with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
+        # DDP averages gradients once, in the last backward of the last role. FSDP2 must reduce in
+        # the last backward of each role: it does not reduce what a backward does not reach.
+        averages = last and (role == self._last_role or is_sharded(self.bare))
+        with nullcontext() if averages else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():  # accelerate does not wrap FSDP2's forward in it
                 output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)
         stats: dict[str, Tensor] = output.stats
         return stats
 
     def _differentiate(self, share: Tensor) -> None:
-        # Processes average gradients and `backward` divides by accumulation steps; shares are to
-        # be added up.
+        # DDP averages over processes, and `backward` divides by accumulation steps; our shares
+        # are to be added up.
         accelerator = self.accelerator
         factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
         accelerator.backward(share * factor)
@@ -324,17 +296,17 @@ class Engine:
         }
 
 
+def _add(stats: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        stats[name] = stats.get(name, 0.0) + value
+
+
 def _share_of_tokens(
     loss: PPOMaxLoss, part: Rollout, denominator: Tensor
 ) -> Callable[[TokenStats, slice], LossOutput]:
-    """The policy's loss of some tokens of a micro-batch, flattened once for all of them."""
+    """The policy's loss of some tokens of a micro-batch, which is flattened once."""
     rows = loss.rows(part)
     return lambda stats, at: loss.tokens(stats, rows[at], denominator)
-
-
-def _not_kept(fault: Fault) -> tuple[str, Sequence[Suspect]]:
-    """For an engine without a trainer, which has no folder for it."""
-    return "", fault.suspects
 
 
 def _weightless(part: Rollout) -> Rollout:
@@ -343,3 +315,34 @@ def _weightless(part: Rollout) -> Rollout:
         weights=torch.zeros_like(part.token_weights),
         state_mask=None if part.state_mask is None else torch.zeros_like(part.state_mask),
     )
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors by name and JSON data; collective where sharded."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = full(value.detach()).cpu().contiguous()
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    return tensors, {"slots": plain, "groups": state["param_groups"]}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+) -> None:
+    """Load what `pack_optimizer` returned into an optimizer over the same parameters."""
+    slots: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["slots"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = share_of(parameters[int(index)], value)
+    groups = [dict(group) for group in plain["groups"]]
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        # The implementation is this release's choice, not the checkpoint's.
+        group.update({name: own[name] for name in ("fused", "foreach") if name in own})
+        group["betas"] = tuple(group["betas"]) if "betas" in group else None
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})

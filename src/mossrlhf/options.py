@@ -61,8 +61,6 @@ def suggest(name: str, known: list[str]) -> str:
     Args:
         name: what came.
         known: what there is.
-
-    Source: ours.
     """
     if name in ELSEWHERE:
         return f"; here that is {ELSEWHERE[name]}"
@@ -75,8 +73,6 @@ def strict(cls: type[T]) -> type[T]:
 
     Args:
         cls: the dataclass.
-
-    Source: ours.
     """
     init: Callable[..., None] = cls.__init__
     options = [spec for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
@@ -91,8 +87,6 @@ def strict_init(init: F) -> F:
 
     Args:
         init: the method; its signature is kept.
-
-    Source: ours.
     """
     return _checked(init, [name for name in signature(init).parameters if name != "self"])
 
@@ -140,8 +134,6 @@ def check_pair(owner: str, name: str, value: Any) -> None:
     Raises:
         TypeError: where it is of another kind.
         ValueError: where it has another length, or is out of range.
-
-    Source: ours.
     """
     pair = value if isinstance(value, tuple) else (value, value)
     single = value is None or isinstance(value, tuple | numbers.Real)
@@ -174,8 +166,6 @@ def check_range(
     Raises:
         TypeError: where it is no number.
         ValueError: with owner, option, value and range.
-
-    Source: ours.
     """
     is_number = isinstance(value, numbers.Real)
     if value is not None and not is_number:
@@ -196,8 +186,6 @@ def call_with(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
         function: a component of ours or of the user's: ``lambda rewards, values, mask: …``.
         args: always passed.
         optional: passed where named, or where the function takes any keyword.
-
-    Source: ours.
     """
     parameters = inspect.signature(function).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
@@ -212,8 +200,6 @@ def accepts(model: nn.Module, argument: str) -> bool:
     Args:
         model: a transformers model, with or without PEFT adapters around it.
         argument: the keyword.
-
-    Source: ours.
     """
     return argument in inspect.signature(inside(model).forward).parameters
 
@@ -223,8 +209,6 @@ def inside(model: nn.Module) -> nn.Module:
 
     Args:
         model: a transformers model, with or without PEFT adapters around it.
-
-    Source: ours.
     """
     get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()

@@ -1,4 +1,4 @@
-"""How a run ends early: signals, errors, a full disk, a lost process."""
+"""How a run ends early: Ctrl-C, SIGTERM, an exception, a full disk, a lost process."""
 
 import shutil
 import signal
@@ -7,38 +7,32 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from mossrlhf.checkpoint.folders import checkpoints, written_aside
+from mossrlhf.checkpoint.folders import atomic_folder, checkpoints
 from mossrlhf.checkpoint.save_load import is_saved, save_checkpoint
-from mossrlhf.checkpoint.state import restore
+from mossrlhf.checkpoint.state import RunState
 from mossrlhf.distributed.processes import PeerError, is_loss_of_a_peer, is_shared, together
 from mossrlhf.nan_debug import Fault, NonFiniteError, Suspect, with_prompts, write_fault
 
-if TYPE_CHECKING:
-    from mossrlhf.run import Run
-
-
 TERMINATED = 128 + signal.SIGTERM
-"""The exit code of a command that SIGTERM has ended, as shells count: 143."""
+"""The exit code that shells report for a command ended by SIGTERM: 143."""
 
 
 class _AtOnce(BaseException):
-    """Raised by a second SIGTERM. No `Exception`: nothing on the way may take it for its own."""
+    """Raised by a second SIGTERM; no `Exception`, so that user code does not catch it."""
 
 
 class Signals:
-    """What a process has been asked for while it was busy.
+    """Handlers of Ctrl-C and SIGTERM: the first is a request, the second interrupts.
 
     Args:
-        stop: called with the signal's number and False when it comes, from within its handler,
-            and with True once a second one has broken off what was going on.
-
-    Source: ours.
+        stop: called with the signal's number and False when it arrives, from within its handler,
+            and with True after a second one has interrupted the block.
     """
 
     def __init__(self, stop: Callable[[int, bool], None]) -> None:
@@ -46,31 +40,24 @@ class Signals:
         self.terminated = False
         self._before: Any = signal.SIG_DFL
 
-    def leave(self) -> None:
-        """End the process as SIGTERM would have, or let a handler of the user's decide.
-
-        Raises:
-            SystemExit: with `TERMINATED`, where nobody else had a handler for SIGTERM.
-        """
+    def exit(self) -> None:
+        """Call the user's SIGTERM handler; without one raise SystemExit(143)."""
         if callable(self._before):
             self._before(signal.SIGTERM, None)
         else:
             raise SystemExit(TERMINATED)
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM be a wish, and only the second break off the block.
-
-        Outside the main thread, where Python sets no signal handlers, nothing is changed.
-        """
+    def handled(self) -> Iterator[None]:
+        """Handle the signals within the block; outside the main thread do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         interrupt = signal.signal(signal.SIGINT, self._interrupt)
         self._before = signal.getsignal(signal.SIGTERM)
-        # Ignored, it was meant to be; None is a handler that is not Python's.
-        heeds = self._before is not signal.SIG_IGN and self._before is not None
-        if heeds:
+        # SIG_IGN is somebody's choice; None is a handler that was not set from Python.
+        handles = self._before is not signal.SIG_IGN and self._before is not None
+        if handles:
             signal.signal(signal.SIGTERM, self._terminate)
         try:
             yield
@@ -80,11 +67,11 @@ class Signals:
             self.stop(signal.SIGTERM, True)
         finally:
             signal.signal(signal.SIGINT, interrupt)
-            if heeds:
+            if handles:
                 signal.signal(signal.SIGTERM, self._before)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        # Not the handler before: a shell starts its background jobs with interrupts ignored.
+        # Not the previous handler: a shell starts background jobs with interrupts ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.stop(number, False)
 
@@ -95,21 +82,16 @@ class Signals:
         self.stop(number, False)
 
 
-def leave(run: "Run") -> Path | None:
-    """Save on the way out, however it came to that.
-
-    Args:
-        run: at its end, or stopped.
+def save_at_exit(run: RunState) -> Path | None:
+    """Save a run that ends, whatever ended it.
 
     Returns:
-        the checkpoint to go on from; None where part of an iteration's steps has been taken, or
-        nothing yet.
+        the checkpoint to resume from; None in the middle of an update, or before anything was
+        learned.
 
     Raises:
-        OSError: where it could not be written to the output directory; it has then been written
-            to the folder for temporary files, if there was room. `PeerError` on other processes.
-
-    Source: ours.
+        OSError: where the output directory could not be written to; a folder for temporary files
+            was then tried. `PeerError` on other processes.
     """
     try:
         return _save(run)
@@ -118,44 +100,34 @@ def leave(run: "Run") -> Path | None:
         raise
 
 
-def _save(run: "Run", folder: Path | None = None) -> Path | None:
-    trainer = run.trainer
-    if not run.between_iterations:
-        # Part of an iteration's steps: no state to resume from, but the models are there.
+def _save(run: RunState, folder: Path | None = None) -> Path | None:
+    if run.updating:
+        # Some optimizer steps of the iteration are done: the models can be saved, a state to
+        # resume from cannot.
         with together(run.accelerator):
             if run.accelerator.is_main_process:
-                path = (folder or trainer.output_dir) / "unfinished"
-                with written_aside(path) as aside:
-                    trainer.save_model(aside)
+                path = (folder or run.output_dir) / "unfinished"
+                with atomic_folder(path) as temporary:
+                    run.save_models(temporary)
                 tqdm.write(f"The models as they are: {path}.")
         return None
-    if not run.state.global_step and not run.pretrained:
+    if not run.progress.global_step and not run.pretrained:
         return None
     if run.before is not None:
-        # Nothing has moved yet; resumed, the iteration begins anew.
-        restore(trainer, run.before)
-        # Looked up by one for all: the others may have no such folder.
-        saved = torch.tensor([float(is_saved(trainer))], device=run.accelerator.device)
-        if bool(trainer.engine.reduce(saved)) and folder is None:
-            return trainer.output_dir / f"checkpoint-{run.state.global_step}"
-    return save_checkpoint(trainer, folder)
+        # No model has moved yet; the resumed run repeats the iteration.
+        run.rewind(run.before)
+        # One process looks for all: the others may not see the folder.
+        saved = torch.tensor([float(is_saved(run))], device=run.accelerator.device)
+        if bool(run.engine.reduce(saved)) and folder is None:
+            return run.checkpoint
+    return save_checkpoint(run, folder)
 
 
-def leave_in_error(run: "Run", error: Exception) -> Exception:
-    """Save what can still be saved after an exception, and say what there is.
-
-    Args:
-        run: in which it was raised.
-        error: what was raised.
-
-    Returns:
-        what to raise: the error, or one that says that another process is gone.
-
-    Source: ours.
-    """
-    step, accelerator = run.state.global_step, run.accelerator
+def save_after_error(run: RunState, error: Exception) -> Exception:
+    """Save what can be saved after an exception, print what there is, and return what to raise."""
+    step, accelerator = run.progress.global_step, run.accelerator
     if accelerator.num_processes > 1 and not is_shared(error):
-        # The others wait elsewhere, and would never come to save with this one.
+        # The other processes wait elsewhere, and would never save together with this one.
         if is_loss_of_a_peer(error):
             return PeerError(_lost(run, error))
         tqdm.write(
@@ -166,80 +138,61 @@ def leave_in_error(run: "Run", error: Exception) -> Exception:
         return error
     if accelerator.is_main_process:
         tqdm.write(f"{type(error).__name__} in iteration {step + 1}.")
-    if isinstance(error, NonFiniteError) and run.steps_before == run.trainer.engine.steps:
-        run.between_iterations = True  # the first step of an update was not taken: nothing moved
+    if isinstance(error, NonFiniteError) and run.steps_before == run.engine.steps:
+        run.updating = False  # the first step of the update was not taken: no model has moved
     try:
-        leave(run)
+        save_at_exit(run)
     except (OSError, PeerError):
-        pass  # said by `leave`; what is raised is how it began
-    except Exception as unsaved:  # nor may anything else that saving raises take its place
+        pass  # `save_at_exit` has printed it; the error to raise is the first one
+    except Exception as unsaved:  # no error of saving may replace the first one either
         tqdm.write(f"Nothing could be saved: {type(unsaved).__name__}: {unsaved}")
     return error
 
 
-def stop_at_once(run: "Run", number: int) -> None:
-    """Forget half an iteration, as a second Ctrl-C or SIGTERM asked for.
-
-    Args:
-        run: broken off.
-        number: the signal's.
+def stop_at_once(run: RunState, number: int) -> None:
+    """Drop half an iteration after a second Ctrl-C or SIGTERM.
 
     Raises:
-        KeyboardInterrupt, SystemExit: where there are other processes; they may be anywhere, so
-            nothing can be saved together.
-
-    Source: ours.
+        KeyboardInterrupt, SystemExit: with several processes, which cannot save together now.
     """
-    run.trainer.engine.forget()
-    where = f"Stopped within iteration {run.state.global_step + 1}."
+    run.engine.zero_grad()
+    where = f"Stopped within iteration {run.progress.global_step + 1}."
     if run.accelerator.num_processes == 1:
-        tqdm.write(f"{where} train() goes on from here." if number == signal.SIGINT else where)
+        resumes = number == signal.SIGINT
+        tqdm.write(f"{where} train() continues from here." if resumes else where)
         return
     tqdm.write(f"{where} {_newest(run)}")
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
-def say_terminated(run: "Run", saved: Path | None) -> None:
-    """Say what a run that SIGTERM has ended leaves.
-
-    Args:
-        run: ended.
-        saved: what `leave` returned.
-
-    Source: ours.
-    """
+def print_terminated(run: RunState, saved: Path | None) -> None:
+    """Print what a run ended by SIGTERM leaves."""
     if run.accelerator.is_main_process:
         at = "" if saved is None else f" Written: {str(saved)!r}."
-        tqdm.write(f"Ended by SIGTERM after iteration {run.state.global_step}.{at} {_newest(run)}")
+        step = run.progress.global_step
+        tqdm.write(f"Ended by SIGTERM after iteration {step}.{at} {_newest(run)}")
 
 
-def keep_fault(run: "Run", fault: Fault) -> tuple[str, Sequence[Suspect]]:
-    """Leave the batch of a step that was not taken in ``faults/``.
-
-    Args:
-        run: in which it happened.
-        fault: of this process.
+def keep_fault(run: RunState, fault: Fault) -> tuple[str, Sequence[Suspect]]:
+    """Write the batch of a failed step to ``faults/``.
 
     Returns:
         a sentence on where it is, and the suspects with their prompts.
-
-    Source: ours.
     """
-    prompts = run.trainer.prompts
-    fault = with_prompts(fault, prompts.dealt, prompts.dataset)
+    fault = with_prompts(fault, run.prompts.dealt, run.prompts.dataset)
     warm_up = "policy" not in fault.roles
-    name = f"pretrain-{run.pretrained + 1}" if warm_up else f"step-{run.state.global_step + 1}"
-    folder = run.trainer.output_dir / "faults" / name
+    step = run.progress.global_step + 1
+    name = f"pretrain-{run.pretrained + 1}" if warm_up else f"step-{step}"
+    folder = run.output_dir / "faults" / name
     try:
         write_fault(fault, folder)
     except (OSError, SafetensorError) as error:
         return f"The batch could not be kept in {str(folder)!r} ({error}). ", fault.suspects
-    said = f"mossrlhf.nan_debug.read_fault({str(folder)!r}) returns the batch. "
-    return said, fault.suspects
+    return f"mossrlhf.nan_debug.read_fault({str(folder)!r}) returns the batch. ", fault.suspects
 
 
-def _save_elsewhere(run: "Run", unsaved: Exception) -> None:
-    """Save to the folder for temporary files, rather than lose what was learned."""
+def _save_elsewhere(run: RunState, unsaved: Exception) -> None:
+    """Save to the folder for temporary files."""
     folder = Path(tempfile.gettempdir())
     try:
         with together(run.accelerator):
@@ -253,33 +206,33 @@ def _save_elsewhere(run: "Run", unsaved: Exception) -> None:
         tqdm.write(f"Nothing could be saved: {unsaved}")
         return
     if run.accelerator.is_main_process:
-        hint = f" go on with train(resume_from_checkpoint={str(path)!r})." if path else ""
+        hint = f" resume by train(resume_from_checkpoint={str(path)!r})." if path else ""
         tqdm.write(f"{unsaved}\nSaved to {folder} instead; move it before it is cleaned up.{hint}")
 
 
-def _require_room(run: "Run", folder: Path) -> None:
-    """Refuse to fill up what other programs need too."""
-    parameters = list(run.trainer.model.parameters())
-    # The models for others to load, the trained weights, and twice those for Adam.
+def _require_room(run: RunState, folder: Path) -> None:
+    """Refuse to fill the disk that other programs need too."""
+    # The models for transformers, the trained weights, and two moments of Adam.
+    parameters = run.engine.bare.parameters()
     needed = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     free = shutil.disk_usage(folder).free
     if free < 2 * needed:
         raise OSError(f"{str(folder)!r} has {free} bytes left, expected {2 * needed}")
 
 
-def _lost(run: "Run", error: Exception) -> str:
+def _lost(run: RunState, error: Exception) -> str:
     accelerator = run.accelerator
     return (
         f"process {accelerator.process_index} of {accelerator.num_processes} stops in iteration "
-        f"{run.state.global_step + 1}, since another one is gone, or has not answered for "
+        f"{run.progress.global_step + 1}, since another one is gone, or has not answered for "
         f"{run.args.ddp_timeout:g} s (TrainerConfig(ddp_timeout=)): {error!s:.200}. The first "
         "error in the other processes' output is the cause; where there is none, the process was "
-        f"killed, as for lack of memory. Start all of them anew. {_newest(run)}"
+        f"killed, as for lack of memory. Start all of them again. {_newest(run)}"
     )
 
 
-def _newest(run: "Run") -> str:
-    found = checkpoints(run.trainer.output_dir)
+def _newest(run: RunState) -> str:
+    found = checkpoints(run.output_dir)
     if not found:
-        return f"There is no checkpoint in {str(run.trainer.output_dir)!r} to go on from."
-    return f"train(resume_from_checkpoint=True) goes on from {str(found[-1])!r}."
+        return f"There is no checkpoint in {str(run.output_dir)!r} to resume from."
+    return f"train(resume_from_checkpoint=True) resumes from {str(found[-1])!r}."

@@ -3,8 +3,8 @@
 import copy
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.checkpoint.folders import require_writable
-from mossrlhf.checkpoint.serialization import no_progress_bars
+from mossrlhf.checkpoint.state import RunState
 from mossrlhf.config import TrainerConfig
 from mossrlhf.critic_evaluation import CriticEvaluation, evaluate_critic
 from mossrlhf.data import (
@@ -30,16 +29,16 @@ from mossrlhf.data import (
     require_records,
 )
 from mossrlhf.distributed.deepspeed import make_engine
-from mossrlhf.distributed.offload import at_work, settle
+from mossrlhf.distributed.offload import on_device, place_frozen
 from mossrlhf.distributed.processes import together
-from mossrlhf.distributed.sharding import is_sharded, whole
-from mossrlhf.functional.reduce import Reduce, widest
-from mossrlhf.kernels import backend, fast_products
+from mossrlhf.distributed.sharding import whole
+from mossrlhf.kernels import backend
 from mossrlhf.loss import PPOMaxLoss
-from mossrlhf.metrics import Meter, distinct_2, rollout_metrics
+from mossrlhf.metrics import Meter, compare, distinct_2, rollout_metrics
 from mossrlhf.minibatches import RolloutBuffer, note, split
 from mossrlhf.models import ActorCritic, RewardModel, announce, token_path
 from mossrlhf.options import strict_init
+from mossrlhf.randomness import temporary_seed
 from mossrlhf.reward_shaping import RewardShaper
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
@@ -61,11 +60,11 @@ from mossrlhf.roles import (
 )
 from mossrlhf.run import Run
 from mossrlhf.sampling import HFSampler, Sampler
+from mossrlhf.serialization import no_progress_bars
 from mossrlhf.shutdown import keep_fault
 from mossrlhf.types import Rollout
 from mossrlhf.validation import (
     as_scores,
-    confirmed,
     estimated,
     require_fitting_parts,
     require_parts,
@@ -77,83 +76,14 @@ from mossrlhf.validation import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Draw from a seed of one's own, and leave the generators as they were.
-
-    Args:
-        seed: of every torch generator meanwhile.
-
-    Source: ours; looking at a run must not change it.
-    """
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def win_rates(
-    ours: Float[Tensor, " B"],
-    theirs: Float[Tensor, " B"],
-    reduce: Reduce = lambda tensor: tensor,
-) -> dict[str, float]:
-    """Share of prompts on which one answer scores above, level with, or below the other.
-
-    Args:
-        ours: ``[B]`` scores of the policy's answers; NaN leaves the prompt out.
-        theirs: ``[B]`` scores of the reference's, to the same prompts.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``win_rate``, ``tie_rate`` and ``lose_rate``, which add up to 1; all are 0 where no prompt
-        counts.
-
-    Source: P1 §5.5 (win, tie, lose against the SFT model).
-    """
-    counted = torch.isfinite(ours) & torch.isfinite(theirs)
-    outcomes = torch.stack([ours > theirs, ours == theirs, ours < theirs])
-    counts = reduce(widest((outcomes & counted).sum(dim=1)))
-    shares = (counts / counts.sum().clamp(min=1)).tolist()
-    return dict(zip(("win_rate", "tie_rate", "lose_rate"), shares, strict=True))
-
-
-def compare(
-    policy: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor],
-    reduce: Reduce = lambda tensor: tensor,
-) -> dict[str, float]:
-    """Mean of every reward on both sides, and who wins.
-
-    Args:
-        policy: ``[B]`` rewards of the policy's answers, by name.
-        reference: of the reference's answers to the same prompts, by name.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``eval/<name>/policy``, ``eval/<name>/ref`` and the rates of `win_rates`.
-
-    Source: P1 §5.5.
-    """
-    metrics: dict[str, float] = {}
-    for name, ours in policy.items():
-        for side, scores in (("policy", ours), ("ref", reference[name])):
-            finite = torch.isfinite(scores)
-            count = reduce(widest(finite.sum()))
-            total = reduce(widest(torch.where(finite, scores, 0.0)).sum())
-            metrics[f"eval/{name}/{side}"] = float(total / count.clamp(min=1))
-        rates = win_rates(ours, reference[name], reduce)
-        metrics.update({f"eval/{name}/{rate}": value for rate, value in rates.items()})
-    return metrics
-
-
 Dataset = Sequence[Mapping[str, Any]]
 
 
-class Stages:
-    """The parts of PPO-max put together, and its five stages; `Trainer` runs them in turn.
+class Trainer:
+    """PPO-max: collect → score → annotate → estimate → update, each a method to override.
 
-    Each takes a `Rollout` and returns a new one; through `self` travel models and counters alone.
+    Each stage takes a `Rollout` and returns a new one; through `self` travel models and counters
+    alone.
 
     Args:
         model: the policy: a causal language model, or its folder or hub name.
@@ -167,19 +97,19 @@ class Stages:
             own base: a `peft.PeftConfig` for a further adapter, or a `ValueHead` alone.
         ref_model: the reference; None for a copy of the policy as it is now (or the policy with
             its adapters off).
-        args: how long, how much at a time, how fast.
+        args: lengths of the run, sizes of batches, learning rates.
         eval_dataset: held-out records, for `evaluate`.
         ptx_dataset: records of pre-training or SFT data for the PTX term.
         processing_class: the policy's tokenizer; None to load it from the model's name.
         peft_config: LoRA or another adapter; the base is then frozen.
-        generation_config: how responses are drawn, where no `sampler` is given.
-        shaper: scores → rewards, a `RewardShaper` or any callable; copied, with the running
-            moments it has.
+        generation_config: how responses are sampled, where no `sampler` is given.
+        shaper: rewards of responses → rewards per token, a `RewardShaper` or any callable; copied
+            together with its running moments.
         advantage: rewards and values → advantages and returns.
         loss: what is minimized.
-        sampler: draws responses; None for `HFSampler`.
+        sampler: samples responses; None for `HFSampler`.
         accelerator: None for one made from `args`.
-        callbacks: `transformers.TrainerCallback`s, called where they mean the same.
+        callbacks: `transformers.TrainerCallback`s.
 
     Raises:
         ValueError: where the parts do not fit together; it says which and what to do.
@@ -210,268 +140,82 @@ class Stages:
         accelerator: Accelerator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        require_parts(locals())  # nothing but the arguments, so far
+        require_parts(locals())  # exactly the arguments, so far
         self.args = args or TrainerConfig()
         self.output_dir = Path(self.args.output_dir)
         require_writable(self.output_dir)
         self.accelerator = make_accelerator(self.args, accelerator)
-        # Its running moments are this trainer's alone, though a preset may serve several.
-        self.shaper: Any = copy.deepcopy(shaper) if shaper is not None else RewardShaper()
         self.advantage = advantage or AdvantageEstimator()
         self.loss = loss or PPOMaxLoss()
-        require_fitting_parts(self, critic, ptx_dataset, generation_config, sampler)
+        require_fitting_parts(
+            self.args, self.loss, self.advantage, self.accelerator.num_processes,
+            critic=critic, ptx_dataset=ptx_dataset, generation_config=generation_config,
+            sampler=sampler,
+        )  # fmt: skip
         self.processing_class = processing_class or load_tokenizer(model)
         self.sampler = sampler or HFSampler.for_tokenizer(
             self.processing_class, generation_config or GenerationConfig(max_new_tokens=512)
         )
-        self.prompts = self._feed(train_dataset)
         self.eval_dataset = eval_dataset
-        self.ptx = self._feed(ptx_dataset) if ptx_dataset is not None else None
+        policy = self._load_policy(model, peft_config)
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
+        self.rewards = self._reward_set(reward, policy)
+        self.ref_model = load_reference(ref_model, policy)
+        critic = load_critic(critic, policy, self.rewards.same_tokenizer(), seed=self.args.seed)
+        actor_critic = ActorCritic(policy, critic, self.sampler.temperature)
+        set_switches(self.args, actor_critic, self.ref_model)
+        self.engine = make_engine(actor_critic, self.args, self.accelerator)
+        frozen = (self.ref_model, *self.rewards.models())
+        place_frozen(actor_critic, *frozen, device=self.accelerator.device, args=self.args)
+        for probed, name in ((policy, "model"), (self.ref_model, "ref_model")):
+            with self._on_device(probed):
+                announce(probed, name)
+        self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
+        if ptx_dataset is not None:
+            self._collate([ptx_dataset[0]])  # fail on a wrong format now, not after the warm-up
+        self._references: deque[tuple[Any, Rollout]] = deque(maxlen=4)
+        run_state = RunState(
+            args=self.args,
+            accelerator=self.accelerator,
+            engine=self.engine,
+            ref_model=self.ref_model,
+            reward_models=self.rewards.models(),
+            # Copied: one preset may serve several trainers, each with its own running moments.
+            shaper=copy.deepcopy(shaper) if shaper is not None else RewardShaper(),
+            prompts=self._stream(train_dataset),
+            ptx=self._stream(ptx_dataset) if ptx_dataset is not None else None,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            save_models=lambda folder: self.save_model(folder),
+        )
+        self.run = Run(
+            run_state,
+            callbacks,
+            self.processing_class,
+            eval_dataset,
+            evaluate=lambda: self.evaluate(),
+            reference_distinct_2=lambda: self.reference_distinct_2(),
+        )
+        self.engine.keep_fault = partial(keep_fault, run_state)
 
+    def _load_policy(self, model: nn.Module | str | Path, peft_config: Any) -> nn.Module:
         policy = load_policy(model, peft_config, seed=self.args.seed)
         special = getattr(self.sampler, "effective", None)
         require_vocabulary(policy, self.processing_class, special)
         require_reachable_entropy(self.loss, vocabulary_size(policy))
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
-        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            require_fitting_prompts(data, self.processing_class, self.max_prompt_length, name=name)
-        self.rewards = self._reward_set(reward, policy)
-        self.ref_model = load_reference(ref_model, policy)
-        made = load_critic(critic, policy, self.rewards.same_tokenizer(), seed=self.args.seed)
-        actor_critic = ActorCritic(policy, made, self.sampler.temperature)
-        set_switches(self.args, actor_critic, self.ref_model)
-        self.engine = make_engine(actor_critic, self.args, self.accelerator)
-        frozen = (self.ref_model, *self.rewards.models())
-        settle(actor_critic, *frozen, device=self.accelerator.device, args=self.args)
-        for asked, name in ((policy, "model"), (self.ref_model, "ref_model")):
-            with self._at_work(asked):
-                announce(asked, name)
-        self._collate = SFTCollator(self.processing_class, max_length=policy_context(policy))
-        if ptx_dataset is not None:
-            self._collate([ptx_dataset[0]])  # or a wrong format would show after the warm-up
-        self.generator = torch.Generator().manual_seed(self.args.seed)
-        self._ready(callbacks)
+        return policy
 
-    def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
-        """For `Trainer`, once the parts are together."""
-
-    def collect(self, prompts: PromptBatch | None = None) -> Rollout:
-        """Draw responses to the next prompts.
-
-        Args:
-            prompts: token ids and columns; None for the next of the training set.
-
-        Returns:
-            this process's share of the rollout, nothing scored yet.
-        """
-        if prompts is None:
-            per_process = self.args.rollout_size // self.accelerator.num_processes
-            records = self.prompts.next(per_process // self.args.samples_per_prompt)
-            prompts = self._encode(records, copies=self.args.samples_per_prompt)
-        return self._respond(self.policy, prompts)
-
-    def score(self, rollout: Rollout) -> Rollout:
-        """Ask the rewards about every response.
-
-        Args:
-            rollout: B responses.
-
-        Returns:
-            the rollout with `scores` or `token_scores`, and each reward under
-            ``extra["reward/<name>"]``.
-
-        Raises:
-            ValueError: where a reward function raises or returns what is not asked for.
-        """
-        self.model.eval()
-        with self._at_work(*self.rewards.models()), self._computing():
-            scores, token_scores, by_name = self.rewards(rollout)
-        extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
-        return replace(
-            rollout,
-            scores=scores,
-            token_scores=token_scores,
-            extra={**rollout.extra, **extra},
-        )
-
-    @torch.no_grad()
-    def annotate(self, rollout: Rollout) -> Rollout:
-        """Note what policy, reference and critic say of every token before anything moves.
-
-        What a sampler has noted is kept once it is `confirmed`; whoever changes tokens after
-        `collect` drops it: ``replace(rollout, logprobs=None)``.
-
-        Args:
-            rollout: B responses; `logprobs` and `entropies` that are there, as the sampler noted
-                them, stay.
-
-        Returns:
-            the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
-            `bootstrap` where there is a critic.
-        """
-        self.model.eval()
-        with self._computing():
-            rollout = confirmed(rollout, self.model.score, lenient=is_sharded(self.engine.bare))
-        noted: dict[str, Tensor] = {}
-        groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
-        with self._at_work(self.ref_model, lend=False):
-            for rows in self.engine.in_step(groups):
-                self._annotate(rollout, rows, noted)
-        return replace(rollout, **noted)  # type: ignore[arg-type]
-
-    def _annotate(self, rollout: Rollout, rows: Tensor, noted: dict[str, Tensor]) -> None:
-        part = rollout.select(rows)
-        place = rows.to(part.mask.device), rollout.mask.shape
-        with self._computing():
-            if rollout.logprobs is None:
-                stats = self.model.score(part, entropy=True)
-                note(noted, "logprobs", *place, part.mask, stats.logprob)
-                note(noted, "entropies", *place, part.mask, stats.entropy)
-            with as_reference(self.ref_model, self.policy) as reference:
-                ref = self.model.score(part, policy=reference)
-            values = self.model.values(part) if self.critic is not None else None
-        note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
-        if values is not None:
-            note(noted, "values", *place, part.states, values[0][part.states])
-            if self.args.bootstrap_truncated:
-                after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
-                noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
-
-    def estimate(self, rollout: Rollout) -> Rollout:
-        """Shape scores into rewards, and rewards into advantages and returns.
-
-        Args:
-            rollout: scored and annotated.
-
-        Returns:
-            the rollout with `rewards`, `advantages` and `returns`.
-
-        Raises:
-            TypeError, ValueError: where shaper or estimator return something else.
-        """
-        rewards = shaped(self.shaper, rollout, self.engine.reduce)
-        found = estimated(self.advantage, rewards, rollout, self.engine.reduce)
-        return replace(
-            rollout,
-            rewards=rewards,
-            advantages=found.advantages,
-            returns=found.returns,
-        )
-
-    def update(
-        self,
-        rollout: Rollout,
-        roles: Sequence[str] = ("critic", "policy"),
-        loss: PPOMaxLoss | None = None,
-    ) -> dict[str, float]:
-        """Train on a rollout: `num_ppo_epochs` times over it, in minibatches.
-
-        Args:
-            rollout: estimated.
-            roles: who learns.
-            loss: what to minimize; None for `self.loss`.
-
-        Returns:
-            metrics over all processes, by name (docs/metrics.md).
-
-        Raises:
-            FloatingPointError: where a loss or gradient is not finite.
-        """
-        loss = loss or self.loss
-        self.model.train(self.args.gradient_checkpointing or not self.args.disable_dropout)
-        buffer = RolloutBuffer()
-        buffer.add(rollout)
-        shares, norms = Meter(), Meter()
-        size = max(1, self.args.minibatch_size // self.accelerator.num_processes)
-        for minibatch in buffer.minibatches(size, self.args.num_ppo_epochs, self.generator):
-            ptx = self._ptx_batch(len(minibatch)) if "policy" in roles else None
-            done = self.engine.step(minibatch, loss, roles, ptx)
-            for role, weight in done.weights.items():
-                of_role = {n: v for n, v in done.stats.items() if n.startswith(f"{role}/")}
-                shares.add(of_role, weight)
-            norms.add(done.norms, torch.ones_like(minibatch.token_weights.sum()))
-        self.model.eval()
-        rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
-        described = rollout_metrics(rollout, self.engine.reduce)
-        return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
-
-    @property
-    def model(self) -> ActorCritic:
-        """The trained models, unwrapped."""
-        return self.engine.bare
-
-    @property
-    def policy(self) -> nn.Module:
-        """The policy, unwrapped."""
-        return self.model.policy
-
-    @property
-    def critic(self) -> RewardModel | None:
-        """The critic, unwrapped; None where there is none."""
-        return self.model.critic
-
-    def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
-        self.model.eval()
-        with self._at_work(model), self._computing():
-            rollout = responses(self.sampler, model, prompts.ids)
-        rollout = replace(rollout, columns=prompts.columns)
-        if getattr(self.shaper, "score_after_end", False):
-            rollout = rollout.with_end_states(self.sampler.max_new_tokens)
-        return rollout
-
-    def _at_work(self, *models: nn.Module | None, lend: bool = True) -> Any:
-        return at_work(self.model, *models, device=self.accelerator.device, lend=lend)
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with fast_products(), self.accelerator.autocast():
-            yield
-
-    def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
-        return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
-
-    def _feed(self, dataset: Dataset) -> Shuffled:
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        return Shuffled(dataset, self.args.seed, index, count)
-
-    def _reward_set(self, rewards: Any, policy: nn.Module | None = None) -> RewardSet:
-        loaded = load_rewards(reward_pairs(rewards), self.processing_class, policy)
-        return RewardSet(loaded, self.processing_class)
-
-    def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:
-        if self.ptx is None or self.loss.ptx_coef is None:
-            return None
-        batch = self._collate(self.ptx.next(size))
-        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
-
-
-Dataset = Sequence[Mapping[str, Any]]
-
-
-class Trainer(Stages):
-    """PPO-max: collect → score → annotate → estimate → update, each a method to override.
-
-    Its arguments are those of `Stages`: ``model``, ``reward`` and ``train_dataset``, and whatever
-    of ``critic``, ``ref_model``, ``args``, ``eval_dataset``, ``ptx_dataset``,
-    ``processing_class``, ``peft_config``, ``generation_config``, ``shaper``, ``advantage``,
-    ``loss``, ``sampler``, ``accelerator`` and ``callbacks`` is wanted.
-
-    Source: P1 Algorithm 1.
-    """
-
-    def _ready(self, callbacks: Sequence[TrainerCallback]) -> None:
-        self.run = Run(self, callbacks)
-        self.engine.keep_fault = partial(keep_fault, self.run)
-        self._references: deque[tuple[Any, Rollout]] = deque(maxlen=4)
+    # -------------------------------------------------------------------------------- training
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None
     ) -> list[dict[str, Any]]:
-        """Train until `TrainerConfig.total_steps`, or go on to there.
+        """Train until `TrainerConfig.total_steps`; called again, continue to there.
 
-        Ctrl-C stops after the iteration at hand and leaves everything usable; pressed again it
+        Ctrl-C stops after the current iteration and leaves everything usable; pressed again it
         stops at once. SIGTERM does the same, and then ends the process. docs/faults.md has the
-        rest of what may come in between.
+        rest of what may go wrong.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; True for the newest in `output_dir`.
@@ -502,7 +246,7 @@ class Trainer(Stages):
         return self.history
 
     def pretrain_critic(self, steps: int | None = None) -> list[dict[str, float]]:
-        """Let the critic alone learn the value of the policy as it is.
+        """Train the critic alone on the values of the unchanged policy.
 
         The value loss is not clipped meanwhile, and the policy's optimizer and schedule rest.
 
@@ -524,7 +268,7 @@ class Trainer(Stages):
                 rollout = self.run.timed(stage, rollout)
             self.run.begin_update()
             # Not `self.update`: what a subclass adds to it belongs to PPO, and may take no roles.
-            metrics = super().update(rollout, ("critic",), self.loss.without_value_clip())
+            metrics = Trainer.update(self, rollout, ("critic",), self.loss.without_value_clip())
             history.append(metrics)
             self.run.end_pretraining_step(metrics)
         return history
@@ -532,11 +276,11 @@ class Trainer(Stages):
     def step(
         self, rollout: Rollout, scores: Sequence[float] | Tensor | None = None
     ) -> dict[str, float]:
-        """Learn from responses of one's own drawing: the stages after `collect` in one call.
+        """Learn from given responses: the stages after `collect` in one call.
 
         Args:
             rollout: B responses, as `collect` or a sampler returns them.
-            scores: ``[B]``; None to ask the rewards.
+            scores: ``[B]``; None to call the rewards.
 
         Returns:
             the metrics of `update`.
@@ -547,32 +291,236 @@ class Trainer(Stages):
         if scores is None:
             rollout = self.score(rollout)
         else:
-            given = as_scores(scores, rollout)
-            if given.shape != (len(rollout),):
-                raise ValueError(
-                    f"scores: got {tuple(given.shape)}, expected one for each of the "
-                    f"{len(rollout)} responses"
-                )
-            if not bool(torch.isfinite(given).all()):
-                raise ValueError(f"scores: got {given.tolist()}, expected finite numbers")
-            rollout = replace(rollout, scores=given)
+            rollout = replace(rollout, scores=as_scores(scores, rollout))
         return self.update(self.estimate(self.annotate(rollout)))
+
+    # -------------------------------------------------------------------------------- stages
+
+    def collect(self, prompts: PromptBatch | None = None) -> Rollout:
+        """Sample responses to the next prompts.
+
+        Args:
+            prompts: token ids and columns; None for the next of the training set.
+
+        Returns:
+            this process's share of the rollout, nothing scored yet.
+        """
+        if prompts is None:
+            per_process = self.args.rollout_size // self.accelerator.num_processes
+            records = self.prompts.next(per_process // self.args.samples_per_prompt)
+            prompts = self._encode(records, copies=self.args.samples_per_prompt)
+        return self._respond(self.policy, prompts)
+
+    def score(self, rollout: Rollout) -> Rollout:
+        """Call the rewards on every response.
+
+        Args:
+            rollout: B responses.
+
+        Returns:
+            the rollout with `scores` or `token_scores`, and each reward under
+            ``extra["reward/<name>"]``.
+
+        Raises:
+            ValueError: where a reward function raises or returns the wrong thing.
+        """
+        self.model.eval()
+        with self._on_device(*self.rewards.models()), self.accelerator.autocast():
+            scores, token_scores, by_name = self.rewards(rollout)
+        extra = {f"reward/{name}": value.float() for name, value in by_name.items()}
+        return replace(
+            rollout,
+            scores=scores,
+            token_scores=token_scores,
+            extra={**rollout.extra, **extra},
+        )
+
+    @torch.no_grad()
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """Compute log-probs of policy and reference, and values, before any model is updated.
+
+        Args:
+            rollout: B responses.
+
+        Returns:
+            the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
+            `bootstrap` where there is a critic.
+        """
+        self.model.eval()
+        noted: dict[str, Tensor] = {}
+        groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
+        with self._on_device(self.ref_model, gather=False):
+            for rows in self.engine.in_step(groups):
+                self._annotate(rollout, rows, noted)
+        return replace(rollout, **noted)  # type: ignore[arg-type]
+
+    def _annotate(self, rollout: Rollout, rows: Tensor, noted: dict[str, Tensor]) -> None:
+        part = rollout.select(rows)
+        place = rows.to(part.mask.device), rollout.mask.shape
+        with self.accelerator.autocast():
+            stats = self.model.score(part, entropy=True)
+            note(noted, "logprobs", *place, part.mask, stats.logprob)
+            note(noted, "entropies", *place, part.mask, stats.entropy)
+            with as_reference(self.ref_model, self.policy) as reference:
+                ref = self.model.score(part, policy=reference)
+            values = self.model.values(part) if self.critic is not None else None
+        note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
+        if values is not None:
+            note(noted, "values", *place, part.states, values[0][part.states])
+            if self.args.bootstrap_truncated:
+                after = torch.where(part.truncated, values[1], torch.zeros_like(values[1]))
+                noted.setdefault("bootstrap", after.new_zeros(len(rollout)))[place[0]] = after
+
+    def estimate(self, rollout: Rollout) -> Rollout:
+        """Shape scores into rewards per token, and those into advantages and returns.
+
+        Args:
+            rollout: scored and annotated.
+
+        Returns:
+            the rollout with `rewards`, `advantages` and `returns`.
+
+        Raises:
+            TypeError, ValueError: where shaper or estimator return something else.
+        """
+        rewards = shaped(self.shaper, rollout, self.engine.reduce)
+        found = estimated(self.advantage, rewards, rollout, self.engine.reduce)
+        return replace(
+            rollout,
+            rewards=rewards,
+            advantages=found.advantages,
+            returns=found.returns,
+        )
+
+    def update(
+        self,
+        rollout: Rollout,
+        roles: Sequence[str] = ("critic", "policy"),
+        loss: PPOMaxLoss | None = None,
+    ) -> dict[str, float]:
+        """Train on a rollout: `num_ppo_epochs` times over it, in minibatches.
+
+        Args:
+            rollout: estimated.
+            roles: which models learn.
+            loss: what to minimize; None for `self.loss`.
+
+        Returns:
+            metrics over all processes, by name (docs/metrics.md).
+
+        Raises:
+            FloatingPointError: where a loss or gradient is not finite.
+        """
+        loss = loss or self.loss
+        self.model.train(self.args.gradient_checkpointing or not self.args.disable_dropout)
+        buffer = RolloutBuffer()
+        buffer.add(rollout)
+        shares, norms = Meter(), Meter()
+        size = max(1, self.args.minibatch_size // self.accelerator.num_processes)
+        for minibatch in buffer.minibatches(size, self.args.num_ppo_epochs, self.generator):
+            ptx = self._ptx_batch(len(minibatch)) if "policy" in roles else None
+            done = self.engine.step(minibatch, loss, roles, ptx)
+            for role, weight in done.weights.items():
+                of_role = {n: v for n, v in done.stats.items() if n.startswith(f"{role}/")}
+                shares.add(of_role, weight)
+            norms.add(done.norms, torch.ones_like(minibatch.token_weights.sum()))
+        self.model.eval()
+        rates = {f"{role}/learning_rate": v for role, v in self.engine.learning_rates().items()}
+        described = rollout_metrics(rollout, self.engine.reduce)
+        return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
+
+    # -------------------------------------------------------------------------------- parts
+
+    @property
+    def model(self) -> ActorCritic:
+        """The trained models, unwrapped."""
+        return self.engine.bare
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy, unwrapped."""
+        return self.model.policy
+
+    @property
+    def critic(self) -> RewardModel | None:
+        """The critic, unwrapped; None where there is none."""
+        return self.model.critic
+
+    @property
+    def shaper(self) -> Any:
+        """Rewards of responses → rewards per token, with running moments."""
+        return self.run.run_state.shaper
+
+    @shaper.setter
+    def shaper(self, shaper: Any) -> None:
+        self.run.run_state.shaper = shaper
+
+    @property
+    def prompts(self) -> Shuffled:
+        """The stream of the training set."""
+        return self.run.run_state.prompts
+
+    @property
+    def ptx(self) -> Shuffled | None:
+        """The stream of pre-training data, or None."""
+        return self.run.run_state.ptx
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The order of the minibatches."""
+        return self.run.run_state.generator
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics of every logged iteration and evaluation, in order."""
+        return self.run.state.log_history
+
+    def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
+        self.model.eval()
+        with self._on_device(model), self.accelerator.autocast():
+            rollout = responses(self.sampler, model, prompts.ids)
+        rollout = replace(rollout, columns=prompts.columns)
+        if getattr(self.shaper, "score_after_end", False):
+            rollout = rollout.with_end_states(self.sampler.max_new_tokens)
+        return rollout
+
+    def _on_device(self, *models: nn.Module | None, gather: bool = True) -> Any:
+        return on_device(self.model, *models, device=self.accelerator.device, gather=gather)
+
+    def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
+        return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
+
+    def _stream(self, dataset: Dataset) -> Shuffled:
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return Shuffled(dataset, self.args.seed, index, count)
+
+    def _reward_set(self, rewards: Any, policy: nn.Module | None = None) -> RewardSet:
+        loaded = load_rewards(reward_pairs(rewards), self.processing_class, policy)
+        return RewardSet(loaded, self.processing_class)
+
+    def _ptx_batch(self, size: int) -> Mapping[str, Tensor] | None:
+        if self.ptx is None or self.loss.ptx_coef is None:
+            return None
+        batch = self._collate(self.ptx.next(size))
+        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
+
+    # -------------------------------------------------------------------------------- evaluation
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, rewards: Any = None
     ) -> dict[str, float]:
-        """Answer held-out prompts with policy and reference, and let rewards compare them.
+        """Compare the policy's responses to held-out prompts with the reference's, by rewards.
 
-        The training run is not disturbed: evaluation has random numbers of its own, and the
-        reference's answers stay the same from one evaluation to the next.
+        The training run is not disturbed: evaluation has its own random numbers, and the
+        reference's responses are the same in every evaluation.
 
         Args:
             eval_dataset: records; None for the trainer's.
-            rewards: any rewards, trained ones or not; None for the trainer's.
+            rewards: any rewards, trained on or not; None for the trainer's.
 
         Returns:
             for each reward its mean on both sides, win, tie and lose rate; KL, perplexity,
-            length and variety of the policy's answers. Names begin with ``eval/``.
+            length and variety of the policy's responses. Names begin with ``eval/``.
 
         Raises:
             ValueError: where there is nothing to evaluate on.
@@ -591,47 +539,47 @@ class Trainer(Stages):
         if rewards is None:
             return self._compare(dataset, self.rewards)
         with lent_base(self.policy) as base:
-            judges = self._reward_set(rewards, base).to(self.accelerator.device)
-            return self._compare(dataset, judges)
+            reward_set = self._reward_set(rewards, base).to(self.accelerator.device)
+            return self._compare(dataset, reward_set)
 
-    def _compare(self, dataset: Dataset, judges: RewardSet) -> dict[str, float]:
+    def _compare(self, dataset: Dataset, rewards: RewardSet) -> dict[str, float]:
         ours = self.answer(dataset)
         theirs = self.answer(dataset, reference=True)
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
-        with together(self.accelerator), self._at_work(*judges.models()):
-            scores = judges(ours)[2], judges(theirs)[2]
-        metrics.update(compare(*scores, self.engine.reduce))
+        with together(self.accelerator), self._on_device(*rewards.models()):
+            by_name = rewards(ours)[2], rewards(theirs)[2]
+        metrics.update(compare(*by_name, self.engine.reduce))
         return metrics
 
     def evaluate_critic(self, dataset: Dataset | None = None, **options: Any) -> CriticEvaluation:
-        """Hold the critic's values against Monte-Carlo continuations of the same states.
+        """Compare the critic's values with Monte-Carlo returns of continuations.
 
         Args but ``trainer``: those of `evaluate_critic`. The training run is not disturbed.
         """
         return evaluate_critic(self, dataset, **options)
 
     def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
-        """Draw an answer to every prompt of a dataset, with random numbers of their own.
+        """Sample a response to every prompt of a dataset, with separate random numbers.
 
         Args:
             dataset: records with ``prompt``.
-            reference: whether the reference answers, or the policy. The reference's answers to
-                the last few datasets are kept.
+            reference: whether the reference responds, or the policy. The reference's responses to
+                the last few datasets are cached.
 
         Returns:
-            this process's share of the answers, in order.
+            this process's share of the responses, in order.
         """
         if not reference:
             return self._answer(dataset, reference)
-        # Known by the prompts and who draws: either may have been changed in between.
+        # Keyed by prompts and sampler: either may have been changed in between.
         prompts = repr([dict(dataset[i])["prompt"] for i in range(len(dataset))]).encode()
-        asked = hashlib.blake2b(prompts).digest(), self.sampler
-        for known, answers in self._references:
-            if known[0] == asked[0] and known[1] is asked[1]:
-                return answers
-        self._references.append((asked, self._answer(dataset, reference)))
+        key = hashlib.blake2b(prompts).digest(), self.sampler
+        for known, rollout in self._references:
+            if known[0] == key[0] and known[1] is key[1]:
+                return rollout
+        self._references.append((key, self._answer(dataset, reference)))
         return self._references[-1][1]
 
     def _answer(self, dataset: Dataset, reference: bool) -> Rollout:
@@ -640,15 +588,24 @@ class Trainer(Stages):
         records = [dict(dataset[i]) for i in mine]
         size = max(1, self.args.rollout_size // accelerator.num_processes)
         parts = [records[start : start + size] for start in range(0, len(records), size)]
-        lent = as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
-        # Processes may have different numbers of parts: the weights are lent for all of them.
-        with own_randomness(self.args.seed), lent as model, self._at_work(model):
+        chosen = (
+            as_reference(self.ref_model, self.policy) if reference else nullcontext(self.policy)
+        )
+        # Weights are gathered once for all parts: processes may have different numbers of them.
+        with temporary_seed(self.args.seed), chosen as model, self._on_device(model):
             return Rollout.concat([self._respond(model, self._encode(p)) for p in parts])
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Metrics of every logged iteration and evaluation, in order."""
-        return self.run.state.log_history
+    def reference_distinct_2(self) -> float:
+        """Return distinct-2 of as many of the reference's responses as a rollout has."""
+        dataset, copies = self.prompts.dataset, self.args.samples_per_prompt
+        size = self.args.rollout_size // copies
+        records = [dict(dataset[i % len(dataset)]) for i in range(size) for _ in range(copies)]
+        completions = self._answer(records, reference=True).completions()
+        shares = torch.tensor([distinct_2(completions), 1.0], device=self.accelerator.device)
+        total, processes = self.engine.reduce(shares).tolist()
+        return total / processes
+
+    # -------------------------------------------------------------------------------- results
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the curves that tell whether PPO works.
@@ -664,16 +621,6 @@ class Trainer(Stages):
         from mossrlhf.plotting import plot_history
 
         return plot_history(self.history, path)
-
-    def reference_distinct_2(self) -> float:
-        """Return distinct-2 of as many of the reference's answers as a rollout has."""
-        dataset, copies = self.prompts.dataset, self.args.samples_per_prompt
-        size = self.args.rollout_size // copies
-        records = [dict(dataset[i % len(dataset)]) for i in range(size) for _ in range(copies)]
-        answers = self._answer(records, reference=True).completions()
-        shares = torch.tensor([distinct_2(answers), 1.0], device=self.accelerator.device)
-        total, processes = self.engine.reduce(shares).tolist()
-        return total / processes
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write ``policy/`` (with the tokenizer) and ``critic/``, as transformers loads them.
@@ -706,49 +653,38 @@ class Trainer(Stages):
                 self.processing_class.push_to_hub(repo_id, **kwargs)
 
     def __repr__(self) -> str:
-        return describe(self)
+        """Return the effective settings: every component with its numbers."""
+        accelerator = self.accelerator
+        lines = [
+            f"{type(self).__name__} on {accelerator.num_processes} x {accelerator.device}, "
+            f"mixed precision {accelerator.mixed_precision}",
+            f"policy:     {count_parameters(self.policy)}",
+            f"critic:     {count_parameters(self.critic)}",
+            f"reference:  {count_parameters(self.ref_model)}",
+            f"scoring:    {self._describe_scoring()}",
+            f"rewards:    {', '.join(f'{n} x {w:g}' for n, w in self.rewards.weights.items())}",
+            f"prompts:    {len(self.prompts.dataset)}, at most {self.max_prompt_length} tokens",
+        ]
+        for name in ("sampler", "shaper", "advantage", "loss", "args"):
+            part = getattr(self, name)
+            lines.append(f"{name}: {type(part).__name__}")
+            if is_dataclass(part):
+                shown = {spec.name: getattr(part, spec.name) for spec in fields(part)}
+                # Of a sampler its effective config is shown, not the one it was made of.
+                shown.pop("generation_config", None)
+                effective = shown.pop("effective", None)
+                if effective is not None:
+                    shown |= effective.to_diff_dict()
+                lines += [f"    {key} = {value!r}" for key, value in shown.items()]
+        return "\n".join(lines)
 
-
-def describe(trainer: Trainer) -> str:
-    """Lay out every object and number in force.
-
-    Args:
-        trainer: any.
-
-    Source: ours.
-    """
-    accelerator = trainer.accelerator
-    lines = [
-        f"{type(trainer).__name__} on {accelerator.num_processes} x {accelerator.device}, "
-        f"mixed precision {accelerator.mixed_precision}",
-        f"policy:     {count_parameters(trainer.policy)}",
-        f"critic:     {count_parameters(trainer.critic)}",
-        f"reference:  {count_parameters(trainer.ref_model)}",
-        f"scoring:    {_scoring(trainer)}",
-        f"rewards:    {', '.join(f'{n} x {w:g}' for n, w in trainer.rewards.weights.items())}",
-        f"prompts:    {len(trainer.prompts.dataset)}, at most {trainer.max_prompt_length} tokens",
-    ]
-    for name in ("sampler", "shaper", "advantage", "loss", "args"):
-        part = getattr(trainer, name)
-        lines.append(f"{name}: {type(part).__name__}")
-        if is_dataclass(part):
-            shown = {spec.name: getattr(part, spec.name) for spec in fields(part)}
-            # Of a sampler the config in force is shown, not the one it was made of.
-            shown.pop("generation_config", None)
-            effective = shown.pop("effective", None)
-            if effective is not None:
-                shown |= effective.to_diff_dict()
-            lines += [f"    {key} = {value!r}" for key, value in shown.items()]
-    return "\n".join(lines)
-
-
-def _scoring(trainer: Trainer) -> str:
-    """How tokens are scored, by whom, and how the gradient of their loss is made."""
-    path, chosen = token_path(trainer.policy), backend(trainer.accelerator.device)
-    if not path.by_hidden:
-        return f"by whole logits, since {path.reason}"
-    why = trainer.engine.why_not_fused(trainer.loss)
-    if why is None and "as a module" in path.reason:
-        why = "a module is run twice"
-    units = "three matrix units" if why is None else f"four matrix units, since {why}"
-    return f"{path.reason}; {units}; by {chosen.name}, since {chosen.reason}"
+    def _describe_scoring(self) -> str:
+        """How tokens are scored, by which backend, and how the gradient of their loss is made."""
+        path, chosen = token_path(self.policy), backend(self.accelerator.device)
+        if not path.by_hidden:
+            return f"by whole logits, since {path.reason}"
+        why = self.engine.why_not_fused(self.loss)
+        if why is None and "as a module" in path.reason:
+            why = "a module is run twice"
+        units = "three matrix units" if why is None else f"four matrix units, since {why}"
+        return f"{path.reason}; {units}; by {chosen.name}, since {chosen.reason}"

@@ -57,8 +57,6 @@ class Rollout:
         returns: ``[B, T]`` the critic's targets.
         extra: further tensors whose first dimension is B, for custom losses. Where the second is
             as long as T, it is the tokens', and is cut and padded as that of the fields above.
-
-    Source: ours.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -251,8 +249,6 @@ class Advantages:
     Args:
         advantages: ``[B, T]``, zero outside the mask.
         returns: ``[B, T]`` the critic's targets, zero outside the mask.
-
-    Source: ours.
     """
 
     advantages: Float[Tensor, "B T"]
@@ -269,8 +265,6 @@ class TokenStats:
         logsumexp: log Σ_v exp(z_v/τ), nats; None where it is not known.
         ref_logprob: log-probability under the reference, nats; None without one.
         kl: exact KL divergence from the reference, nats; None without one.
-
-    Source: ours.
     """
 
     logprob: Float[Tensor, "..."]
@@ -290,8 +284,6 @@ class LossOutput:
     Args:
         loss: scalar, to be differentiated.
         stats: detached scalars by metric name; added up like the loss.
-
-    Source: ours.
     """
 
     loss: Float[Tensor, ""]

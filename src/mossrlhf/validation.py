@@ -1,9 +1,7 @@
 """Checks of a trainer's parts, and of what the user's own components return."""
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.options import call_with
 from mossrlhf.rewards import reward_pairs
 from mossrlhf.sampling import Sampler
-from mossrlhf.types import Advantages, Rollout, TokenStats
+from mossrlhf.types import Advantages, Rollout
 
 KINDS: dict[str, tuple[Any, str]] = {
     "args": (TrainerConfig, "TrainerConfig(...)"),
@@ -41,16 +39,11 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 def require_parts(given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are of no use whatever the others are, before anything is loaded.
-
-    Args:
-        given: arguments of a trainer by name.
+    """Check each of a trainer's arguments, by name, before anything is loaded.
 
     Raises:
-        TypeError: where one only looks like a part: a dict for a config, a class for an object.
-        ValueError: where a dataset or the reward is not in order.
-
-    Source: ours.
+        TypeError: where one is of the wrong kind: a dict for a config, a class for an object.
+        ValueError: where a dataset is malformed, or no reward has a weight.
     """
     for name, (kind, remedy) in KINDS.items():
         value = given.get(name)
@@ -69,7 +62,7 @@ def require_parts(given: Mapping[str, Any]) -> None:
 
 def _require_callbacks(callbacks: Any) -> None:
     if isinstance(callbacks, Iterable) and not isinstance(callbacks, Collection):
-        return  # to look into a generator would be to use it up
+        return  # a generator can be read only once
     listed = list(callbacks) if isinstance(callbacks, Collection) else [callbacks]
     kinds = (c if isinstance(c, type) else type(c) for c in listed)
     wrong = [c for c, kind in zip(listed, kinds, strict=True) if not hasattr(kind, "on_step_end")]
@@ -88,23 +81,17 @@ def _require_rewards(reward: Any) -> None:
 
 
 def require_fitting_parts(
-    trainer: Any, critic: Any, ptx_dataset: Any, generation_config: Any, sampler: Any
+    args: TrainerConfig,
+    loss: PPOMaxLoss,
+    advantage: Any,
+    processes: int,
+    *,
+    critic: Any,
+    ptx_dataset: Any,
+    generation_config: Any,
+    sampler: Any,
 ) -> None:
-    """Refuse parts that are each in order but not together.
-
-    Args:
-        trainer: with its ``args``, ``loss``, ``advantage`` and ``accelerator``.
-        critic: as the trainer was given it.
-        ptx_dataset: pre-training data, or None.
-        generation_config: or None.
-        sampler: or None.
-
-    Raises:
-        ValueError: which parts, and what to do.
-
-    Source: ours.
-    """
-    args, loss = trainer.args, trainer.loss
+    """Raise ValueError where parts that are each valid do not fit together."""
     if loss.ptx_coef is not None and ptx_dataset is None:
         raise ValueError(
             f"PPOMaxLoss(ptx_coef={loss.ptx_coef}): there is no pre-training data; pass "
@@ -120,7 +107,7 @@ def require_fitting_parts(
             "TrainerConfig(bootstrap_truncated=True): it takes the critic's values, and "
             "critic=False; leave one of them out"
         )
-    size = getattr(trainer.advantage, "group_size", None)
+    size = getattr(advantage, "group_size", None)
     if size is not None and size != args.samples_per_prompt:
         raise ValueError(
             f"advantage: its groups are of {size}, but TrainerConfig(samples_per_prompt="
@@ -131,20 +118,13 @@ def require_fitting_parts(
             "generation_config: got one beside a sampler, which draws by its own; give it to "
             "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
         )
-    args.require_shareable(trainer.accelerator.num_processes)
+    args.require_shareable(processes)
 
 
 def require_reachable_entropy(loss: PPOMaxLoss, vocabulary: int) -> None:
-    """Refuse an entropy target above what the vocabulary allows, which would never bind.
+    """Raise ValueError where the entropy target is above ln V, and so would never bind.
 
-    Args:
-        loss: with its ``entropy_target``.
-        vocabulary: V, tokens the policy chooses among.
-
-    Raises:
-        ValueError: with the bound, ln V.
-
-    Source: ours; C clips entropy at 35 nats, where ln V = 10.4.
+    MOSS-RLHF's code clips entropy at 35 nats, where ln V = 10.4.
     """
     target, most = loss.entropy_target, math.log(vocabulary)
     if target is not None and target >= most:
@@ -156,19 +136,7 @@ def require_reachable_entropy(loss: PPOMaxLoss, vocabulary: int) -> None:
 
 
 def responses(sampler: Any, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-    """Draw a response to each prompt.
-
-    Args:
-        sampler: ours or the user's.
-        model: whose responses.
-        prompts: token ids of each.
-
-    Raises:
-        TypeError: where it returns no `Rollout`.
-        ValueError: where there is not one response to each prompt.
-
-    Source: ours.
-    """
+    """Call a sampler; raise TypeError or ValueError unless it returns a `Rollout` of B prompts."""
     rollout: Any = sampler(model, prompts)
     name = type(sampler).__name__
     if not isinstance(rollout, Rollout):
@@ -184,64 +152,8 @@ def responses(sampler: Any, model: nn.Module, prompts: Sequence[Sequence[int]]) 
     return rollout
 
 
-AGREEMENT = 1e-3
-"""Nats by which log-probabilities by a cache and by a whole sequence may differ, in float32."""
-
-
-def confirmed(
-    rollout: Rollout, score: Callable[[Rollout], TokenStats], *, lenient: bool = False
-) -> Rollout:
-    """Let two responses be scored anew, to confirm what a sampler has noted of all of them.
-
-    Args:
-        rollout: B responses.
-        score: what the policy says of the N tokens of some.
-        lenient: whether to go on with what is not confirmed, as processes must that score together.
-
-    Returns:
-        the rollout, without `logprobs` and `entropies` where these are not both there and right.
-
-    Warns:
-        UserWarning: where they are wrong.
-
-    Source: ours.
-    """
-    if rollout.logprobs is None or rollout.entropies is None:
-        return replace(rollout, logprobs=None, entropies=None)
-    lengths = rollout.prompt_lengths  # with most and with least padding while they were drawn
-    part = rollout.select(torch.stack([lengths.argmin(), lengths.argmax()]))
-    assert part.logprobs is not None
-    gap = (score(part).logprob - part.logprobs[part.mask]).abs()
-    if not gap.numel() or float(gap.max()) <= AGREEMENT:
-        return rollout
-    warnings.warn(
-        f"rollout: its logprobs are off by up to {float(gap.max()):.2g} nats from what the policy "
-        "says of its tokens; was it drawn by another policy, or changed since? "
-        + ("They are kept" if lenient else "They are replaced")
-        + "; replace(rollout, logprobs=None) has them computed, and spares this warning",
-        UserWarning,
-        stacklevel=3,
-    )
-    return rollout if lenient else replace(rollout, logprobs=None, entropies=None)
-
-
 def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tensor:
-    """Shape the scores of a rollout into rewards.
-
-    Args:
-        shaper: ours or the user's.
-        rollout: scored and annotated.
-        reduce: sums a tensor over all processes; passed where it is asked for.
-
-    Returns:
-        ``[B, T]`` rewards.
-
-    Raises:
-        TypeError: where it returns no tensor.
-        ValueError: where these are not rewards per token.
-
-    Source: ours.
-    """
+    """Call a shaper; raise TypeError or ValueError where it returns no rewards ``[B, T]``."""
     rewards = call_with(shaper, rollout, reduce=reduce)
     expected = tuple(rollout.mask.shape)
     if not isinstance(rewards, Tensor):
@@ -260,19 +172,11 @@ def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tens
 def estimated(
     estimator: Callable[..., Any], rewards: Tensor, rollout: Rollout, reduce: Reduce
 ) -> Advantages:
-    """Estimate the advantages of a rollout; without a critic the values are 0.
-
-    Args:
-        estimator: ours or the user's.
-        rewards: ``[B, T]``.
-        rollout: annotated.
-        reduce: sums a tensor over all processes; passed where it is asked for.
+    """Call an advantage estimator, with values of 0 where there is no critic.
 
     Raises:
         TypeError: where it returns no `Advantages`.
-        ValueError: where these are not per token.
-
-    Source: ours.
+        ValueError: where these are not ``[B, T]``.
     """
     values = rollout.values if rollout.values is not None else torch.zeros_like(rewards)
     found = call_with(
@@ -300,20 +204,18 @@ def estimated(
 
 
 def as_scores(scores: Any, rollout: Rollout) -> Tensor:
-    """Return scores of the user's own as a tensor.
-
-    Args:
-        scores: numbers, one per response.
-        rollout: B responses.
-
-    Raises:
-        ValueError: where they are no numbers.
-
-    Source: ours.
-    """
+    """Return the user's scores as a tensor; raise ValueError unless they are B finite numbers."""
     try:
-        return torch.as_tensor(scores, dtype=torch.float32, device=rollout.mask.device)
+        given = torch.as_tensor(scores, dtype=torch.float32, device=rollout.mask.device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"scores: got {scores!r:.60}, expected {len(rollout)} numbers ({error})"
         ) from error
+    if given.shape != (len(rollout),):
+        raise ValueError(
+            f"scores: got {tuple(given.shape)}, expected one for each of the {len(rollout)} "
+            "responses"
+        )
+    if not bool(torch.isfinite(given).all()):
+        raise ValueError(f"scores: got {given.tolist()}, expected finite numbers")
+    return given

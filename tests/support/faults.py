@@ -157,7 +157,7 @@ def one_is_told(folder: Path) -> None:
 
 def cannot_save(folder: Path) -> None:
     """Process 0, which writes, cannot."""
-    from mossrlhf.checkpoint.serialization import serialization as checkpoint
+    from mossrlhf import serialization as checkpoint
 
     trainer = build(folder, Trainer, save_steps=2)
 

@@ -16,7 +16,7 @@ def main(folder: Path, steps: int) -> None:
     from kill_runs import build
 
     from mossrlhf import last_checkpoint
-    from mossrlhf.checkpoint.serialization import pack_optimizer, trained_tensors
+    from mossrlhf.serialization import pack_optimizer, trained_tensors
 
     torch.set_num_threads(1)
     trainer = build(folder / "run", total_steps=steps)

@@ -183,12 +183,12 @@ def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
     result["in_force_still"] = in_force(trainer, case.kind)
     result["parameters"] = flat(trainer)
     # Whole, and in the layout of one process; then that one's in place of what there is here.
-    result["checkpoint"] = str(save_checkpoint(trainer))
+    result["checkpoint"] = str(save_checkpoint(trainer.run.run_state))
     if one is not None:
-        load_checkpoint(trainer, one)
+        load_checkpoint(trainer.run.run_state, one)
         result["resumed"] = flat(trainer)
         trainer.output_dir /= "again"
-        result["again"] = str(save_checkpoint(trainer))
+        result["again"] = str(save_checkpoint(trainer.run.run_state))
     return result
 
 

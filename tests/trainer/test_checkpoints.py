@@ -16,9 +16,9 @@ from transformers.trainer_callback import ExportableState
 from mossrlhf import last_checkpoint
 from mossrlhf.checkpoint.folders import STATE
 from mossrlhf.checkpoint.save_load import save_checkpoint
-from mossrlhf.checkpoint.serialization import sealed_state
-from mossrlhf.checkpoint.serialization import serialization as checkpoint
-from mossrlhf.checkpoint.state import random_state, set_random_state
+from mossrlhf.randomness import random_state, set_random_state
+from mossrlhf import serialization as checkpoint
+from mossrlhf.serialization import with_checksum
 
 
 def full_disk(trainer, step, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_checkpoint_that_could_not_be_replaced_is_still_there(make, monkeypatc
     before = (trainer.output_dir / "checkpoint-2" / STATE).read_text()
     full_disk(trainer, 2, monkeypatch)
     with pytest.raises(OSError, match="checkpoint-2 could not be written"):
-        save_checkpoint(trainer)
+        save_checkpoint(trainer.run.run_state)
     assert (trainer.output_dir / "checkpoint-2" / STATE).read_text() == before
 
 
@@ -166,7 +166,7 @@ def test_names_in_a_state_do_not_lead_out_of_the_folder(damaged):
     state = folder / "checkpoint-2" / STATE
     content = json.loads(state.read_text())
     content["files"]["../secret.safetensors"] = {"bytes": 0, "crc32": "00000000"}
-    state.write_text(json.dumps(sealed_state(content)))
+    state.write_text(json.dumps(with_checksum(content)))
     with pytest.raises(ValueError, match=r"\.\./secret\.safetensors is missing"):
         fresh().train(resume_from_checkpoint=True)
 
@@ -183,7 +183,7 @@ def test_adapters_over_another_base_are_refused(make, policy):
     adapted = dict(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     make(args=dict(total_steps=1), model=policy(0), **adapted).train()
     other = make(args=dict(total_steps=2), model=policy(3), **adapted)
-    with pytest.raises(ValueError, match="stood on other frozen weights"):
+    with pytest.raises(ValueError, match="trained on other frozen weights"):
         other.train(resume_from_checkpoint=True)
     same = make(args=dict(total_steps=2), model=policy(0), **adapted)
     same.train(resume_from_checkpoint=True)

@@ -105,7 +105,7 @@ def test_a_spare_micro_batch_adds_nothing(make, parameters, monkeypatch, after_e
     shaper = RewardShaper(score_after_end=after_end)
     alone, waiting = (make(name, shaper=shaper) for name in ("alone", "waiting"))
     rollout = alone.estimate(alone.annotate(alone.score(alone.collect())))
-    monkeypatch.setattr(waiting.engine, "_spare", lambda count: 2)
+    monkeypatch.setattr(waiting.engine, "_missing", lambda count: 2)
     one, other = (trainer.engine.step(rollout, PPOMaxLoss()) for trainer in (alone, waiting))
     assert other.stats == one.stats
     assert torch.equal(parameters(waiting.model), parameters(alone.model))

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler
-from mossrlhf.checkpoint.serialization import pack_optimizer, unpack_optimizer
 from mossrlhf.kernels import fast_products, products, use_products
+from mossrlhf.serialization import pack_optimizer, unpack_optimizer
 
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch comes without oneDNN")

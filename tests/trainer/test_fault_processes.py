@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mossrlhf.checkpoint.folders import checkpoints
-from mossrlhf.checkpoint.serialization import load_tensors
 from mossrlhf.nan_debug import read_fault
+from mossrlhf.serialization import load_tensors
 
 SCRIPT = Path(__file__).parent.parent / "support" / "faults.py"
 
@@ -114,7 +114,7 @@ def test_a_process_that_is_lost_stops_the_other(folder, ended, name, reason):
     assert "PeerError: process 0 of 2 stops in iteration 2, since another one is gone" in said
     assert reason in said
     newest = folder / name / "run" / "checkpoint-1"
-    assert f"train(resume_from_checkpoint=True) goes on from {str(newest)!r}" in said
+    assert f"train(resume_from_checkpoint=True) resumes from {str(newest)!r}" in said
     assert kept(folder, name) == ["checkpoint-1"]
     if name == "raises_alone":
         assert "LookupError in iteration 2 on process 1 alone: it saves nothing" in lost["output"]

@@ -18,8 +18,8 @@ import torch
 
 from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer
 from mossrlhf.checkpoint.folders import checkpoints
-from mossrlhf.checkpoint.serialization import serialization as checkpoint
 from mossrlhf.nan_debug import NonFiniteError, read_fault, write_fault
+from mossrlhf import serialization as checkpoint
 
 
 def steps_in(folder: Path) -> list[str]:
@@ -382,7 +382,7 @@ def test_what_the_disk_has_no_room_for_is_saved_elsewhere(
         trainer.train()
     assert steps_in(trainer.output_dir) == ["checkpoint-2"]
     (saved,) = spare.glob("mossrlhf-*/checkpoint-4")
-    assert f"go on with train(resume_from_checkpoint={str(saved)!r})" in capsys.readouterr().out
+    assert f"resume by train(resume_from_checkpoint={str(saved)!r})" in capsys.readouterr().out
     monkeypatch.undo()
     resumed = make("resumed", args=dict(total_steps=5))
     resumed.train(resume_from_checkpoint=saved)

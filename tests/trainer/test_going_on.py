@@ -103,10 +103,10 @@ def test_other_reward_models_are_told(make, reward_model):
 def test_a_warm_up_that_went_on_is_not_saved_yet(make):
     trainer = make(args=dict(total_steps=1, critic_pretrain_steps=3, save_steps=2))
     trainer.pretrain_critic()
-    assert trainer.run.pretrained == 3
-    assert not is_saved(trainer)  # checkpoint-0 is of the second
-    trainer.run.pretrained = 2
-    assert is_saved(trainer)
+    assert trainer.run.run_state.pretrained == 3
+    assert not is_saved(trainer.run.run_state)  # checkpoint-0 is of the second
+    trainer.run.run_state.pretrained = 2
+    assert is_saved(trainer.run.run_state)
 
 
 class Counting(TrainerCallback, ExportableState):
@@ -158,7 +158,7 @@ def test_who_looks_in_between_two_renames_does_no_harm(make, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", looking)
     trainer.run.state.best_metric = 5.0
-    save_checkpoint(trainer)
+    save_checkpoint(trainer.run.run_state)
     assert len(looked) == 1
     state = json.loads((trainer.output_dir / "checkpoint-1" / STATE).read_text())
     assert state["best_metric"] == 5.0

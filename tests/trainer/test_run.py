@@ -130,7 +130,7 @@ def test_checkpoints_hold_the_watches(make):
     from mossrlhf.checkpoint.save_load import save_checkpoint
 
     resumed = make("resumed", args=dict(total_steps=1))
-    resumed.train(resume_from_checkpoint=save_checkpoint(trainer))
+    resumed.train(resume_from_checkpoint=save_checkpoint(trainer.run.run_state))
     assert resumed.run.collapse.lately
     assert resumed.run.still.still == 2
 
@@ -281,7 +281,7 @@ def test_a_second_ctrl_c_does_not_overwrite_a_checkpoint(make, parameters):
 def test_ctrl_c_in_the_warm_up_leaves_a_checkpoint_to_go_on_from(make, parameters):
     class Interrupted(Trainer):
         def score(self, rollout):
-            if self.run.pretrained == 1:
+            if self.run.run_state.pretrained == 1:
                 signal.raise_signal(signal.SIGINT)
             return super().score(rollout)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mossrlhf.checkpoint.folders import STATE, checkpoints
-from mossrlhf.checkpoint.serialization import sealed_state
 from mossrlhf.checkpoint.state import FORMAT, KINDS, read_state
+from mossrlhf.serialization import with_checksum
 
 
 def test_what_is_asked_for_is_written(make):
@@ -32,7 +32,7 @@ def state(tmp_path):
     def write(**changes):
         folder = tmp_path / "checkpoint-3"
         folder.mkdir(exist_ok=True)
-        (folder / STATE).write_text(json.dumps(sealed_state({**good, **changes})))
+        (folder / STATE).write_text(json.dumps(with_checksum({**good, **changes})))
         return folder
 
     return write

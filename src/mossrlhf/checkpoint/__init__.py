@@ -1,1 +1,1 @@
-"""Checkpoints: save, resume, list."""
+"""Checkpoints: save a run, resume it, list and prune folders."""

@@ -1,66 +1,29 @@
-"""What a checkpoint holds besides models and optimizers: counters, settings, random states."""
+"""`RunState`: what a run changes as it goes on, and what a checkpoint stores of it."""
 
 import json
-import random
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
 
 from mossrlhf.checkpoint.folders import STATE, checkpoints
-from mossrlhf.checkpoint.serialization import CHECKSUM, read_json, require_sealed, sealed_state
+from mossrlhf.config import TrainerConfig
+from mossrlhf.data import Shuffled
 from mossrlhf.models import RewardModel, weights_digest
+from mossrlhf.optimization import Engine
+from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.roles import is_adapted
+from mossrlhf.serialization import CHECKSUM, read_json, require_checksums, with_checksum
 from mossrlhf.version import __version__
 
-if TYPE_CHECKING:
-    from mossrlhf.trainer import Trainer
-
-
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of this process's generators: tensors, and what JSON holds.
-
-    Torch's on every device, Python's and NumPy's, which reward functions draw from.
-
-    Source: ours.
-    """
-    tensors = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    version, numbers, gauss = random.getstate()
-    mersenne: Any = np.random.get_state()
-    kind, keys, *rest = mersenne
-    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
-    plain = {"python": [version, list(numbers), gauss], "numpy": [kind, *rest]}
-    return tensors, plain
-
-
-def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned.
-
-    Args:
-        tensors: of torch and NumPy.
-        plain: of Python and NumPy.
-
-    Source: ours.
-    """
-    torch.set_rng_state(tensors["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-    version, numbers, gauss = plain["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, *rest = plain["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
-
-
 FORMAT = 1
-"""Of checkpoints: raised where an older version could not read a newer one's."""
+"""Format of checkpoints; raised when an older version cannot read a newer one's."""
 
 KINDS: dict[str, Any] = {
     "version": str,
@@ -85,25 +48,109 @@ KINDS: dict[str, Any] = {
     "files": dict,
     CHECKSUM: str,
 }
-"""What a state holds beside its format, and of which kind it is."""
+"""The entries of a stored state and their types."""
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """The parts of a trainer that a run changes, and how far the run has come.
+
+    Args:
+        args: the trainer's.
+        accelerator: the trainer's.
+        engine: models, optimizers, schedules.
+        ref_model: the reference; None where the policy's base stands in for it.
+        reward_models: the models among the rewards.
+        shaper: rewards of responses → rewards per token, with its running moments.
+        prompts: stream of the training set.
+        ptx: stream of pre-training data, or None.
+        generator: order of the minibatches.
+        save_models: writes the models as transformers loads them into a folder.
+        callbacks: all of them, in order.
+        progress: step, history, best metric.
+        watches: watchers with a memory, by name.
+        pretrained: iterations of critic warm-up taken.
+        before: `snapshot` at the start of the current iteration; None between iterations.
+        updating: whether models may have moved since the start of the current iteration.
+        steps_before: optimizer steps taken before the current update.
+    """
+
+    args: TrainerConfig
+    accelerator: Accelerator
+    engine: Engine
+    ref_model: nn.Module | None
+    reward_models: Sequence[nn.Module]
+    shaper: Any
+    prompts: Shuffled
+    ptx: Shuffled | None
+    generator: torch.Generator
+    save_models: Callable[[Path], None]
+    callbacks: Sequence[TrainerCallback] = ()
+    progress: TrainerState = field(default_factory=TrainerState)
+    watches: dict[str, Any] = field(default_factory=dict)
+    pretrained: int = 0
+    before: dict[str, Any] | None = None
+    updating: bool = False
+    steps_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings = settings_of(self)
+        self.rewards_checksum = _rewards_checksum(self.reward_models)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.args.output_dir)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of a checkpoint of the current step."""
+        return self.output_dir / f"checkpoint-{self.progress.global_step}"
+
+    def shaper_state(self) -> dict[str, Any]:
+        """Return the shaper's memory; empty for a function without one."""
+        state: dict[str, Any] = getattr(self.shaper, "state_dict", dict)()
+        return state
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the places in data and random streams and the shaper's moments, for `rewind`."""
+        return {
+            "prompts": self.prompts.state_dict(),
+            "ptx": None if self.ptx is None else self.ptx.state_dict(),
+            "shaper": self.shaper_state(),
+            "random": random_state(),
+            "minibatches": self.generator.get_state(),
+        }
+
+    def rewind(self, snapshot: dict[str, Any]) -> None:
+        """Restore a `snapshot`; right as long as no model has moved since."""
+        self.load_streams(snapshot)
+        set_random_state(*snapshot["random"])
+        self.generator.set_state(snapshot["minibatches"])
+
+    def load_streams(self, saved: dict[str, Any]) -> None:
+        """Restore the places in the datasets and the shaper's moments."""
+        self.prompts.load_state_dict(saved["prompts"])
+        if self.ptx is not None and saved["ptx"] is not None:
+            self.ptx.load_state_dict(saved["ptx"])
+        if saved["shaper"]:
+            self.shaper.load_state_dict(saved["shaper"])
+
+
+# ------------------------------------------------------------------------------ stored state
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint says in plain numbers, having made sure that its tensors are whole.
-
-    Args:
-        path: its folder.
+    """Read the JSON of a checkpoint, and verify the checksums of its tensors.
 
     Raises:
-        ValueError: where it is damaged, of another library, or of a later format; it says how, and
-            names the newest whole checkpoint before it.
-
-    Source: ours.
+        ValueError: where the checkpoint is damaged, not ours, or of a later format; it names the
+            newest whole checkpoint before it.
     """
     try:
         return _whole_state(path)
     except ValueError as error:
-        what = f"resume_from_checkpoint: {str(path)!r}: {error}. {_offer(path)}"
+        what = f"resume_from_checkpoint: {str(path)!r}: {error}. {_alternative(path)}"
         raise ValueError(what) from error
 
 
@@ -127,16 +174,15 @@ def _whole_state(path: Path) -> dict[str, Any]:
     for name in ("global_step", "pretrained"):
         if state[name] < 0:
             raise ValueError(f"{STATE} is damaged (its {name} is {state[name]})")
-    # What is read is made into JSON again, as it was when it was written.
-    if sealed_state(state)[CHECKSUM] != state[CHECKSUM]:
-        raise ValueError(f"{STATE} is damaged (its check sum is of something else)")
-    require_sealed(path, state["files"])
+    if with_checksum(state)[CHECKSUM] != state[CHECKSUM]:
+        raise ValueError(f"{STATE} is damaged (its checksum does not match)")
+    require_checksums(path, state["files"])
     whole: dict[str, Any] = state
     return whole
 
 
-def _offer(path: Path) -> str:
-    """Name the newest whole checkpoint before one that is not."""
+def _alternative(path: Path) -> str:
+    """Name the newest whole checkpoint before a damaged one."""
     found = checkpoints(path.parent)
     before = found[: found.index(path)] if path in found else found
     for other in reversed(before):
@@ -148,111 +194,32 @@ def _offer(path: Path) -> str:
     return "There is no whole one before it; train from the start"
 
 
-def snapshot(trainer: "Trainer") -> dict[str, Any]:
-    """Note where the streams of data and random numbers are, and the shaper's moments.
+# ---------------------------------------------------------------------------------- settings
 
-    Args:
-        trainer: between two iterations.
-
-    Returns:
-        for `restore`, as long as no model has moved.
-
-    Source: ours.
-    """
-    return {
-        "prompts": trainer.prompts.state_dict(),
-        "ptx": None if trainer.ptx is None else trainer.ptx.state_dict(),
-        "shaper": shaper_state(trainer),
-        "random": random_state(),
-        "minibatches": trainer.generator.get_state(),
-    }
-
-
-def restore(trainer: "Trainer", noted: dict[str, Any]) -> None:
-    """Bring streams and moments back to where `snapshot` noted them.
-
-    Args:
-        trainer: the same.
-        noted: what `snapshot` returned.
-
-    Source: ours.
-    """
-    trainer.prompts.load_state_dict(noted["prompts"])
-    if trainer.ptx is not None:
-        trainer.ptx.load_state_dict(noted["ptx"])
-    if noted["shaper"]:
-        trainer.shaper.load_state_dict(noted["shaper"])
-    set_random_state(*noted["random"])
-    trainer.generator.set_state(noted["minibatches"])
-
-
-def shaper_state(trainer: "Trainer") -> dict[str, Any]:
-    """Return what a shaper remembers; nothing where it is a function without a memory.
-
-    Args:
-        trainer: whose shaper.
-
-    Source: ours.
-    """
-    state: dict[str, Any] = getattr(trainer.shaper, "state_dict", dict)()
-    return state
-
-
-COUNT = frozenset([
+SETTINGS = frozenset([
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "bootstrap_truncated", "clip_grad_jointly",
     "critic_learning_rate", "disable_dropout", "learning_rate", "lr_scheduler_type",
     "max_grad_norm", "max_prompt_length", "minibatch_size", "num_ppo_epochs", "rollout_size",
     "samples_per_prompt", "seed", "warmup_steps", "weight_decay",
 ])  # fmt: skip
-"""Fields of `TrainerConfig` that change what is learned, and not how long or how it is told."""
+"""Fields of `TrainerConfig` that change what is learned."""
 
-OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 
 
-def settings_of(trainer: "Trainer") -> dict[str, Any]:
-    """Note what decides over what a run learns.
-
-    Args:
-        trainer: built.
-
-    Source: ours.
-    """
-    noted = {spec.name: getattr(trainer.args, spec.name) for spec in fields(trainer.args)}
+def settings_of(run: RunState) -> dict[str, Any]:
+    """Return the settings that decide what a run learns, by name."""
+    values = {spec.name: getattr(run.args, spec.name) for spec in fields(run.args)}
     return {
-        **{name: value for name, value in noted.items() if name in COUNT},
-        "kl_coef": getattr(trainer.shaper, "kl_coef", None),
-        "len(train_dataset)": len(trainer.prompts.dataset),
+        **{name: value for name, value in values.items() if name in SETTINGS},
+        "kl_coef": getattr(run.shaper, "kl_coef", None),
+        "len(train_dataset)": len(run.prompts.dataset),
     }
 
 
-def judges_of(trainer: "Trainer") -> str | None:
-    """Tell the reward models from others; all processes ask together, as these may be sharded.
-
-    Args:
-        trainer: built; None where no model is among its rewards.
-
-    Source: ours.
-    """
-    found: dict[str, Tensor] = {}
-    for index, model in enumerate(trainer.rewards.models()):
-        own = model.own_parameters() if isinstance(model, RewardModel) else model.named_parameters()
-        found |= {f"{index}.{name}": parameter for name, parameter in dict(own).items()}
-    return weights_digest(found) if found else None
-
-
-def apply_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
-    """Let what the user has changed since a checkpoint win over what it holds, and say so.
-
-    Args:
-        trainer: with everything of the checkpoint put in its place.
-        before: what `settings_of` noted then.
-
-    Warns:
-        UserWarning: for each that has changed.
-
-    Source: ours.
-    """
-    changed = {n: now for n, now in trainer.run.settings.items() if before.get(n) != now}
+def apply_settings(run: RunState, before: dict[str, Any]) -> None:
+    """Let settings changed since the checkpoint win over the checkpoint's, with a warning each."""
+    changed = {n: now for n, now in run.settings.items() if before.get(n) != now}
     for name, now in changed.items():
         warnings.warn(
             f"resume_from_checkpoint: {name} was {before.get(name)} when the run began and is "
@@ -261,49 +228,46 @@ def apply_settings(trainer: "Trainer", before: dict[str, Any]) -> None:
             stacklevel=3,
         )
     if "kl_coef" in changed:
-        trainer.shaper.kl_coef = changed["kl_coef"]
+        run.shaper.kl_coef = changed["kl_coef"]
     for role, name in (("policy", "learning_rate"), ("critic", "critic_learning_rate")):
-        if name in changed and role in trainer.engine.schedulers:
-            trainer.engine.set_learning_rate(role, changed[name])
-    if set(OF_ADAM) & set(changed):
-        args = trainer.args
+        if name in changed and role in run.engine.schedulers:
+            run.engine.set_learning_rate(role, changed[name])
+    if set(ADAM) & set(changed):
+        args = run.args
         options = {
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
-        for optimizer in trainer.engine.optimizers.values():
+        for optimizer in run.engine.optimizers.values():
             for group in optimizer.param_groups:
                 group.update(options)
 
 
-def adapters_of(trainer: "Trainer") -> dict[str, Any]:
-    """Say of what make the trained adapters are: what their weights mean depends on it.
+# ------------------------------------------------------------- what trained weights stand on
 
-    Args:
-        trainer: built; nothing is noted where it has no adapters.
 
-    Source: ours.
-    """
-    if not is_adapted(trainer.policy):
+def _rewards_checksum(models: Sequence[nn.Module]) -> str | None:
+    """Identify the reward models; collective where they are sharded."""
+    found: dict[str, Tensor] = {}
+    for index, model in enumerate(models):
+        own = model.own_parameters() if isinstance(model, RewardModel) else model.named_parameters()
+        found |= {f"{index}.{name}": parameter for name, parameter in dict(own).items()}
+    return weights_digest(found) if found else None
+
+
+def adapters_of(run: RunState) -> dict[str, Any]:
+    """Describe the trained adapters' configuration; empty without adapters."""
+    model: Any = run.engine.bare
+    if not is_adapted(model.policy):
         return {}
-    policy: Any = trainer.policy
-    trained = [*policy.active_adapters, getattr(trainer.critic, "adapter", None)]
+    policy = model.policy
+    trained = [*policy.active_adapters, getattr(model.critic, "adapter", None)]
     return {n: _described(policy.peft_config[n]) for n in trained if n in policy.peft_config}
 
 
 def require_same_adapters(own: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse adapters of another make.
-
-    Args:
-        own: what `adapters_of` says now.
-        saved: what it said.
-
-    Raises:
-        ValueError: the first difference.
-
-    Source: ours.
-    """
+    """Raise ValueError at the first difference between two results of `adapters_of`."""
     for name in sorted({*own, *saved}):
         ours, theirs = own.get(name, {}), saved.get(name, {})
         different = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
@@ -317,10 +281,10 @@ def require_same_adapters(own: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def _described(config: Any) -> Any:
-    """A configuration of PEFT as JSON has it, without what it says of files and versions."""
-    passed = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"}
-    passed |= {"revision", "task_type"}
-    kept = {name: value for name, value in config.to_dict().items() if name not in passed}
+    """A PEFT configuration as JSON, without files and versions."""
+    skipped = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"}
+    skipped |= {"revision", "task_type"}
+    kept = {name: value for name, value in config.to_dict().items() if name not in skipped}
     return json.loads(
         json.dumps(kept, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     )

@@ -10,28 +10,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from mossrlhf.checkpoint.serialization import unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.sharding import note_hooks
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ActorCritic
-from mossrlhf.optimization import Engine, StepOutput
+from mossrlhf.optimization import Engine, StepOutput, unpack_optimizer
 from mossrlhf.types import Rollout
 
 
 def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> Engine:
-    """Return the engine for what the models run on.
-
-    Args:
-        model: policy and critic.
-        args: learning rates, clipping, micro-batches.
-        accelerator: as the launcher has set it up.
+    """Return an `Engine`, or under DeepSpeed a `ZeroEngine`.
 
     Raises:
         ValueError: where DeepSpeed is to run at another stage than 2 or 3, to offload at stage 2,
             to compute in float16, or has partitioned the models already.
-
-    Source: ours.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return Engine(model, args, accelerator)
@@ -43,7 +35,7 @@ def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerato
             "a configuration of kind MULTI_GPU"
         )
     if stage == 2 and offload != "none":
-        # It would forget the gradients of all but the last role's backward.
+        # It would lose the gradients of all but the last role's backward.
         raise ValueError(
             f"deepspeed: got ZeRO-2 with its optimizer on {offload!r}, expected 'none'; ZeRO-3 and "
             "FSDP2 can keep it there"
@@ -62,32 +54,25 @@ def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerato
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW remembers of each parameter."""
+"""AdamW's state of a parameter."""
 
 
 class ZeroEngine(Engine):
     """`Engine` under DeepSpeed: one optimizer with a group of parameters for each role.
 
-    The schedules work on optimizers that hold learning rates and never step; DeepSpeed's takes the
-    rates over. Norms are clipped here, role by role: DeepSpeed would clip all at once, inside the
-    step, when a gradient that is not finite could no longer stop it.
-
-    Args:
-        model: policy and critic.
-        args: learning rates, clipping, micro-batches.
-        accelerator: places the models and reduces over processes.
-
-    Source: ours.
+    The schedules change the learning rates of optimizers that never step; DeepSpeed's optimizer
+    copies them. Norms are clipped here, role by role: DeepSpeed would clip all at once, inside the
+    step, where a gradient that is not finite can no longer stop it.
     """
 
     def _prepare(self) -> None:
         config = self.accelerator.deepspeed_plugin.deepspeed_config
-        # Micro-batches are dealt out here; a number must stand there all the same.
+        # DeepSpeed requires these numbers; `Engine` makes the micro-batches itself.
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_accumulation_steps"] = 1
         config["gradient_clipping"] = 0.0
         groups = [
-            {**optimizer.param_groups[0], "role": role, "resting": False}
+            {**optimizer.param_groups[0], "role": role, "skipped": False}
             for role, optimizer in self.optimizers.items()
         ]
         joint = torch.optim.AdamW(groups)
@@ -95,7 +80,7 @@ class ZeroEngine(Engine):
         self.zero: Any = self.model.optimizer
         note_hooks(self.bare, self.model)
         inner: torch.optim.Optimizer = self.zero.optimizer
-        inner.register_step_pre_hook(_leave_out_the_resting)
+        inner.register_step_pre_hook(_leave_out_skipped)
         self.groups: dict[str, dict[str, Any]] = {g["role"]: g for g in inner.param_groups}
 
     def step(
@@ -105,14 +90,7 @@ class ZeroEngine(Engine):
         roles: Sequence[str] = ("critic", "policy"),
         ptx: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        """Take one optimizer step, as `Engine.step` does.
-
-        Args:
-            minibatch: this process's sequences, annotated and estimated.
-            loss: what to minimize.
-            roles: "policy" and "critic" as wanted.
-            ptx: a batch of pre-training data for the policy, or None.
-        """
+        """Take one optimizer step, as `Engine.step` does."""
         stale: Tensor | None = getattr(self.zero, "grad_partitions_flat_buffer", None)
         if stale is not None:
             # ZeRO-3 overwrites it in a step's first backward, and only where that one reaches.
@@ -120,20 +98,21 @@ class ZeroEngine(Engine):
         return super().step(minibatch, loss, roles, ptx)
 
     def _accumulate(
-        self, sync: bool, role: str, part: Any, share: Any, **extra: Any
+        self, last: bool, role: str, part: Any, share: Any, **extra: Any
     ) -> dict[str, Tensor]:
-        # A step has one last backward, not one for each role; but what an optimizer off the device
-        # gets to see is what a last backward has reached.
+        # A step has one last backward, not one per role; but an optimizer kept off the device sees
+        # only what a last backward has reached.
         offloads = getattr(self.zero, "offload_optimizer", False)
-        last = sync and (role == self._last or offloads)
-        self.model.set_gradient_accumulation_boundary(last)
+        boundary = last and (role == self._last_role or offloads)
+        self.model.set_gradient_accumulation_boundary(boundary)
         output = self.model(role, part, share, **extra)
         self._differentiate(output.loss)
         stats: dict[str, Tensor] = output.stats
         return stats
 
     def _differentiate(self, share: Tensor) -> None:
-        # Processes average gradients; shares are to be added up. Not by accelerate, which steps.
+        # DeepSpeed averages over processes; our shares are to be added up. Not through accelerate,
+        # whose `backward` takes a step as well.
         self.model.backward(share * self.accelerator.num_processes)
 
     def _clip(self, roles: Sequence[str]) -> dict[str, Tensor]:
@@ -158,7 +137,7 @@ class ZeroEngine(Engine):
         return self.accelerator.device
 
     def _gradients(self, role: str) -> list[Tensor]:
-        """This process's share of a role's gradient, in place."""
+        """This process's share of a role's gradient; changed in place."""
         zero, index = self.zero, list(self.groups).index(role)
         if not hasattr(zero, "fp16_groups"):  # stage 2: a group is a group
             return list(zero.averaged_gradients[index])
@@ -170,19 +149,15 @@ class ZeroEngine(Engine):
     def _move(self, roles: Sequence[str]) -> None:
         for role, group in self.groups.items():
             group["lr"] = self.optimizers[role].param_groups[0]["lr"]
-            group["resting"] = role not in roles
+            group["skipped"] = role not in roles
         self.model.step()
         for role in roles:
-            # torch would warn of a schedule whose optimizer has not stepped: this one's never does.
+            # torch warns of a schedule whose optimizer has not stepped; this one never does.
             self.optimizers[role]._opt_called = True  # type: ignore[attr-defined]
             self.schedulers[role].step()
 
     def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return a role's optimizer, as `Engine.pack` does and with the same names.
-
-        Args:
-            role: "policy" or "critic".
-        """
+        """Split a role's optimizer state as `Engine.pack` does, with the same names."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         carrier, tensors = self.optimizers[role], {}
@@ -197,13 +172,7 @@ class ZeroEngine(Engine):
         return tensors, {"slots": {}, "groups": carrier.state_dict()["param_groups"]}
 
     def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Put back what `pack` returned, or `Engine.pack`.
-
-        Args:
-            role: "policy" or "critic".
-            tensors: by name, all of them on all processes.
-            plain: the rest.
-        """
+        """Load what `pack`, or `Engine.pack`, returned."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         carrier = self.optimizers[role]
@@ -221,13 +190,13 @@ class ZeroEngine(Engine):
                 safe_set_full_optimizer_state(parameter, value, name)
 
     def _link(self) -> None:
-        # ZeRO-2 does so after its first step, when a role that has rested has nothing yet.
+        # ZeRO-2 links states after its first step, when a skipped role has none yet.
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _flats(self, role: str) -> list[Tensor]:
-        """What the inner optimizer takes for a role's parameters: this process's share of them."""
+        """The inner optimizer's parameters of a role: this process's flat shares."""
         zero, index = self.zero, list(self.groups).index(role)
         if not hasattr(zero, "fp16_groups"):
             return [zero.single_partition_of_fp32_groups[index]]
@@ -238,17 +207,17 @@ class ZeroEngine(Engine):
         state = self.zero.optimizer.state
         return [state[flat] for flat in self._flats(role)]
 
-    def forget(self) -> None:
-        """Drop all gradients, DeepSpeed's own copies among them."""
+    def zero_grad(self) -> None:
+        """Drop all gradients, DeepSpeed's copies included."""
         self.zero.zero_grad()
         for index in list(self.zero.averaged_gradients):
             self.zero.averaged_gradients[index] = None
-        super().forget()
+        super().zero_grad()
 
 
-def _leave_out_the_resting(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # A step without a gradient would still count, and decay what Adam remembers.
-    groups = [group for group in optimizer.param_groups if not group.get("resting")]
+def _leave_out_skipped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # A step without a gradient would still advance Adam's count and decay its moments.
+    groups = [group for group in optimizer.param_groups if not group.get("skipped")]
     if len(groups) == len(optimizer.param_groups):
         return
     everything, optimizer.param_groups = optimizer.param_groups, groups

@@ -15,27 +15,17 @@ from mossrlhf.options import inside
 
 
 def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
-    """Shard a frozen model over the processes in the way of a trained one, in place.
+    """Shard a frozen model over the processes like the trained one, in place, and return it.
 
-    Under FSDP2 block by block, what is outside of blocks staying whole; under ZeRO-3 all of it.
-    A model that shares weights with the trained one is left alone, and so is any where that one
-    is not sharded.
-
-    Args:
-        model: reference or reward model.
-        trained: the `ActorCritic`, prepared.
-
-    Returns:
-        the model.
-
-    Source: torch's ``fully_shard``, ``deepspeed.initialize``.
+    Under FSDP2 block by block, with the rest left whole; under ZeRO-3 all of it. A model that
+    shares weights with the trained one is left alone.
     """
     if is_sharded(model) or _shares(model, trained):
         return model
     if by_fsdp(trained):
         mesh = next(m for m in trained.modules() if isinstance(m, FSDPModule))
         for block in _blocks(model):
-            # Not the model itself: it is asked by its parts, which a root would not hear of.
+            # Not the model itself: its parts are called directly, past a root's hooks.
             fully_shard(block, mesh=_mesh(mesh), reshard_after_forward=True)
     elif by_zero3(trained):
         import deepspeed
@@ -51,28 +41,26 @@ def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
     return model
 
 
-def settle(
+def place_frozen(
     trained: nn.Module, *models: nn.Module | None, device: torch.device, args: TrainerConfig
 ) -> None:
-    """Put frozen models where they stay: sharded like the trained one, on a device, or aside.
+    """Shard frozen models like the trained one, or move them to the device or to the CPU.
 
     Args:
         trained: the `ActorCritic`, prepared.
-        models: reference and reward models; None is passed over.
-        device: where models are asked.
-        args: say whether they wait on the CPU.
-
-    Source: ours.
+        models: reference and reward models; None is skipped.
+        device: where models run.
+        args: ``offload_frozen`` keeps them on the CPU between uses.
     """
     for model in models:
         if model is None:
             continue
         if _shares(model, trained):
-            getattr(model, "score", model).to(device)  # the rest is where the policy is
+            getattr(model, "score", model).to(device)  # the rest is the policy's
             continue
         shard_alike(model, trained)
         if args.offload_frozen and not is_sharded(model):
-            _resting.add(model.to("cpu"))
+            _offloaded.add(model.to("cpu"))
         else:
             model.to(device)
 
@@ -88,38 +76,35 @@ def _mesh(part: Any) -> Any:
     return groups[0].mesh_info.mesh
 
 
-_resting: WeakSet[nn.Module] = WeakSet()
-"""Models that wait on the CPU."""
+_offloaded: WeakSet[nn.Module] = WeakSet()
+"""Models kept on the CPU between uses."""
 
 
 @contextmanager
-def at_work(
-    root: nn.Module, *models: nn.Module | None, device: torch.device, lend: bool
+def on_device(
+    root: nn.Module, *models: nn.Module | None, device: torch.device, gather: bool
 ) -> Iterator[None]:
-    """Have models where and as they can be asked, for as long as they are.
-
-    Within another such context nothing happens to the models that are its.
+    """Move models kept on the CPU to the device, for the duration of the block; nestable.
 
     Args:
-        root: the `ActorCritic`, whose weights some of the models may share.
-        models: any; None is passed over.
-        device: where those that wait on the CPU are moved, and back.
-        lend: whether sharded ones are lent whole, since processes may ask them unequally often.
-
-    Source: ours.
+        root: the `ActorCritic`, with which the models may share weights.
+        models: any; None is skipped.
+        device: where to.
+        gather: whether to gather sharded models, so that each process may call them as often as
+            it likes.
     """
     with ExitStack() as stack:
         for model in models:
             if model is None:
                 continue
             if is_sharded(model):
-                if lend:
+                if gather:
                     own = root if _shares(model, root) else model
                     stack.enter_context(gathered(own, model))
-            elif model in _resting:
-                stack.callback(_resting.add, model)
+            elif model in _offloaded:
+                stack.callback(_offloaded.add, model)
                 stack.callback(model.to, "cpu")
-                _resting.discard(model.to(device))
+                _offloaded.discard(model.to(device))
         yield
 
 

@@ -10,7 +10,7 @@ from torch import distributed
 
 
 class PeerError(RuntimeError):
-    """Another process has failed, or is gone; this one is well, and stops with it. Source: ours."""
+    """Another process has failed, or is gone; this one is well, and stops with it."""
 
 
 @contextmanager
@@ -25,8 +25,6 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
     Raises:
         PeerError: on the processes that are well; it says what the others raised.
-
-    Source: ours.
     """
     if accelerator.num_processes == 1:
         yield
@@ -53,8 +51,6 @@ def on_all(error: Exception) -> Exception:
 
     Args:
         error: on this process.
-
-    Source: ours.
     """
     error.__dict__["on_all_processes"] = True
     return error
@@ -65,8 +61,6 @@ def is_shared(error: Exception) -> bool:
 
     Args:
         error: on this process.
-
-    Source: ours.
     """
     return bool(error.__dict__.get("on_all_processes", False))
 

@@ -16,8 +16,6 @@ def full(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: a ``DTensor``, or any other, which is returned as it is.
-
-    Source: ours.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -27,8 +25,6 @@ def local(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: a ``DTensor``, or any other, which is returned as it is.
-
-    Source: ours.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -38,8 +34,6 @@ def by_fsdp(model: nn.Module | None) -> bool:
 
     Args:
         model: any; None has nothing inside.
-
-    Source: ours.
     """
     return model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
 
@@ -49,8 +43,6 @@ def by_zero3(model: nn.Module | None) -> bool:
 
     Args:
         model: any; None has none.
-
-    Source: ours.
     """
     return model is not None and any(hasattr(p, "ds_id") for p in model.parameters())
 
@@ -60,8 +52,6 @@ def is_sharded(*models: nn.Module | None) -> bool:
 
     Args:
         models: any.
-
-    Source: ours.
     """
     return any(by_fsdp(model) or by_zero3(model) for model in models)
 
@@ -77,8 +67,6 @@ def note_hooks(model: nn.Module, engine: Any) -> None:
     Args:
         model: the module inside.
         engine: what ``deepspeed.initialize`` has made of it.
-
-    Source: ours.
     """
     optimizer = engine.optimizer  # where nothing is trained, the hooks' owner itself
     _hooked[model] = getattr(optimizer, "parameter_offload", optimizer)
@@ -166,8 +154,6 @@ def whole(here: bool, *models: nn.Module | None) -> Iterator[None]:
     Args:
         here: whether this process is the one that saves. Elsewhere the models stay as they are.
         models: sharded or not; with those that are not nothing happens, nor with None.
-
-    Source: ours.
     """
     spread = [m for m in models if m is not None and m not in _shown and _is_spread(m)]
     places = [
@@ -208,8 +194,6 @@ def gathered_tensor(parameter: nn.Parameter) -> Tensor:
 
     Args:
         parameter: sharded or not; where it is, all processes ask for it together.
-
-    Source: ours.
     """
     if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -226,8 +210,6 @@ def entire(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: a parameter, or what is beneath it.
-
-    Source: ours.
     """
     if not hasattr(tensor, "ds_id"):
         return full(tensor)
@@ -240,8 +222,6 @@ def shape(tensor: Tensor) -> torch.Size:
 
     Args:
         tensor: a parameter.
-
-    Source: ours.
     """
     found: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return found
@@ -253,8 +233,6 @@ def share_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
     Args:
         parameter: sharded by FSDP2, or not.
         value: all of it, alike on all processes; a number that goes with it is returned as it is.
-
-    Source: ours.
     """
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
@@ -269,8 +247,6 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
     Args:
         parameter: sharded or not.
         value: all of it, alike on all processes.
-
-    Source: ours.
     """
     if hasattr(parameter, "ds_id"):
         import deepspeed
@@ -290,7 +266,5 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
     Args:
         parameters: sharded or not.
-
-    Source: ours.
     """
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)

@@ -45,8 +45,6 @@ def masked_sum(
         x: values, any shape.
         mask: of the same shape; True counts.
         dim: dimension to reduce; None for all.
-
-    Source: ours.
     """
     return torch.where(mask, x, torch.zeros_like(x)).sum(dim)
 
@@ -60,8 +58,6 @@ def masked_mean(
         x: values, any shape.
         mask: of the same shape; True counts.
         dim: dimension to reduce; None for all.
-
-    Source: ours.
     """
     return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
 
@@ -82,8 +78,6 @@ def masked_moments(
 
     Returns:
         mean and variance, scalars; 0 and 0 where the mask is empty.
-
-    Source: ours.
     """
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype))

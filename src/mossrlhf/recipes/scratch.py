@@ -12,7 +12,6 @@ from typing import Any
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import presets
-from mossrlhf.checkpoint.serialization import no_progress_bars
 from mossrlhf.drawing import require_matplotlib
 from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel
@@ -21,6 +20,7 @@ from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.corpus import Corpus
 from mossrlhf.recipes.from_pairs import ScratchConfig, read_corpus, train_judge, train_policy
 from mossrlhf.recipes.report import Results, answer_texts, write_report
+from mossrlhf.serialization import no_progress_bars
 from mossrlhf.trainer import Trainer
 from mossrlhf.version import __version__
 

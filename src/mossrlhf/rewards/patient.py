@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mossrlhf.checkpoint.state import random_state, set_random_state
 from mossrlhf.options import check_range
+from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.rewards.model import ModelReward
 from mossrlhf.rewards.together import reward_name
 

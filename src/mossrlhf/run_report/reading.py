@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mossrlhf.checkpoint.folders import STATE, checkpoints
-from mossrlhf.checkpoint.serialization import read_json
+from mossrlhf.serialization import read_json
 from mossrlhf.tracking import completion_table
 
 
