@@ -1,4 +1,4 @@
-"""From rewards and values to advantages: GAE, and siblings that need no critic."""
+"""Advantage estimators: GAE, and three that need no critic."""
 
 from dataclasses import dataclass
 
@@ -29,17 +29,17 @@ class AdvantageEstimator:
     Args:
         gamma: discount γ per token, in [0, 1].
         lam: λ per token, in [0, 1]; 0 is the one-step error, 1 the return minus the value.
-        value_lam: λ of the critic's targets; None for `lam`. 1 leaves them unbiased by the
-            critic itself (arXiv 2503.01491, decoupled GAE).
-        whiten: whether to whiten advantages over the whole rollout and all processes; for each
-            minibatch apart see `PPOMaxLoss.advantage_norm`.
+        value_lam: λ of the critic's targets; None for `lam`. With 1 the critic's errors do not
+            bias its targets (arXiv 2503.01491, decoupled GAE).
+        whiten: whether to whiten advantages over the whole rollout and all processes; over each
+            minibatch: `PPOMaxLoss.advantage_norm`.
         correction: 1 whitens by the unbiased variance, 0 by the population's.
         clip: bound on |advantage|, after whitening; None for none.
 
     Raises:
         ValueError: where a number is outside its range.
 
-    Source: P1 eqs. 11-13; γ = 1, λ = 0.9 (P1, App. C.3) or 0.95 (C, the default here).
+    Source: P1 eqs. 11-13; γ = 1, λ = 0.9 (P1, App. C.3) or 0.95 (MOSS-RLHF's code, the default here).
     """
 
     gamma: float = 1.0

@@ -18,15 +18,17 @@ from mossrlhf.types import LossOutput, Rollout, TokenStats
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """N tokens of a batch, in the order of ``batch.mask``; zeros where a token's weight is zero.
+    """What the policy's loss knows of N tokens besides their log-probs, in ``batch.mask`` order.
+
+    Entries are 0 where a token's weight is 0.
 
     Args:
         weights: ``[N]`` in the loss.
-        old_logprob: ``[N]`` under the policy the ratio is taken to, nats.
+        old_logprob: ``[N]`` log-prob in the ratio's denominator, nats.
         advantage: ``[N]``.
-        ref_logprob: ``[N]`` under the reference, nats; None where the loss does not ask.
-        drift: ``[N]`` log π_old − log π_sampler, nats; None likewise.
-        entropy_side: ``[N]`` sign of what the entropy is to do; None likewise.
+        ref_logprob: ``[N]`` under the reference, nats; None where no term uses it.
+        drift: ``[N]`` log π_old − log π_sampler, nats; None where no term uses it.
+        entropy_side: ``[N]`` 1 to raise the entropy, −1 to lower it; None without a target.
     """
 
     weights: Float[Tensor, " N"]
@@ -40,11 +42,7 @@ class TokenRows:
         return self._map(lambda x: x[rows])
 
     def to(self, like: Tensor) -> "TokenRows":
-        """Return the same in the type and on the device of another tensor.
-
-        Args:
-            like: that tensor.
-        """
+        """Convert to the dtype and device of another tensor."""
         return self._map(lambda x: x.to(like))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TokenRows":
@@ -56,36 +54,17 @@ class TokenRows:
 
 
 def weighted(x: Float[Tensor, "..."], weights: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Σ w·x that a NaN of weight zero does not spoil.
-
-    Args:
-        x: any shape.
-        weights: of the same shape.
-    """
+    """Return Σ w·x; a NaN of weight zero adds nothing."""
     return torch.where(weights > 0, x * weights, torch.zeros_like(x)).sum()
 
 
 def counted(x: Tensor, mask: Tensor, weights: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """The entries of a mask, with zeros at weight zero: a NaN there would spoil the gradient.
-
-    Args:
-        x: ``[B, T]``.
-        mask: ``[B, T]`` with N entries.
-        weights: ``[N]``.
-    """
+    """Return ``x[mask]`` with 0 at weight zero, where a NaN would reach the gradient."""
     return torch.where(weights > 0, x[mask], torch.zeros_like(x[mask]))
 
 
 def filled(batch: Rollout, name: str) -> Float[Tensor, "B T"]:
-    """Return a field of a batch.
-
-    Args:
-        batch: any.
-        name: of the field.
-
-    Raises:
-        ValueError: where it is empty; it says who fills it.
-    """
+    """Return a field of a batch; raise ValueError where it is None."""
     value: Tensor | None = getattr(batch, name)
     if value is None:
         raise ValueError(
@@ -96,16 +75,7 @@ def filled(batch: Rollout, name: str) -> Float[Tensor, "B T"]:
 
 
 def require_per_token(name: str, returned: object, weights: Tensor) -> None:
-    """Refuse a loss that is not one number per token.
-
-    Args:
-        name: of the method.
-        returned: by it.
-        weights: ``[N]``.
-
-    Raises:
-        ValueError: with the shape that came and the one expected.
-    """
+    """Raise ValueError where a method returned anything but one number per token."""
     shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
     if shape != tuple(weights.shape):
         raise ValueError(
@@ -116,18 +86,7 @@ def require_per_token(name: str, returned: object, weights: Tensor) -> None:
 def surrogate_statistics(
     logprob: Float[Tensor, " N"], rows: TokenRows, clip_range: tuple[float, float] | None
 ) -> dict[str, Tensor]:
-    """Sum ratio, approximate KL and clipped tokens, weighted; divided by nothing yet.
-
-    Args:
-        logprob: ``[N]`` under the policy being trained, nats, detached.
-        rows: of the same tokens.
-        clip_range: (ε_low, ε_high); None leaves the clip fraction out.
-
-    Returns:
-        scalars by the metric's name.
-
-    Source: P1 §5.2.
-    """
+    """Return weighted sums of ratio, approximate KL and clipped tokens, by metric (P1 §5.2)."""
     old_logprob, advantage, weights = rows.old_logprob, rows.advantage, rows.weights
     ratio = torch.exp(logprob - old_logprob)
     stats = {
@@ -146,8 +105,8 @@ def surrogate_statistics(
 class PPOMaxLoss:
     """The losses of PPO-max, each term a switch.
 
-    For another algorithm override `policy_loss` (per token) alone; the rest stays. One that couples
-    tokens sets ``couples_tokens = True`` (most are found out).
+    For another algorithm override `policy_loss` (per token); the rest stays. A loss in which tokens
+    depend on each other sets ``couples_tokens = True``; most are detected (see `coupling`).
 
     Args:
         policy_clip: ε of the clipped surrogate, or (ε_low, ε_high); None for no clip.
@@ -164,15 +123,15 @@ class PPOMaxLoss:
         advantage_norm: whether to whiten advantages over each minibatch.
         advantage_clip: bound on |advantage| within each minibatch, after whitening; None for none.
         reference_ratio: whether the ratio is taken to the reference instead of the policy that
-            drew the tokens: P1's "importance sampling", an infinite experience buffer.
-        sampler_ratio_cap: C ≥ 1: where the sampler's distribution is not the one scored (top-p, an
-            engine of its own), each token's policy loss is weighted by min(π_old/π_sampler, C);
-            None leaves the mismatch alone (it is reported either way).
+            sampled the tokens: P1's "importance sampling", an infinite experience buffer.
+        sampler_ratio_cap: C ≥ 1: where tokens were sampled from another distribution than the
+            scored one (top-p, an inference engine), each token's policy loss is weighted by
+            min(π_old/π_sampler, C); None ignores the mismatch (it is logged either way).
 
     Raises:
         ValueError: where a clip or coefficient is negative, or `entropy_target` stands alone.
 
-    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (C). Truncated
+    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (MOSS-RLHF's code). Truncated
         importance sampling: Ionides (2008).
     """
 
@@ -189,7 +148,7 @@ class PPOMaxLoss:
     reference_ratio: bool = False
     sampler_ratio_cap: float | None = None
 
-    couples_tokens: ClassVar[bool] = False  # set by a subclass that sees tokens in company
+    couples_tokens: ClassVar[bool] = False  # whether one token's loss depends on other tokens
 
     def __post_init__(self) -> None:
         check_pair("PPOMaxLoss", "policy_clip", self.policy_clip)
@@ -223,10 +182,10 @@ class PPOMaxLoss:
 
         Args:
             logprob: ``[N]`` under the policy being trained, nats.
-            old_logprob: ``[N]`` under the one the ratio is taken to.
+            old_logprob: ``[N]`` in the ratio's denominator, nats.
             advantage: ``[N]``.
-            entropy: ``[N]`` nats, its sign turned where a target asks for less of it; None where
-                no entropy term is on.
+            entropy: ``[N]`` nats, negated where a target asks for less of it; None without an
+                entropy term.
 
         Returns:
             ``[N]`` loss per token.
@@ -259,17 +218,17 @@ class PPOMaxLoss:
         return clipped_value_loss(value, old_value, returns, self.value_clip)
 
     def without_value_clip(self) -> "PPOMaxLoss":
-        """Return a copy that does not clip the value loss, for the critic's pre-training."""
-        copied = copy.copy(self)  # not `replace`: a subclass may have an __init__ of its own
+        """Return a copy that does not clip the value loss, for the critic's warm-up."""
+        copied = copy.copy(self)  # not `replace`: a subclass may have another __init__
         object.__setattr__(copied, "value_clip", None)
         return copied
 
     def prepare(self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor) -> Rollout:
-        """Do what needs the whole minibatch, before it is split into micro-batches.
+        """Compute what needs the whole minibatch, before it is split into micro-batches.
 
-        Whitens and clips advantages where asked for, and finds the side on which the mean
-        entropy lies of its target: |H̄ − δ_H| is no sum over tokens, but its gradient is
-        sign(H̄ − δ_H) times that of one, with H̄ from when the rollout was annotated.
+        Whitens and clips advantages, and compares the mean entropy with its target: |H̄ − δ_H| is
+        not a sum over tokens, but its gradient is sign(H̄ − δ_H) times that of one, with H̄ from
+        when the rollout was annotated.
 
         Args:
             minibatch: the sequences of one optimizer step of this process.
@@ -281,7 +240,7 @@ class PPOMaxLoss:
         Raises:
             ValueError: where there is an entropy target, and no entropies.
 
-        Source: P1 §5.3.1 (advantage normalization and clipping); the treatment of H̄ is ours.
+        Source: P1 §5.3.1 (advantage normalization and clipping).
         """
         advantages = minibatch.advantages
         if advantages is not None and self.advantage_norm:
@@ -316,26 +275,26 @@ class PPOMaxLoss:
         return self.tokens(stats, rows, rows.weights.sum() if denominator is None else denominator)
 
     def rows(self, batch: Rollout) -> TokenRows:
-        """Pick what the loss needs to know of the tokens of ``batch.mask``: `TokenRows` ``[N]``.
+        """Flatten an annotated micro-batch to the `TokenRows` ``[N]`` of ``batch.mask``.
 
-        Args:
-            batch: an annotated micro-batch; a ValueError says what it lacks.
+        Raises:
+            ValueError: where a field that a term uses is None.
         """
         weights = batch.token_weights[batch.mask]
 
-        def picked(x: Tensor) -> Tensor:
+        def flat(x: Tensor) -> Tensor:
             return counted(x, batch.mask, weights)
 
         ratio_to = "ref_logprobs" if self.reference_ratio else "logprobs"
         ref_logprob = drift = None
         if self.kl_loss_coef is not None:
-            ref_logprob = picked(filled(batch, "ref_logprobs"))
+            ref_logprob = flat(filled(batch, "ref_logprobs"))
         if self.sampler_ratio_cap is not None and batch.sampler_logprobs is not None:
-            drift = picked(filled(batch, "logprobs") - batch.sampler_logprobs)
+            drift = flat(filled(batch, "logprobs") - batch.sampler_logprobs)
         return TokenRows(
             weights=weights,
-            old_logprob=picked(filled(batch, ratio_to)),
-            advantage=picked(filled(batch, "advantages")),
+            old_logprob=flat(filled(batch, ratio_to)),
+            advantage=flat(filled(batch, "advantages")),
             ref_logprob=ref_logprob,
             drift=drift,
             entropy_side=self._entropy_side(batch),
@@ -352,8 +311,8 @@ class PPOMaxLoss:
             denominator: sum of the token weights of the whole optimizer step.
 
         Raises:
-            ValueError: where the entropy is wanted and not there, or `policy_loss` returns
-                something else than one number per token.
+            ValueError: where the entropy is needed and None, or `policy_loss` does not return
+                one number per token.
 
         Source: P1 eq. 15; statistics: P1 §5.2.
         """
@@ -432,12 +391,12 @@ class PPOMaxLoss:
     ) -> LossOutput:
         """Return policy and critic loss of a whole minibatch in one: L_policy + c_v·L_value.
 
-        `Trainer` takes the two in turn (the sum's gradient, at half the peak memory); this is
-        for loops of one's own.
+        For loops without a `Trainer`, which takes the two in turn: the gradient of the sum, at
+        half the peak memory.
 
         Args:
             stats: `TokenStats` of the N tokens of ``batch.mask``, under the policy being trained.
-            batch: an annotated minibatch, `prepare`d where a switch needs it.
+            batch: an annotated minibatch, after `prepare` where a switch needs it.
             value: ``[M]`` for the states of ``batch.states``; None where there is no critic.
 
         Source: P1 §3.2.
@@ -470,21 +429,15 @@ class PPOMaxLoss:
 
 
 SCALES = (0.1, 1.0, 4.0, 30.0)
-"""Of made-up log-ratios and advantages: in a clip, beyond it, far beyond any threshold."""
+"""Sizes of the log-ratios and advantages that `coupling` tries: within a clip, beyond, far beyond."""
 
 
 def coupling(loss: PPOMaxLoss) -> str | None:
-    """Say what makes a policy's loss more than a sum over tokens; None where it is one.
+    """Return why a policy's loss is not a sum over tokens, as a clause; None where it is one.
 
-    A copy of `policy_loss` is asked about six made-up tokens at once and one by one, for losses
-    and gradients, at several scales. What no such question shows a subclass says itself, by
-    ``couples_tokens = True``.
-
-    Args:
-        loss: a `PPOMaxLoss` or a subclass of it.
-
-    Returns:
-        a clause, for people to read; or None.
+    A sum over tokens is computed a chunk of logits at a time; otherwise all logits are needed.
+    `policy_loss` is called on six invented tokens at once and one by one, and losses and gradients
+    compared, at several scales. What this cannot find a subclass declares: ``couples_tokens``.
     """
     if loss.couples_tokens:
         return f"{type(loss).__name__}.couples_tokens is set"
@@ -495,36 +448,35 @@ def coupling(loss: PPOMaxLoss) -> str | None:
         return None
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            return next((why for scale in SCALES if (why := _asked(loss, scale))), None)
-    except Exception as error:  # it is the user's code: whatever it may raise on made-up tokens
-        return f"policy_loss raises {type(error).__name__} on a few made-up tokens"
+            return next((why for scale in SCALES if (why := _coupling_at(loss, scale))), None)
+    except Exception as error:  # the user's code may raise anything on invented tokens
+        return f"policy_loss raises {type(error).__name__} on a few invented tokens"
 
 
-def _asked(loss: PPOMaxLoss, scale: float) -> str | None:
+def _coupling_at(loss: PPOMaxLoss, scale: float) -> str | None:
     numbers = torch.linspace(-1.0, 1.0, 6)
     old_logprob = -torch.linspace(3.0, 0.5, 6) - scale
     logprob = (old_logprob + scale * numbers.roll(1)).clamp(max=-0.01)
     entropy = numbers.roll(2) + 1.5
     tokens = torch.stack([logprob, old_logprob, scale * numbers.roll(4), entropy])
-    whole = _answer(loss, tokens)
-    alone = [_answer(loss, token) for token in tokens.split(1, dim=1)]
-    apart = [torch.cat(parts, -1) for parts in zip(*alone, strict=True)]
-    pairs = zip(whole, apart, strict=True)
+    together = _loss_and_gradient(loss, tokens)
+    alone = [_loss_and_gradient(loss, token) for token in tokens.split(1, dim=1)]
+    joined = [torch.cat(parts, -1) for parts in zip(*alone, strict=True)]
+    pairs = zip(together, joined, strict=True)
     if all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs):
         return None
-    return "policy_loss gives a token another loss in other company"
+    return "policy_loss gives a token another loss beside other tokens"
 
 
-def _answer(loss: PPOMaxLoss, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of some tokens, and the gradient of their weighted sum."""
-    asked = copy.deepcopy(loss)  # what it remembers is not to be of made-up tokens
-    given = tokens.clone().requires_grad_()
-    logprob, old_logprob, advantage, entropy = given
+def _loss_and_gradient(loss: PPOMaxLoss, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    probe = copy.deepcopy(loss)  # its memory, if it has one, must not see invented tokens
+    leaf = tokens.clone().requires_grad_()
+    logprob, old_logprob, advantage, entropy = leaf
     more = {} if loss.entropy_coef is None else {"entropy": entropy}
-    answer: Tensor = call_with(
-        asked.policy_loss, logprob, old_logprob.detach(), advantage.detach(), **more
+    losses: Tensor = call_with(
+        probe.policy_loss, logprob, old_logprob.detach(), advantage.detach(), **more
     )
-    found = torch.zeros_like(tokens)
-    if answer.requires_grad:
-        (found,) = torch.autograd.grad(answer.sum(), given)
-    return answer.detach(), found
+    gradient = torch.zeros_like(tokens)
+    if losses.requires_grad:
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient

@@ -11,10 +11,10 @@ from mossrlhf.types import Rollout
 
 
 class RolloutBuffer:
-    """Holds the rollouts of one iteration and deals them out in minibatches.
+    """Holds the rollouts of one iteration and splits them into minibatches.
 
-    A minibatch is a number of *sequences*; a token budget splits it further, into micro-batches
-    (`micro_batches`), which changes speed and memory alone.
+    A minibatch is a number of *sequences*; `micro_batches` splits it further, which changes speed
+    and memory alone.
 
     Source: P1 §5.1 (sample 128, train in batches of 32).
     """
@@ -30,30 +30,30 @@ class RolloutBuffer:
         """Add the sequences of a rollout.
 
         Args:
-            rollout: B sequences, filled in like those already here.
+            rollout: B sequences, with the same fields as those already held.
         """
         self._rollouts.append(rollout)
 
     def clear(self) -> None:
-        """Forget everything held."""
+        """Remove everything held."""
         self._rollouts.clear()
 
     def all(self) -> Rollout:
         """Return everything held as one rollout.
 
         Raises:
-            ValueError: where the buffer is empty, or rollouts are not filled in alike.
+            ValueError: where the buffer is empty, or rollouts have different fields.
         """
         return Rollout.concat(self._rollouts)
 
     def minibatches(
         self, size: int, epochs: int = 1, generator: torch.Generator | None = None
     ) -> Iterator[Rollout]:
-        """Deal out the sequences, shuffled anew in every epoch.
+        """Yield the sequences in minibatches, shuffled again in every epoch.
 
         Args:
             size: sequences in a minibatch; the last of an epoch may hold fewer.
-            epochs: how often every sequence is dealt out.
+            epochs: passes over all sequences.
             generator: source of the order, on the CPU; None keeps the order of addition.
 
         Yields:
@@ -79,11 +79,7 @@ class RolloutBuffer:
         return {"rollouts": list(self._rollouts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Args:
-            state: that dictionary.
-        """
+        """Restore what `state_dict` returned."""
         self._rollouts = list(state["rollouts"])
 
 
@@ -143,15 +139,9 @@ def note(
     mask: Bool[Tensor, "K t"],
     values: Float[Tensor, " N"] | None,
 ) -> None:
-    """Write the flat values of some rows into the ``[B, T]`` tensor of a name, made where absent.
+    """Write flat values ``[N]`` to the places of a mask ``[K, t]`` in rows ``[K]`` of a tensor.
 
-    Args:
-        noted: tensors by name, changed in place.
-        name: whose values they are.
-        rows: ``[K]`` which rows of B.
-        shape: (B, T).
-        mask: ``[K, t]`` the places of the values in those rows, t at most T.
-        values: ``[N]`` in the order of the mask.
+    The tensor is ``noted[name]``, of the given shape (B, T), created where absent; t ≤ T.
     """
     assert values is not None
     block = values.new_zeros(mask.shape)

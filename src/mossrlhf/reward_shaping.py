@@ -17,11 +17,11 @@ from mossrlhf.types import Rollout
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of everything seen so far, over all processes.
+    """Running mean and variance of numbers, over all processes.
 
     Args:
-        count: numbers seen.
-        mean: of them.
+        count: how many numbers.
+        mean: their mean.
         m2: Σ (x − mean)².
 
     Source: P1 eq. 18 (historical mean and std); merged as in Chan et al. (1983).
@@ -33,13 +33,13 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Unbiased standard deviation; 1 until two numbers have been seen that differ."""
+        """Unbiased standard deviation; 1 until two different numbers have come."""
         if self.count < 2 or self.m2 <= 0:
             return 1.0
         return float((self.m2 / (self.count - 1)) ** 0.5)
 
     def update(self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor) -> None:
-        """Take in new numbers; entries that are not finite are passed over.
+        """Add numbers; entries that are not finite are skipped.
 
         Args:
             x: ``[B]``.
@@ -59,18 +59,18 @@ class RunningMoments:
 
     @classmethod
     def of_reward_model(cls, model: nn.Module, count: float = 256) -> "RunningMoments":
-        """Begin with the scores' mean and spread on the pairs a reward model was evaluated on.
+        """Start from the mean and spread of a reward model's scores on its evaluation pairs.
 
-        So PPO's first rollouts are normalized by a scale that is known, not by their own.
+        PPO's first rollouts are then normalized by a known scale instead of their own.
 
         Args:
-            model: a `RewardModel` that `RewardTrainer.evaluate` has been called for.
-            count: of how many scores these moments are to have the weight.
+            model: a `RewardModel` evaluated by `RewardTrainer.evaluate`.
+            count: the weight of these moments, in numbers of scores.
 
         Raises:
             ValueError: where its configuration holds no moments, or `count` is below 2.
 
-        Source: P1 eq. 18; beginning with the reward model's is ours.
+        Source: P1 eq. 18.
         """
         mean, std = (getattr(model.config, name, None) for name in SCORE_MOMENTS)
         if mean is None or std is None or count < 2:
@@ -82,15 +82,11 @@ class RunningMoments:
         return cls(count=float(count), mean=float(mean), m2=float(std) ** 2 * (count - 1))
 
     def state_dict(self) -> dict[str, float]:
-        """Return what is remembered, as plain numbers."""
+        """Return the moments as plain numbers."""
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what `state_dict` returned.
-
-        Args:
-            state: that mapping.
-        """
+        """Restore what `state_dict` returned."""
         self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
 
 
@@ -98,8 +94,8 @@ class RunningMoments:
 class RollingReturnMoments(RunningMoments):
     """Moments of a rolling discounted sum of scores, R ← γ·R + score.
 
-    P1's reward scaling divides by the standard deviation of this sum; C's by that of the scores
-    (plain `RunningMoments`). For ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
+    P1's reward scaling divides by the standard deviation of this sum; MOSS-RLHF's code by that of
+    the scores (plain `RunningMoments`). For ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
 
     Args:
         gamma: discount γ between successive scores, in [0, 1].
@@ -112,11 +108,11 @@ class RollingReturnMoments(RunningMoments):
     rolling: float = 0.0
 
     def update(self, x: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor) -> None:
-        """Fold scores into the sum, one after the other, and take in its values.
+        """Add scores to the sum, one after the other, and add its values to the moments.
 
         Args:
             x: ``[B]`` scores.
-            reduce: sums a tensor over all processes; each keeps a sum of its own.
+            reduce: sums a tensor over all processes; each process has its own rolling sum.
         """
         sums = []
         for score in x[torch.isfinite(x)].tolist():
@@ -125,15 +121,11 @@ class RollingReturnMoments(RunningMoments):
         super().update(x.new_tensor(sums), reduce)
 
     def state_dict(self) -> dict[str, float]:
-        """Return what is remembered, as plain numbers."""
+        """Return the moments as plain numbers."""
         return {**super().state_dict(), "rolling": self.rolling}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what `state_dict` returned.
-
-        Args:
-            state: that mapping.
-        """
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.rolling = state["rolling"]
 
@@ -141,13 +133,13 @@ class RollingReturnMoments(RunningMoments):
 @strict
 @dataclass(kw_only=True)
 class RewardShaper:
-    """Makes per-token rewards of scores: r_t = −η(log π_old − log π_ref), + r̃ at the last token.
+    """Turns scores into rewards per token: r_t = −η(log π_old − log π_ref), + r̃ at the last token.
 
-    r̃ = clip((score − mean)/std, −δ, δ) by the running moments, which take the new scores in
-    first; the penalty for an unfinished response comes after the clip, so that none swallows it.
+    r̃ = clip((score − mean)/std, −δ, δ) by the running moments, to which the new scores are added
+    first. The penalty for an unfinished response comes after the clip, which cannot absorb it.
 
     Args:
-        kl_coef: η, per nat; None for no penalty (and no need of a reference).
+        kl_coef: η, per nat; None for no penalty.
         normalize: whether to subtract the running mean and divide by the running std.
         scale: whether to divide by the running std alone; not together with `normalize`.
         clip: δ, bound on |r̃|; None for none.
@@ -160,7 +152,8 @@ class RewardShaper:
         ValueError: where a number is out of range, or `normalize` and `scale` are both on.
         TypeError: where the moments are none.
 
-    Source: P1 eqs. 18-19; order and placement as in C. η = 0.05 (P1's studies), 0.01 / 0.1 (C).
+    Source: P1 eqs. 18-19; order and placement as in MOSS-RLHF's code. η = 0.05 (P1's studies), 0.01 / 0.1
+        (MOSS-RLHF's scripts).
     """
 
     kl_coef: float | None = 0.05
@@ -193,10 +186,10 @@ class RewardShaper:
     def shape(
         self, scores: Float[Tensor, " B"], reduce: Reduce = lambda tensor: tensor
     ) -> Float[Tensor, " B"]:
-        """Take scores into the moments, then normalize or scale, and clip them.
+        """Add scores to the moments, then normalize or scale, and clip them.
 
         Args:
-            scores: ``[B]`` as the reward gave them; NaN (not applicable) becomes 0.
+            scores: ``[B]`` by the reward; NaN (not applicable) becomes 0.
             reduce: sums a tensor over all processes.
 
         Returns:
@@ -228,8 +221,8 @@ class RewardShaper:
             ``[B, T]`` rewards, zero outside the mask but for a score after the end.
 
         Raises:
-            ValueError: where the rollout is not filled in as needed, or has rewards per token,
-                which `normalize`, `scale` and `clip` are not defined for.
+            ValueError: where a field of the rollout is missing, or it has rewards per token, for
+                which `normalize`, `scale` and `clip` are not defined.
 
         Source: P1 eq. 19.
         """
@@ -256,7 +249,7 @@ class RewardShaper:
         return add_at_last(rewards, shaped, rollout.states)
 
     def _require_plain(self) -> None:
-        """Refuse what shapes scores, eq. 18, where rewards come per token and would escape it."""
+        """Refuse `normalize`, `scale` and `clip`, which would not reach rewards per token."""
         switches = {"normalize": self.normalize, "scale": self.scale, "clip": self.clip}
         neutral = {"normalize": False, "scale": False, "clip": None}
         on = [f"{name}={value}" for name, value in switches.items() if value != neutral[name]]
@@ -269,13 +262,13 @@ class RewardShaper:
             )
 
     def adapt(self, kl: float, target: float, gain: float = 0.1) -> None:
-        """Move η towards what keeps the KL divergence near a target.
+        """Adapt η to keep the KL divergence near a target.
 
         η ← η·(1 + gain·clip(kl/target − 1, −0.2, 0.2)), a proportional controller.
 
         Args:
             kl: of the last step, nats per sequence.
-            target: wanted, nats per sequence.
+            target: the KL to aim at, nats per sequence.
             gain: K_β of the controller.
 
         Raises:
@@ -293,11 +286,7 @@ class RewardShaper:
         return {"kl_coef": self.kl_coef, "moments": self.moments.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Args:
-            state: that mapping.
-        """
+        """Restore what `state_dict` returned."""
         self.kl_coef = state["kl_coef"]
         self.moments.load_state_dict(state["moments"])
 
@@ -305,12 +294,7 @@ class RewardShaper:
 def add_at_last(
     rewards: Float[Tensor, "B T"], scores: Float[Tensor, " B"], mask: Tensor
 ) -> Float[Tensor, "B T"]:
-    """Add a score at the last entry of each row's mask; rows without any get none.
-
-    Args:
-        rewards: ``[B, T]``.
-        scores: ``[B]``.
-        mask: ``[B, T]``.
+    """Add ``scores [B]`` at the last entry of each row's mask; empty rows get none.
 
     Source: P1 eq. 19: the score is given at the last token of the response.
     """
