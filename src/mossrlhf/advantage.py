@@ -39,7 +39,7 @@ class AdvantageEstimator:
     Raises:
         ValueError: where a number is outside its range.
 
-    Source: P1 eqs. 11-13; γ = 1, λ = 0.9 (P1, App. C.3) or 0.95 (MOSS-RLHF's code, the default here).
+    Source: P1 eqs. 11-13; γ = 1, λ = 0.9 (P1, App. C.3) or 0.95 (MOSS-RLHF's code; the default).
     """
 
     gamma: float = 1.0

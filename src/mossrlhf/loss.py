@@ -131,7 +131,7 @@ class PPOMaxLoss:
     Raises:
         ValueError: where a clip or coefficient is negative, or `entropy_target` stands alone.
 
-    Source: P1 eqs. 15-17, §5.3 and §5.4; numbers: ε = 0.2 and ε_v = 0.2 (MOSS-RLHF's code). Truncated
+    Source: P1 eqs. 15-17, §5.3 and §5.4; ε = ε_v = 0.2 (MOSS-RLHF's code). Truncated
         importance sampling: Ionides (2008).
     """
 
@@ -429,7 +429,7 @@ class PPOMaxLoss:
 
 
 SCALES = (0.1, 1.0, 4.0, 30.0)
-"""Sizes of the log-ratios and advantages that `coupling` tries: within a clip, beyond, far beyond."""
+"""Sizes of log-ratios and advantages that `coupling` tries: within a clip, beyond, far beyond."""
 
 
 def coupling(loss: PPOMaxLoss) -> str | None:

@@ -152,8 +152,8 @@ class RewardShaper:
         ValueError: where a number is out of range, or `normalize` and `scale` are both on.
         TypeError: where the moments are none.
 
-    Source: P1 eqs. 18-19; order and placement as in MOSS-RLHF's code. η = 0.05 (P1's studies), 0.01 / 0.1
-        (MOSS-RLHF's scripts).
+    Source: P1 eqs. 18-19; order and placement as in MOSS-RLHF's code.
+        η = 0.05 (P1's studies), 0.01 / 0.1 (MOSS-RLHF's scripts).
     """
 
     kl_coef: float | None = 0.05
