@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mossrlhf.functional.advantages import (
+from mossrlhf.functional import (
+    Reduce,
     gae,
     group_relative,
     leave_one_out,
     reinforce_plus_plus,
     sequence_returns,
+    whiten,
 )
-from mossrlhf.functional.reduce import Reduce, whiten
 from mossrlhf.options import check_range, strict
 from mossrlhf.types import Advantages
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mossrlhf.distributed.processes import together
-from mossrlhf.functional.advantages import discounted_returns, gae
-from mossrlhf.functional.reduce import widest
+from mossrlhf.functional import discounted_returns, gae, widest
 from mossrlhf.reward_shaping import RunningMoments
 from mossrlhf.sampling import assemble
 from mossrlhf.types import Rollout

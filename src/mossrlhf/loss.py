@@ -9,9 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mossrlhf.functional.logprobs import kl_k2, kl_k3
-from mossrlhf.functional.losses import clipped_policy_loss, clipped_value_loss
-from mossrlhf.functional.reduce import Reduce, whiten
+from mossrlhf.functional import (
+    Reduce,
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_k2,
+    kl_k3,
+    whiten,
+)
 from mossrlhf.options import call_with, check_pair, check_range, strict
 from mossrlhf.types import LossOutput, Rollout, TokenStats
 

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mossrlhf.functional.logprobs import kl_k1, kl_k3
-from mossrlhf.functional.reduce import Reduce, masked_moments, masked_sum, widest
+from mossrlhf.functional import Reduce, kl_k1, kl_k3, masked_moments, masked_sum, widest
 from mossrlhf.types import Rollout
 
 OFF = log(1.1)

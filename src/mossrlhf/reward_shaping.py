@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mossrlhf.functional.logprobs import kl_k1
-from mossrlhf.functional.reduce import Reduce, widest
+from mossrlhf.functional import Reduce, kl_k1, widest
 from mossrlhf.models import SCORE_MOMENTS
 from mossrlhf.options import check_range, strict
 from mossrlhf.types import Rollout
@@ -95,7 +94,7 @@ class RollingReturnMoments(RunningMoments):
     """Moments of a rolling discounted sum of scores, R ← γ·R + score.
 
     P1's reward scaling divides by the standard deviation of this sum; MOSS-RLHF's code by that of
-    the scores (plain `RunningMoments`). For ``RewardShaper(scale=True, moments=RollingReturnMoments())``.
+    the scores (plain `RunningMoments`). Pass it as ``RewardShaper(scale=True, moments=...)``.
 
     Args:
         gamma: discount γ between successive scores, in [0, 1].

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.data import require_records
-from mossrlhf.functional.reduce import Reduce
+from mossrlhf.functional import Reduce
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.options import call_with
 from mossrlhf.rewards import reward_pairs

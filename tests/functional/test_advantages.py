@@ -13,8 +13,8 @@ from mossrlhf.functional import (
     group_relative,
     leave_one_out,
     reinforce_plus_plus,
+    sequence_returns,
 )
-from mossrlhf.functional.advantages import sequence_returns
 
 NUMBERS = st.floats(-5, 5)
 SHARES = st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0])

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mossrlhf.functional import masked_mean, masked_moments, masked_sum, upcast, whiten
-from mossrlhf.functional.reduce import widest
+from mossrlhf.functional import masked_mean, masked_moments, masked_sum, upcast, whiten, widest
 
 
 @st.composite

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from mossrlhf import last_checkpoint
+from mossrlhf import serialization as checkpoint
 from mossrlhf.checkpoint.folders import STATE
 from mossrlhf.checkpoint.save_load import save_checkpoint
 from mossrlhf.randomness import random_state, set_random_state
-from mossrlhf import serialization as checkpoint
 from mossrlhf.serialization import with_checksum
 
 

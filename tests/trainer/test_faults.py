@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer
+from mossrlhf import serialization as checkpoint
 from mossrlhf.checkpoint.folders import checkpoints
 from mossrlhf.nan_debug import NonFiniteError, read_fault, write_fault
-from mossrlhf import serialization as checkpoint
 
 
 def steps_in(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mossrlhf.functional.reduce import upcast
+from mossrlhf.functional import upcast
 from mossrlhf.kernels.dispatch import backend_of
 from mossrlhf.kernels.products import add_product, product
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mossrlhf.functional.reduce import upcast
+from mossrlhf.functional import upcast
 from mossrlhf.models.adapters import merged_state_dict
 from mossrlhf.models.classifiers import (
     classifier_class,

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mossrlhf import functional, kernels
-from mossrlhf.functional.losses import lm_loss
+from mossrlhf.functional import lm_loss
 from mossrlhf.models.token_path import TokenPath, hidden_states, is_whole, output_head, token_path
 from mossrlhf.options import accepts
 from mossrlhf.types import LossOutput, Rollout, TokenStats

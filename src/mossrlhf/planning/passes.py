@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mossrlhf.functional.reduce import upcast
+from mossrlhf.functional import upcast
 from mossrlhf.kernels.head import chunks
 from mossrlhf.kernels.products import BLOCK, filled, pieces, products
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel

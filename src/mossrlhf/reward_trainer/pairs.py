@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mossrlhf import kernels
-from mossrlhf.functional.losses import ranking_loss
+from mossrlhf.functional import ranking_loss
 from mossrlhf.models import IGNORED_LABEL, RewardModel, logit_scaling
 from mossrlhf.options import check_range, strict
 from mossrlhf.types import LossOutput
