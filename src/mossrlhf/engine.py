@@ -16,7 +16,6 @@ from mossrlhf.buffer import micro_batches
 from mossrlhf.checkpoint import pack_optimizer, unpack_optimizer
 from mossrlhf.config import TrainerConfig
 from mossrlhf.faults import Fault, Suspect
-from mossrlhf.kernels import fast_products
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import IGNORED_LABEL, ActorCritic
 from mossrlhf.processes import on_all
@@ -295,7 +294,7 @@ class Engine:
         # each process has a share of them, for the last of their role: what a backward does not
         # reach would not be handed out.
         averages = sync and (role == self._last or is_sharded(self.bare))
-        with fast_products(), nullcontext() if averages else self.accelerator.no_sync(self.model):
+        with nullcontext() if averages else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():  # as scored: FSDP2 is not wrapped in it
                 output = self.model(role, part, share, **extra)
             self._differentiate(output.loss)

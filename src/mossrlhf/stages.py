@@ -1,8 +1,7 @@
 """The five stages of an iteration, and the parts they work with."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from mossrlhf.data import (
 )
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.frozen import at_work, settle
-from mossrlhf.kernels import fast_products
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
@@ -327,10 +325,8 @@ class Stages:
     def _at_work(self, *models: nn.Module | None, lend: bool = True) -> Any:
         return at_work(self.model, *models, device=self.accelerator.device, lend=lend)
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with fast_products(), self.accelerator.autocast():
-            yield
+    def _computing(self) -> Any:
+        return self.accelerator.autocast()
 
     def _encode(self, records: Dataset, copies: int = 1) -> PromptBatch:
         return prompt_batch(records, self.processing_class, self.max_prompt_length, copies)
