@@ -1,4 +1,4 @@
-"""Two choices of the fast paths, each beside what it is in place of: who multiplies, how is drawn.
+"""Sampling a token by sums of probabilities, beside sampling as `generate` does.
 
     python benchmarks/choices.py    # seconds; on a CPU, one thread
 
@@ -6,7 +6,7 @@ Figures go to benchmarks/results/choices.json; docs/performance.md says what the
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import mossrlhf
-from mossrlhf.kernels.products import NAMES, product, use_products
 from mossrlhf.sampling.draws import Draws
 
 FIGURES = Path(__file__).resolve().parent / "results" / "choices.json"
-SIDE = 2048
 ROWS, WORDS = 16, 32000
 ROUNDS = 21
-
-
-def multiplied(side: int) -> dict[str, Pass]:
-    """Return a product of two square matrices by each of `NAMES`."""
-    a, b = torch.randn(2, side, side)
-
-    def by(name: str) -> Callable[[], Tensor]:
-        def work() -> Tensor:
-            with use_products(name):
-                return product(a, b.t())
-
-        return work
-
-    return {name: Pass(forward=by(name)) for name in NAMES}
 
 
 def drawn(rows: int, words: int) -> dict[str, Pass]:
@@ -64,10 +48,9 @@ def timed(passes: Mapping[str, Pass], rounds: int) -> dict[str, float]:
     return {name: figures["forward"] for name, figures in found.items()}
 
 
-def measure(side: int = SIDE, rows: int = ROWS, words: int = WORDS, rounds: int = ROUNDS) -> Any:
+def measure(rows: int = ROWS, words: int = WORDS, rounds: int = ROUNDS) -> Any:
     """Return all figures."""
     torch.manual_seed(0)
-    taken = timed(multiplied(side), rounds)
     return {
         "benchmark": "choices",
         "command": "python benchmarks/choices.py",
@@ -75,10 +58,6 @@ def measure(side: int = SIDE, rows: int = ROWS, words: int = WORDS, rounds: int 
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "versions": {"mossrlhf": mossrlhf.__version__, **versions()},
-        "products": {
-            "side": side,
-            "giga_operations_per_second": {n: 2 * side**3 / ms / 1e6 for n, ms in taken.items()},
-        },
         "drawing": {"rows": rows, "words": words, "ms": timed(drawn(rows, words), rounds)},
     }
 

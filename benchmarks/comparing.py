@@ -49,7 +49,6 @@ ROUNDS = {"log-normal lengths": 3, "one length": 3}
 """Rounds that those take part in which last long; what an option is worth is asked in one."""
 
 WORTH = {
-    "oneDNN's products": ("wide", [OURS, "--without", "products"]),
     "log-probabilities as drawn": ("wide", [OURS, "--without", "reuse"]),
     "no padding": ("log-normal lengths", [*RAGGED, "--without", "packing"]),
     "finished responses leave": ("log-normal lengths", [*RAGGED, "--without", "segments"]),

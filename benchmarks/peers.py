@@ -5,7 +5,6 @@ take part is a provider too, with the reason why.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -39,7 +38,6 @@ class Provider:
         forward: takes the problem, and returns what can be differentiated.
         problem: what it is given: the same as everyone, or a copy that it may overwrite.
         ours: whether it is of this package, and so must be right.
-        backend: of `kernels.BACKENDS` who computes both ways; None for whoever is chosen.
         ready: run before each pass, not timed.
         absent: why it cannot take part; None where it can.
     """
@@ -48,24 +46,19 @@ class Provider:
     forward: Callable[[Problem], Found]
     problem: Problem
     ours: bool = False
-    backend: str | None = None
     ready: Callable[[], None] = lambda: None
     absent: str | None = None
 
     def run(self) -> Found:
         """Go forward, up to what can be differentiated."""
-        with self._by(), torch.set_grad_enabled(bool(self.problem.upstream)):
+        with torch.set_grad_enabled(bool(self.problem.upstream)):
             return self.forward(self.problem)
 
     def differentiate(self, one: Found) -> tuple[Tensor, ...]:
         """Go backward; nothing where no gradient is asked for."""
         if not self.problem.upstream:
             return ()
-        with self._by():
-            return torch.autograd.grad(one.outputs, self.problem.wrt, self.problem.upstream)
-
-    def _by(self) -> AbstractContextManager[None]:
-        return kernels.use_backend(self.backend) if self.backend else nullcontext()
+        return torch.autograd.grad(one.outputs, self.problem.wrt, self.problem.upstream)
 
     def both(self) -> tuple[Found, tuple[Tensor, ...]]:
         """Go both ways."""
@@ -118,24 +111,18 @@ def _ours(problem: Problem, in_place: bool = False) -> Found:
     return found(stats, problem)
 
 
-def _each_backend(problem: Problem) -> list[Provider]:
-    """This package, by who is chosen and, on a CPU, by torch too; in place by who is chosen."""
+def _ours_twice(problem: Problem) -> list[Provider]:
+    """This package, beside the logits and in place of them."""
     own = problem.wrt[0].detach().clone().requires_grad_()
 
     def restore() -> None:
         with torch.no_grad():
             own.copy_(problem.wrt[0])
 
-    def name(backend: str) -> str:
-        return "mossrlhf" if problem.ids.is_cuda else f"mossrlhf ({backend})"
-
-    chosen = kernels.backend(problem.ids.device, problem.dtype).name
-    backends = [chosen] if problem.ids.is_cuda else list(dict.fromkeys([chosen, "torch"]))
     mine = replace(problem, wrt=(own,))
-    in_place = partial(_ours, in_place=True)
     return [
-        *(Provider(name(who), _ours, problem, True, who) for who in backends),
-        Provider(f"{name(chosen)}, in place", in_place, mine, True, chosen, restore),
+        Provider("mossrlhf", _ours, problem, ours=True),
+        Provider("mossrlhf, in place", partial(_ours, in_place=True), mine, True, restore),
     ]
 
 
@@ -172,7 +159,7 @@ def _verl(problem: Problem) -> Found:
 
 def _rows(problem: Problem) -> list[Provider]:
     return [
-        *_each_backend(problem),
+        *_ours_twice(problem),
         Provider("TRL's formula", _trl, problem),
         Provider("verl's formula", _verl, problem),
     ]
@@ -285,7 +272,7 @@ def _cross_entropies(problem: Problem) -> Iterator[Provider]:
 
 OTHERS: dict[str, Callable[[Problem], list[Provider]]] = {
     "rows": _rows,
-    "rows_kl": _each_backend,
+    "rows_kl": _ours_twice,
     "linear_score": _linear,
     "linear_ppo": _linear,
     "linear_logprob": _linear,

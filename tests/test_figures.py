@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import torch
 from claims import CLAIMS
 from snippets import cells, run
 
@@ -101,11 +100,8 @@ def test_figures_say_how_they_were_made(root, kept):
 
 def test_choices_are_measured(script):
     choices = script("benchmarks/choices.py")
-    found = choices.measure(side=16, rows=2, words=300, rounds=1)
-    assert min(found["products"]["giga_operations_per_second"].values()) > 0
+    found = choices.measure(rows=2, words=300, rounds=1)
     assert found["drawing"]["ms"].keys() == {"by noise", "by sums"}
-    one, other = (each.forward() for each in choices.multiplied(16).values())
-    torch.testing.assert_close(one, other)
     for each in choices.drawn(2, 300).values():
         tokens = each.forward()
         assert tokens.shape == (2,)

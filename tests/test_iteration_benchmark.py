@@ -82,7 +82,7 @@ def test_the_arithmetic_is_that_of_the_models(bench, tmp_path):
     assert bench.arithmetic(args, args.response) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("option", ["products", "reuse", "packing", "segments"])
+@pytest.mark.parametrize("option", ["reuse", "packing", "segments"])
 def test_an_option_is_left_out_and_comes_back(bench, option, tmp_path):
     work = import_module("iteration_work")
     args = work.parse(SMALL)
@@ -118,7 +118,7 @@ def test_the_tables_by_hand(comparing):
     assert "| wide | TRL 1.12 | 6 | 1.00 | 1,000 | 1.00 |" in new
     assert "| wide | mossrlhf | 2 | 3.00 | 500 | 0.50 | 1 | 0.1 | 0.2 | 2 | 40% |" in new
     assert "| tiny | mossrlhf, 896 tokens at a time | 2 | 3.00 |" in new
-    assert "| oneDNN's products | wide | × 1.50 | × 1.00 | × 1.00 | × 1.00 |" in new
+    assert "| log-probabilities as drawn | wide | × 1.50 | × 1.00 | × 1.00 | × 1.00 |" in new
     assert "0.156 ms a token of prompt or response against 0.156, that is +0%" in new
     assert "stale" not in new
     assert comparing.with_tables(new, made(comparing)) == new
@@ -126,5 +126,8 @@ def test_the_tables_by_hand(comparing):
 
 def test_the_page_says_what_the_figures_say(comparing):
     page = comparing.PAGE.read_text(encoding="utf-8")
+    if not comparing.FIGURES.is_file():
+        assert "".join(comparing.MARKS) in page
+        pytest.skip("nothing measured is kept yet")
     kept = json.loads(comparing.FIGURES.read_text(encoding="utf-8"))
     assert comparing.with_tables(page, kept) == page

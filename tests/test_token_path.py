@@ -42,7 +42,7 @@ def batch():
 def few_rows(monkeypatch):
     """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(head_module, "CPU_ROWS", 16)
+    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 16)
 
 
 @pytest.fixture(autouse=True)

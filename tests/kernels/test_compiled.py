@@ -12,8 +12,6 @@ from importlib.util import find_spec
 
 import pytest
 
-from mossrlhf.kernels import c_rows
-
 
 @pytest.fixture(scope="module")
 def tried(root, tmp_path_factory):
@@ -37,8 +35,6 @@ def test_one_graph_for_all_lengths(tried):
     backends = ["torch"]
     if find_spec("triton"):
         backends.append("triton")
-    if c_rows.why_not() is None:
-        backends.append("c")
     found = tried("graph", *backends)
     assert found["graphs"] == 1
     assert found["equal"] == [True] * (6 * len(backends))

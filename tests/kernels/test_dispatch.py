@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 import torch
 
-from mossrlhf.kernels import backend, c_rows, dispatch, torch_rows, use_backend
+from mossrlhf.kernels import backend, dispatch, torch_rows, use_backend
 
 
 @pytest.fixture(params=[True, False], ids=["with triton", "without"])
@@ -17,33 +17,7 @@ def installed(request, monkeypatch):
     dispatch._chosen.cache_clear()
 
 
-@pytest.fixture(params=[None, "there is no C compiler"], ids=["with C", "without"])
-def why_not(request, monkeypatch):
-    """Why rows are not computed in C; None where they are."""
-    monkeypatch.setattr(c_rows, "why_not", lambda: request.param)
-    dispatch._chosen.cache_clear()
-    yield request.param
-    dispatch._chosen.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_the_cpu_is_cs_where_it_is_compiled(installed, why_not, device, dtype):
-    found = backend(device, dtype)
-    assert found.name == ("c" if why_not is None else "torch")
-    said = "there is a C compiler" if why_not is None else why_not
-    assert found.reason == f"the device is 'cpu', and {said}"
-    assert backend(device).name == found.name
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_types_that_c_does_not_read_are_torchs(why_not, dtype):
-    assert backend("cpu", dtype) == dispatch.Backend(
-        "torch", f"rows of {dtype} are not computed in C"
-    )
-
-
-@pytest.mark.parametrize("device", ["mps", "xpu"])
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "xpu"])
 def test_other_devices_are_torchs(installed, device):
     found = backend(device)
     assert found.name == "torch"
@@ -72,9 +46,8 @@ def test_decided_once(installed, monkeypatch):
     assert backend("cuda:3") is first
 
 
-def test_of_logits(why_not):
-    assert dispatch.backend_of(torch.zeros(1, 2)) is (c_rows if why_not is None else torch_rows)
-    assert dispatch.backend_of(torch.zeros(1, 2, dtype=torch.float64)) is torch_rows
+def test_of_logits():
+    assert dispatch.backend_of(torch.zeros(1, 2)) is torch_rows
 
 
 def test_use_backend_holds_inside_only():
@@ -103,6 +76,6 @@ def test_use_backend_holds_on_other_threads():
 
 
 def test_use_backend_knows_its_names():
-    with pytest.raises(ValueError, match="name: got 'cuda', expected one of triton, c, torch"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="name: got 'cuda', expected one of triton, torch"):  # noqa: SIM117
         with use_backend("cuda"):
             pass

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mossrlhf.kernels import head, linear_token_loss, linear_token_stats
 from mossrlhf.types import LossOutput
 
-CHUNKS = [slice(0, 16), slice(16, 32), slice(32, 37)]
+CHUNKS = [slice(0, 13), slice(13, 26), slice(26, 37)]
 
 
 class TestChunks:
@@ -19,8 +19,8 @@ class TestChunks:
         ("rows", "count", "expected"),
         [
             (16, N, CHUNKS),
-            (0, N, CHUNKS),  # `CPU_ROWS` at least
-            (35, N, [slice(0, 32), slice(32, N)]),  # and a multiple of it
+            (0, N, CHUNKS),  # `MIN_CHUNK_ROWS` at least
+            (35, N, [slice(0, 19), slice(19, N)]),
             (10**6, N, [slice(0, N)]),
             (16, 1, [slice(0, 1)]),
             (16, 0, [slice(0, 0)]),  # for a loss to name its statistics
@@ -28,7 +28,7 @@ class TestChunks:
     )
     def test_sizes(self, monkeypatch, rows, count, expected):
         monkeypatch.setattr(head, "CPU_CHUNK_BYTES", 4 * V * rows)
-        monkeypatch.setattr(head, "CPU_ROWS", 16)
+        monkeypatch.setattr(head, "MIN_CHUNK_ROWS", 16)
         hidden, weight = torch.zeros(count, D), torch.zeros(V, D)
         assert list(head.Head(hidden, weight, None, 1.0, None).chunks()) == expected
 
@@ -39,15 +39,16 @@ class TestChunks:
             (True, 4097, 50, 2049),
             (True, 5000, 2**16, 2500),
             (True, 5000, 2**17, 1667),
-            (True, 96, 2**28, 16),
-            (True, 100, 2**28, 15),
-            (False, 1000, 32000, 256),
-            (False, 1000, 151936, 64),
+            (True, 128, 2**28, 64),
+            (True, 130, 2**28, 44),
+            (False, 1000, 32000, 250),
+            (False, 1000, 151936, 63),
             (False, 100, 50, 100),
+            (False, 5000, 50, 2500),
         ],
     )
     def test_real_sizes(self, is_cuda, count, width, rows):
-        """On CUDA 2³⁰ bytes of float32 or 4096 rows, but 16; else 2²⁵, but 64 and of those many."""
+        """At most 2³⁰ bytes of float32 on CUDA, else 2²⁵; at most 4096 rows, and 64 in any case."""
         one = head.Head(torch.zeros(1, 1), torch.zeros(1, 1), None, 1.0, None)
         one.hidden, one.weight = MagicMock(is_cuda=is_cuda), range(width)
         one.hidden.__len__.return_value = count
@@ -58,8 +59,8 @@ class TestChunks:
     def test_change_nothing_but_rounding(self, monkeypatch):
         hidden, weight, ids = drawn(dtype=torch.float64)
         one = linear_token_loss(hidden, weight, ids, ppo)
-        monkeypatch.setattr(head, "CPU_CHUNK_BYTES", 4 * V * 16)
-        monkeypatch.setattr(head, "CPU_ROWS", 16)
+        monkeypatch.setattr(head, "MIN_CHUNK_ROWS", 16)
+        monkeypatch.setattr(head, "MAX_CHUNK_ROWS", 16)
         many = linear_token_loss(hidden, weight, ids, ppo)
         assert (one.stats["calls"], many.stats["calls"]) == (1, 3)
         assert off(many.loss, one.loss) <= 1e-14

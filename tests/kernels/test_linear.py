@@ -155,11 +155,11 @@ class TestLossFunctions:
             *drawn(),
             lambda s, r: LossOutput(s.logprob.sum(), {"first": torch.tensor(float(r.start))}),
         )
-        assert out.stats == {"first": 0 + 16 + 32}
+        assert out.stats == {"first": 0 + 13 + 26}
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_a_loss_for_each_token_is_refused(self, grad):
-        expected = r"loss_fn: returned \(16,\), expected the sum over the tokens it was given"
+        expected = r"loss_fn: returned \(13,\), expected the sum over the tokens it was given"
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=expected):
             linear_token_loss(*drawn(), lambda s, r: SimpleNamespace(loss=s.logprob, stats={}))
 

@@ -1,4 +1,4 @@
-"""Statistics of rows of logits, by torch, by C and by triton, against float64 and its autograd."""
+"""Statistics of rows of logits, by torch and by triton, against float64 and its autograd."""
 
 import inspect
 import math

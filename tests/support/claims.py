@@ -6,7 +6,7 @@ of the figures the words that a page must have; where it only says "about half",
 """
 
 from math import sqrt
-from statistics import mean, median
+from statistics import mean
 
 import pytest
 
@@ -21,23 +21,6 @@ def claim(page, figures):
         return words
 
     return register
-
-
-@claim("README.md", "ppo_iteration")
-def beside_trl(kept):
-    def middle(work, name):
-        return median(one[name] for one in kept["cpu"]["runs"][work])
-
-    def times(work):
-        faster = middle(f"{work}, TRL", "median") / middle(work, "median")
-        return faster, middle(work, "peak_rss_mb") / middle(f"{work}, TRL", "peak_rss_mb")
-
-    (faster, leaner), (than_tiny, of_tiny) = times("wide"), times("tiny")
-    return [
-        f"is {faster:.1f} times as fast as with TRL 1.12, the last TRL with PPO, in {leaner:.2f} "
-        f"of the memory (a vocabulary of 32,000), or {than_tiny:.1f} times in {of_tiny:.2f} (a "
-        "vocabulary of 512)"
-    ]
 
 
 @claim("README.md", "ppo_memory")
@@ -67,47 +50,11 @@ def two_ways_to_score(kept):
 
 @claim("docs/performance.md", "choices")
 def what_choices_are_worth(kept):
-    rate, ms = kept["products"]["giga_operations_per_second"], kept["drawing"]["ms"]
-    faster = rate["onednn"] / rate["blas"]
+    ms = kept["drawing"]["ms"]
     assert kept["threads"] == 1
     return [
-        f"is {faster:.1f} times as fast (float32, {kept['products']['side']}³",
         f"{ms['by noise'] / ms['by sums']:.1f} times as fast for {kept['drawing']['rows']} rows of "
         f"{kept['drawing']['words']:,} words (one thread)",
-    ]
-
-
-@claim("docs/performance.md", "ppo_iteration")
-def how_far_to_the_floor(kept):
-    def middle(work, name):
-        return median(one[name] for one in kept["cpu"]["runs"][work])
-
-    return [
-        f'"Wide" spends {middle("wide", "share_of_floor"):.0%} of its time on',
-        f"Of its {middle('tiny', 'peak_rss_mb'):.0f} MiB, {middle('tiny', 'start_rss_mb'):.0f} are",
-    ]
-
-
-@claim("docs/performance.md", "cpu")
-def who_computes(kept):
-    rows, with_kl = (
-        {one["provider"]: one for one in work["providers"]} for work in kept["works"][:2]
-    )
-    for work in (rows, with_kl):
-        for error in ("logprob_error", "gradient_error"):
-            ours = max(work[name][error] for name in ("mossrlhf (c)", "mossrlhf (torch)"))
-            assert ours < work["plain torch"][error]
-
-    def speed(work, name):
-        return f"{work[name]['speed_over_plain']:.1f}"
-
-    c, blocks = speed(rows, "mossrlhf (c)"), speed(rows, "mossrlhf (torch)")
-    kl = [speed(with_kl, f"mossrlhf ({name})") for name in ("c", "torch")]
-    return [
-        f"{c} times as fast as plain torch at log-probability and entropy, and torch in blocks "
-        f"{blocks} times; with the exact KL divergence it is {kl[0]} and {kl[1]} times.",
-        f"{speed(rows, 'torch.compile')} times plain torch's speed in the first table below, where "
-        f"blocks on threads of their own reach {blocks}, and C {c}.",
     ]
 
 

@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     from mossrlhf.kernels import head
     from mossrlhf.models import whole_logits
 
-    head.CPU_CHUNK_BYTES, head.CPU_ROWS = 1, 16  # sixteen tokens
+    head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens
     world = ToyWorld()
     torch.manual_seed(0)
     config = world.model_config(hidden_size=16, num_layers=1)

@@ -19,7 +19,7 @@ def main(folder: Path, fused: bool) -> None:
     from mossrlhf.kernels import head
     from mossrlhf.models import token_path
 
-    head.CPU_CHUNK_BYTES, head.CPU_ROWS = 1, 16  # sixteen tokens
+    head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)

@@ -197,7 +197,7 @@ def main(folder: Path, words: list[str]) -> None:
     torch.set_num_threads(1)
     from mossrlhf.kernels import head
 
-    head.CPU_CHUNK_BYTES, head.CPU_ROWS = 1, 16  # sixteen tokens
+    head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens
     results = {}
     for word in words:
         name, _, one = word.partition("@")

@@ -43,7 +43,10 @@ def loss_fn(stats, rows=None):
 def main(folder: Path) -> None:
     """Score and differentiate this process's share of the rollout; save what comes of it."""
     torch.set_num_threads(1)
-    head.CPU_CHUNK_BYTES, head.CPU_ROWS = 1, 16  # three chunks on one process, one on the other
+    head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = (
+        1,
+        16,
+    )  # three chunks on one process, one on the other
     # Shared memory, for which it would compile C++ for a minute.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")

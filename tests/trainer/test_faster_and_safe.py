@@ -8,11 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler
-from mossrlhf.kernels import fast_products, products, use_products
-from mossrlhf.serialization import pack_optimizer, unpack_optimizer
-
-ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch comes without oneDNN")
+from mossrlhf.optimization import pack_optimizer, unpack_optimizer
 
 
 def llama(kind=LlamaForCausalLM, **config):
@@ -71,65 +67,6 @@ class TestOnlyWhatIsExactIsReused:
 
         with pytest.raises(ValueError, match="has passed over logits_processor="):
             drawn(llama(Deaf))
-
-
-@needs_onednn
-class TestBias:
-    """oneDNN would read a row of numbers from where it begins, whatever its strides."""
-
-    @pytest.mark.parametrize(
-        "bias",
-        [torch.randn(96)[::2], torch.ones(1).expand(48), torch.randn(48), torch.randn(1)],
-        ids=["strided", "expanded", "plain", "one for all"],
-    )
-    def test_linear(self, bias):
-        x, weight = torch.randn(256, 128), torch.randn(48, 128)
-        expected = nn.functional.linear(x, weight, bias)
-        with use_products("onednn"), fast_products():
-            got = nn.functional.linear(x, weight, bias)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-@needs_onednn
-class TestPatchesOfOthers:
-    def test_one_that_was_there_before_stays(self, monkeypatch):
-        def theirs(*args):
-            return torch._C._nn.linear(*args)
-
-        monkeypatch.setattr(nn.functional, "linear", theirs)
-        with use_products("onednn"), fast_products():
-            assert nn.functional.linear is theirs
-        assert nn.functional.linear is theirs
-
-    def test_where_blas_multiplies_nothing_is_touched(self):
-        before = nn.functional.linear
-        with use_products("blas"), fast_products():
-            assert nn.functional.linear is before
-
-    def test_functions_of_functions_go_torchs_way(self):
-        layer, x = nn.Linear(128, 64), torch.randn(256, 4, 128)
-        with use_products("onednn"), fast_products():
-            assert products().name == "onednn"
-            got = torch.func.vmap(layer)(x)
-        torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
-
-
-@needs_onednn
-def test_frozen_layers_keep_no_inputs():
-    """An adapter's base is frozen: torch keeps nothing of what goes into it."""
-    layer = nn.Linear(128, 64).requires_grad_(False)
-    x = torch.randn(512, 128, requires_grad=True)
-    kept = []
-    with (
-        use_products("onednn"),
-        fast_products(),
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(t.numel()) or t, lambda t: t
-        ),
-    ):
-        layer(x).sum().backward()
-    assert x.numel() not in kept
-    assert x.grad is not None
 
 
 def test_a_checkpoint_says_nothing_of_how_steps_are_computed():

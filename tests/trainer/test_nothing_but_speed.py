@@ -1,7 +1,6 @@
 """Learning curves are unchanged by every option of speed: three seeds, three iterations each."""
 
 import functools
-import importlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +12,6 @@ from mossrlhf.models import packing
 
 WORLD = ToyWorld(lang="en", seed=0)
 SEEDS = (0, 1, 2)
-products = importlib.import_module("mossrlhf.kernels.products")  # the function hides it
 SETTINGS = dict(
     total_steps=3,
     rollout_size=12,
@@ -100,16 +98,14 @@ def _note(shapes, module, args, kwargs):
 
 @pytest.fixture
 def slowly(monkeypatch):
-    """BLAS, and padding is read."""
+    """Padding is read."""
     monkeypatch.setattr(packing, "packs", lambda backbone: False)
-    with products.use_products("blas"):
-        yield
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Three seeds without any option of speed."""
-    with pytest.MonkeyPatch.context() as patch, products.use_products("blas"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "packs", lambda backbone: False)
         return [trained(tmp_path_factory.mktemp("plain"), seed) for seed in SEEDS]
 
@@ -157,37 +153,12 @@ def test_each_option_alone(option, seed, plain, slowly, tmp_path):
 
 @every_seed
 def test_sequences_end_to_end(seed, plain, tmp_path):
-    with products.use_products("blas"):
-        run = trained(tmp_path, seed)
+    run = trained(tmp_path, seed)
     assert sum(rows == 1 for rows, _ in run.shapes) >= 6
     require_same(run, plain[seed])
 
 
-@pytest.fixture
-def by_onednn(monkeypatch):
-    """However small a product is; counts them."""
-    if (
-        not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        or not torch.backends.mkldnn.is_available()
-    ):
-        pytest.skip("this torch comes without oneDNN")
-    asked, multiplied = [], products._multiplied
-    monkeypatch.setattr(products, "WORTH_IT", 1)
-    monkeypatch.setattr(
-        products, "_multiplied", lambda *given: asked.append(1) or multiplied(*given)
-    )
-    with products.use_products("onednn"):
-        yield asked
-
-
 @every_seed
-def test_products_by_onednn(seed, plain, by_onednn, monkeypatch, tmp_path):
-    monkeypatch.setattr(packing, "packs", lambda backbone: False)
-    require_same(trained(tmp_path, seed), plain[seed])
-    assert len(by_onednn) > 100
-
-
-@every_seed
-def test_all_together(seed, plain, by_onednn, tmp_path):
+def test_all_together(seed, plain, tmp_path):
     options = dict(kind=Reusing, segment=4, batch_size=5, micro_batch_size=4, max_tokens=150)
     require_same(trained(tmp_path, seed, **options), plain[seed])

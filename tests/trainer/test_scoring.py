@@ -20,7 +20,7 @@ def batch(world):
 def few_rows(monkeypatch):
     """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(head_module, "CPU_ROWS", 16)
+    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 16)
 
 
 def test_a_trainer_says_once_that_it_goes_by_whole_logits(make, world):

@@ -3,21 +3,16 @@
 from mossrlhf.kernels.dispatch import Backend, backend, use_backend
 from mossrlhf.kernels.linear import linear_token_loss, linear_token_stats
 from mossrlhf.kernels.modules import head_token_loss, head_token_stats
-from mossrlhf.kernels.products import Products, fast_products, products, use_products
 from mossrlhf.kernels.rows import IGNORED_ID, token_stats
 
 __all__ = [
     "IGNORED_ID",
     "Backend",
-    "Products",
     "backend",
-    "fast_products",
     "head_token_loss",
     "head_token_stats",
     "linear_token_loss",
     "linear_token_stats",
-    "products",
     "token_stats",
     "use_backend",
-    "use_products",
 ]

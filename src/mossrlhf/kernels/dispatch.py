@@ -11,9 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mossrlhf.kernels import c_rows
-
-BACKENDS = {"triton": "triton_rows", "c": "c_rows", "torch": "torch_rows"}
+BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
 """Names of the backends, and the modules they live in: two functions each, of one signature."""
 
 _forced: list[str] = []
@@ -42,8 +40,6 @@ class Backend:
 
 @cache
 def _chosen(device_type: str, dtype: torch.dtype) -> Backend:
-    if device_type == "cpu":
-        return _chosen_on_cpu(dtype)
     if device_type != "cuda":
         return Backend("torch", f"the device is {device_type!r}, and triton's kernels need CUDA")
     if find_spec("triton") is None:
@@ -53,19 +49,8 @@ def _chosen(device_type: str, dtype: torch.dtype) -> Backend:
     return Backend("triton", "the device is CUDA, and triton is installed")
 
 
-def _chosen_on_cpu(dtype: torch.dtype) -> Backend:
-    if dtype not in c_rows.KINDS:
-        return Backend("torch", f"rows of {dtype} are not computed in C")
-    why_not = c_rows.why_not()
-    if why_not is not None:
-        return Backend("torch", f"the device is 'cpu', and {why_not}")
-    return Backend("c", "the device is 'cpu', and there is a C compiler")
-
-
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
-    """Return who computes on a device: triton on CUDA, C on a CPU, else torch in blocks.
-
-    C is compiled when it is first asked for, and kept for the processes to come.
+    """Return the backend of a device: triton on CUDA where it is installed, else torch in blocks.
 
     Args:
         device: where the logits live.

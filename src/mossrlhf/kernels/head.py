@@ -1,5 +1,6 @@
 """An output head, applied to one chunk of hidden states after the other."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,23 +8,18 @@ from torch import Tensor
 
 from mossrlhf.functional import upcast
 from mossrlhf.kernels.dispatch import backend_of
-from mossrlhf.kernels.products import add_product, product
 
 CPU_CHUNK_BYTES = 2**25
-"""Of the float32 logits of one chunk: few enough to be lean, rows enough for the matrix product."""
-
-CPU_ROWS = 64
-"""A chunk has a multiple of this many rows, but the last: the weight is read anew for every piece
-that a matrix product is cut into (`products.SIZES`)."""
-
 CUDA_CHUNK_BYTES = 2**30
-CUDA_CHUNK_ROWS = 4096
+"""Of the float32 logits of one chunk: few bytes to save memory, enough rows for the product."""
+
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
 
 def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
-    """Cut rows of logits into chunks that fit into the budgets above; at least one.
+    """Cut rows of logits into chunks of about the same size, within the budgets above.
 
-    On CUDA they are of like size; on a CPU of `CPU_ROWS` at least, whatever the vocabulary.
+    There is at least one, for a loss to name its statistics.
 
     Args:
         count: N.
@@ -32,13 +28,11 @@ def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
 
     Source: ours.
     """
-    if cuda:
-        most = min(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // (4 * max(1, width)))
-        size = -(-count // max(1, -(-count // max(16, most))))
-    else:
-        most = CPU_CHUNK_BYTES // (4 * max(1, width))
-        size = max(CPU_ROWS, most // CPU_ROWS * CPU_ROWS)
-    for start in range(0, max(1, count), max(1, size)):
+    budget = CUDA_CHUNK_BYTES if cuda else CPU_CHUNK_BYTES
+    most = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, budget // (4 * max(1, width))))
+    number = max(1, math.ceil(count / most))
+    size = max(1, math.ceil(count / number))
+    for start in range(0, max(1, count), size):
         yield slice(start, min(start + size, count))
 
 
@@ -157,15 +151,14 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """A·B, summed in float32 and rounded once, to `dtype`."""
-    half = a.dtype in (torch.bfloat16, torch.float16)
-    if half and dtype == torch.float32 and a.is_cuda:  # the one pair of types CUDA has
-        return torch.mm(a, b, out_dtype=dtype)
-    return product(a, b, out).to(dtype)
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=dtype)  # half precision, which is left as it is on CUDA alone
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add A·B to `total` in the type of `total`."""
     if a.dtype == total.dtype:
-        add_product(total, a, b)
+        total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -212,7 +212,7 @@ def token_stats(
     """Log-probability, log-sum-exp and, where asked for, entropy and exact KL of every token.
 
     The same numbers as `functional.token_stats`, without its copies of the logits: on CUDA by one
-    triton kernel each way, on a CPU by C where there is a compiler, else a few rows at a time.
+    triton kernel each way, elsewhere by torch a few rows at a time.
     Computed in float32 (float64 logits in float64). Differentiable in the logits; the reference is
     a constant.
 

@@ -1,17 +1,12 @@
-"""Rows of logits with torch alone, a few at a time: what is made of a block stays in the cache.
-
-On a CPU each thread has blocks of its own, and computes them alone.
-"""
+"""Rows of logits with torch alone, a block at a time, so that a block stays in the cache."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mossrlhf.kernels.threads import on_threads
-
 BLOCK_BYTES = 2**20
-"""Of one block of rows, in float32; each thread has three or four of them."""
+"""Of one block of rows, in float32; two or three blocks of scratch memory are held."""
 
 LOWEST = -1e4
 """Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
@@ -122,23 +117,14 @@ def gradient(
 def _for_each_block(
     work: Callable[[slice, Tensor, Tensor, Tensor], None], logits: Tensor, like: Tensor, count: int
 ) -> None:
-    """Do some work for each block, with scratch tensors: two of its shape, or three."""
+    """Call `work` for each block, with three scratch tensors; of two the last is passed twice."""
     total, width = logits.shape
     size = max(1, BLOCK_BYTES // (4 * max(1, width)))
-    starts = range(0, total, size)
-    threads = min(torch.get_num_threads(), len(starts)) if logits.device.type == "cpu" else 1
-    # Made here and not by the threads, for profilers to see.
-    scratch = [
-        [like.new_empty(min(size, total), width) for _ in range(count)] for _ in range(threads)
-    ]
-
-    def share(thread: int) -> None:
-        for start in starts[thread::threads]:
-            rows = slice(start, min(start + size, total))
-            x, e, *rest = (block[: rows.stop - rows.start] for block in scratch[thread])
-            work(rows, x, e, rest[0] if rest else e)
-
-    on_threads(share, threads)
+    scratch = [like.new_empty(min(size, total), width) for _ in range(count)]
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        x, e, *rest = (block[: rows.stop - start] for block in scratch)
+        work(rows, x, e, rest[0] if rest else e)
 
 
 def _may_differ_from_one(temperature: Tensor) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mossrlhf.functional import upcast
 from mossrlhf.kernels.head import chunks
-from mossrlhf.kernels.products import BLOCK, filled, pieces, products
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
 from mossrlhf.models.token_path import output_head
 from mossrlhf.options import inside
@@ -111,11 +110,6 @@ def _head_room(hidden: Tensor, weight: Tensor, work: Work, wanted: Any) -> list[
             gradients[i] = given.new_zeros(given.shape, dtype=wide)
     rows = next(chunks(len(hidden), len(weight), work.cuda))
     logits = hidden.new_empty(rows.stop - rows.start, len(weight), dtype=wide)
-    if not work.cuda and wide == torch.float32 and products().name == "onednn":
-        piece = max(filled(s.stop - s.start) for s in pieces(len(logits), fill=True))
-        hidden.new_empty(piece, min(BLOCK, len(weight)), dtype=wide)  # before it is written there
-        if gradients[1] is not None:
-            weight.new_empty(min(BLOCK, len(weight)), weight.shape[1])  # before it is added
     if any(g is not None for g in gradients) and dtype != wide:
         torch.empty_like(logits, dtype=dtype)
     del operands
