@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mossrlhf import ToyWorld
-from mossrlhf.kernels import head as head_module
+from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.models import (
     IGNORED_LABEL,
     ActorCritic,

@@ -14,7 +14,8 @@ import torch
 from scored import BLOCK, drawn
 from torch import Tensor
 
-from mossrlhf.kernels import head, torch_rows, use_backend
+from mossrlhf.kernels import chunked_head as head
+from mossrlhf.kernels import torch_rows, use_backend
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from heads import D, N, V, cast, drawn, ppo, slopes
 from scored import off, upstream
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mossrlhf.kernels import head, linear_token_loss, linear_token_stats
+from mossrlhf.kernels import chunked_head as head
+from mossrlhf.kernels import linear_token_loss, linear_token_stats
 from mossrlhf.types import LossOutput
 
 CHUNKS = [slice(0, 13), slice(13, 26), slice(26, 37)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scored import BLOCK, GRADED, V, check, drawn, gradient, off, oracle, score, upstream
 
-from mossrlhf.kernels import IGNORED_ID, rows, token_stats
+from mossrlhf.kernels import IGNORED_ID, token_stats
+from mossrlhf.kernels import row_stats as rows
 from mossrlhf.types import TokenStats
 
 ROUNDED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

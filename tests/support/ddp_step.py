@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
 
     from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
     from mossrlhf.config import TrainerConfig
-    from mossrlhf.kernels import head
+    from mossrlhf.kernels import chunked_head as head
     from mossrlhf.models import whole_logits
 
     head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens

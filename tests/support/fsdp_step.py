@@ -16,7 +16,7 @@ def main(folder: Path, fused: bool) -> None:
     from transformers import LlamaForCausalLM
 
     from mossrlhf import ActorCritic, LossOutput
-    from mossrlhf.kernels import head
+    from mossrlhf.kernels import chunked_head as head
     from mossrlhf.models import token_path
 
     head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens

@@ -195,7 +195,7 @@ def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
 def main(folder: Path, words: list[str]) -> None:
     """Run some cases one after the other; words are a case and the checkpoint of one process."""
     torch.set_num_threads(1)
-    from mossrlhf.kernels import head
+    from mossrlhf.kernels import chunked_head as head
 
     head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens
     results = {}

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from mossrlhf import ActorCritic, LossOutput, RewardModel
-from mossrlhf.kernels import head
+from mossrlhf.kernels import chunked_head as head
 from mossrlhf.models import announce, token_path
 
 CONFIG = {

@@ -6,7 +6,7 @@ from families import tiny
 from rollouts import recorded_rollout
 
 from mossrlhf import PPOMaxLoss
-from mossrlhf.kernels import head as head_module
+from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.loss import coupling
 from mossrlhf.models import whole_logits
 

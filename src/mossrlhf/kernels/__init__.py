@@ -1,9 +1,13 @@
 """Log-probability, entropy and KL of tokens over the vocabulary, without copies of the logits."""
 
+from mossrlhf.kernels.chunked_head import (
+    head_token_loss,
+    head_token_stats,
+    linear_token_loss,
+    linear_token_stats,
+)
 from mossrlhf.kernels.dispatch import Backend, backend, use_backend
-from mossrlhf.kernels.linear import linear_token_loss, linear_token_stats
-from mossrlhf.kernels.modules import head_token_loss, head_token_stats
-from mossrlhf.kernels.rows import IGNORED_ID, token_stats
+from mossrlhf.kernels.row_stats import IGNORED_ID, token_stats
 
 __all__ = [
     "IGNORED_ID",

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mossrlhf.kernels.head import capped
-from mossrlhf.kernels.modules import applied, is_linear
+from mossrlhf.kernels.chunked_head import applied, capped, is_linear
 from mossrlhf.models.packing import states
 from mossrlhf.options import inside
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mossrlhf.functional import upcast
-from mossrlhf.kernels.head import chunks
+from mossrlhf.kernels.chunked_head import chunks
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
 from mossrlhf.models.token_path import output_head
 from mossrlhf.options import inside

@@ -1,15 +1,4 @@
-"""Statistics of rows of logits, differentiable: one read forward; one read, one write backward.
-
-With x = z/τ, m = max x and d = Σ exp(x − m):
-
-    log p(a) = (x_a − m) − log d        H = log d − Σ exp(x − m)(x − m) / d
-
-The gradient of whatever is made of these numbers is, for each row,
-
-    dz_v = (g 1[v = a] + p_v (α + β (x_v − m) + γ (r_v − m_r))) / τ
-
-with r the reference's logits over τ, so a backend needs to know no more than g, α, β and γ.
-"""
+"""Statistics of rows of logits, differentiable: one read forward; one read, one write backward."""
 
 from typing import Any
 
