@@ -52,16 +52,11 @@ ELSEWHERE = {
     "vf_coef": "PPOMaxLoss(value_coef=)",
     "whiten_rewards": "AdvantageEstimator(whiten=True) or RewardShaper(normalize=True)",
 }
-"""Options of other libraries, and where they live here."""
+"""Options of other libraries, and their names here."""
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """Return "; did you mean …?" for a name that is not among the known ones, or "".
-
-    Args:
-        name: what came.
-        known: what there is.
-    """
+    """Return "; did you mean …?" for a name that is not among the known ones, or ""."""
     if name in ELSEWHERE:
         return f"; here that is {ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
@@ -69,11 +64,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def strict(cls: type[T]) -> type[T]:
-    """Make a dataclass answer an unknown keyword with what was probably meant.
-
-    Args:
-        cls: the dataclass.
-    """
+    """Make a dataclass reject unknown keywords with a suggestion."""
     init: Callable[..., None] = cls.__init__
     options = [spec for spec in fields(cls) if spec.init]  # type: ignore[arg-type]
     needed = {spec.name: spec.type for spec in options if not _may_be_none(spec.type)}
@@ -83,11 +74,7 @@ def strict(cls: type[T]) -> type[T]:
 
 
 def strict_init(init: F) -> F:
-    """Make an ``__init__`` answer an unknown keyword with what was probably meant.
-
-    Args:
-        init: the method; its signature is kept.
-    """
+    """Make an ``__init__`` reject unknown keywords with a suggestion; its signature is kept."""
     return _checked(init, [name for name in signature(init).parameters if name != "self"])
 
 
@@ -113,7 +100,7 @@ def _checked(
 
 
 def _require_kind(owner: str, name: str, value: Any, kind: Any) -> None:
-    """Refuse switches and texts of another kind: Python takes ``"false"`` for on."""
+    """Raise TypeError for switches and strings of another type: ``bool("false")`` is True."""
     expected = ""
     if kind is bool and not (isinstance(value, bool) or value in (0, 1)):
         expected = "True or False"
@@ -124,15 +111,10 @@ def _require_kind(owner: str, name: str, value: Any, kind: Any) -> None:
 
 
 def check_pair(owner: str, name: str, value: Any) -> None:
-    """Refuse what is neither a number nor a pair of them, (low, high), as clips are; None passes.
-
-    Args:
-        owner: whose option it is.
-        name: the option.
-        value: what came; low in (0, 1], high above 0.
+    """Check a clip: None, a number, or a pair (low, high); low in (0, 1], high above 0.
 
     Raises:
-        TypeError: where it is of another kind.
+        TypeError: where it is of another type.
         ValueError: where it has another length, or is out of range.
     """
     pair = value if isinstance(value, tuple) else (value, value)
@@ -153,15 +135,7 @@ def check_range(
     high: float = float("inf"),
     above: bool = False,
 ) -> None:
-    """Refuse a number outside [low, high], or (low, high] where `above`; None passes.
-
-    Args:
-        owner: whose option it is.
-        name: the option.
-        value: what came.
-        low: smallest number allowed.
-        high: largest number allowed.
-        above: whether `low` itself is refused.
+    """Check that a number is in [low, high], or in (low, high] where `above`; None passes.
 
     Raises:
         TypeError: where it is no number.
@@ -180,13 +154,7 @@ def check_range(
 
 
 def call_with(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
-    """Call a function with those of the optional keywords that it takes.
-
-    Args:
-        function: a component of ours or of the user's: ``lambda rewards, values, mask: …``.
-        args: always passed.
-        optional: passed where named, or where the function takes any keyword.
-    """
+    """Call a function with `args` and those of the optional keywords that it accepts."""
     parameters = inspect.signature(function).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = {p.name for p in parameters}
@@ -195,20 +163,11 @@ def call_with(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward, adapters unwrapped, names `argument`.
-
-    Args:
-        model: a transformers model, with or without PEFT adapters around it.
-        argument: the keyword.
-    """
+    """Whether the forward of a model, unwrapped from PEFT, has an argument of this name."""
     return argument in inspect.signature(inside(model).forward).parameters
 
 
 def inside(model: nn.Module) -> nn.Module:
-    """Return the transformers model that PEFT adapters are wrapped around, or the model itself.
-
-    Args:
-        model: a transformers model, with or without PEFT adapters around it.
-    """
+    """Return the transformers model inside a PEFT model, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()

@@ -118,7 +118,7 @@ class Whole(PPOMaxLoss):
 def test_losses_that_couple_tokens_are_found(make, loss, reason):
     found = coupling(loss)
     assert found == reason if reason is None else reason in found
-    assert make(loss=loss).engine._fuses(loss) == (reason is None)
+    assert (make(loss=loss).engine.why_not_fused(loss) is None) == (reason is None)
     assert not hasattr(loss, "calls")  # what it remembers is not of made-up tokens
 
 
@@ -162,6 +162,6 @@ def test_half_precision_scales_come_too_late_to_fuse(make):
     trainer.accelerator.state._mixed_precision = "fp16"
     try:
         assert not trainer.engine._may_fuse
-        assert not trainer.engine._fuses(trainer.loss)
+        assert trainer.engine.why_not_fused(trainer.loss) is not None
     finally:
         trainer.accelerator.state._mixed_precision = "no"

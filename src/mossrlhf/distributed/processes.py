@@ -15,16 +15,12 @@ class PeerError(RuntimeError):
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Let what is raised on one process within the block end it on all of them, without a hang.
+    """Pass an exception within the block on to all processes, which otherwise would hang.
 
-    All processes come to the end of the block, so nothing within it may wait for the others where
-    one may have raised. `is_shared` knows what was raised.
-
-    Args:
-        accelerator: of the processes; with one of them the block is as any other.
+    All processes reach the end of the block, so nothing within it may be collective.
 
     Raises:
-        PeerError: on the processes that are well; it says what the others raised.
+        PeerError: on the processes without an exception; it says what the others raised.
     """
     if accelerator.num_processes == 1:
         yield
@@ -38,7 +34,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raised = _exchange(accelerator, own)
     except Exception:
         if own is not None:
-            raise own from None  # the cause; that the others are gone as well says less
+            raise own from None  # the cause; that the others are gone matters less
         raise
     if own is not None:
         raise on_all(own)
@@ -47,31 +43,20 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def on_all(error: Exception) -> Exception:
-    """Mark an exception as one that all processes are raising at this place.
-
-    Args:
-        error: on this process.
-    """
+    """Mark an exception as raised by all processes at this point, and return it."""
     error.__dict__["on_all_processes"] = True
     return error
 
 
 def is_shared(error: Exception) -> bool:
-    """Whether all processes are raising at this place, so that they can still act together.
-
-    Args:
-        error: on this process.
-    """
+    """Whether all processes raised at this point, so that they can still act together."""
     return bool(error.__dict__.get("on_all_processes", False))
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether an exception says that another process is gone, or has not answered in time.
+    """Whether an exception of a collective operation means that another process is gone.
 
-    Args:
-        error: from a collective operation of any backend.
-
-    Source: ours; gloo's errors are plain `RuntimeError`s, told by their words.
+    Gloo raises plain `RuntimeError`s, which are recognized by their words.
     """
     kinds = (distributed.DistBackendError, distributed.DistNetworkError)
     if isinstance(error, kinds) and distributed.is_initialized():
@@ -84,7 +69,7 @@ def is_loss_of_a_peer(error: BaseException) -> bool:
 
 
 def _exchange(accelerator: Accelerator, own: Exception | None) -> list[str]:
-    """What processes have raised, in their order; nothing is pickled where none has."""
+    """Gather what processes raised, in their order; nothing is pickled where none did."""
     flag = torch.tensor([float(own is not None)], device=accelerator.device)
     if not float(accelerator.reduce(flag, reduction="sum")):
         return []
