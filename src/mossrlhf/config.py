@@ -1,4 +1,4 @@
-"""The one configuration class: how long, how much at a time, how fast, and where to."""
+"""`TrainerConfig`: length of the run, sizes of batches, learning rates, logging, checkpoints."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,28 +15,28 @@ SCHEDULES = (
 @strict
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How `Trainer` runs; what it optimizes is said by the objects it is given.
+    """How `Trainer` runs; what it optimizes is decided by its other arguments.
 
     Names that mean the same as in `transformers.TrainingArguments` are spelled the same.
 
     Args:
         output_dir: where checkpoints, tables and pictures go.
         seed: of sampling and of the order of prompts and minibatches.
-        learning_rate: of the policy (P1 and C: 5e-7).
-        critic_learning_rate: of the critic (P1: 1.65e-6, C: 1.5e-6).
-        lr_scheduler_type: one of `SCHEDULES`; "inverse_sqrt" is C's.
-        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1 and C: 0.1).
-        adam_beta1: Adam's β₁ (P1, C).
-        adam_beta2: Adam's β₂ (P1, C).
-        adam_epsilon: Adam's ε (C).
+        learning_rate: of the policy (P1 and MOSS-RLHF: 5e-7).
+        critic_learning_rate: of the critic (P1: 1.65e-6, MOSS-RLHF: 1.5e-6).
+        lr_scheduler_type: one of `SCHEDULES`; "inverse_sqrt" is MOSS-RLHF's.
+        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1 and MOSS-RLHF: 0.1).
+        adam_beta1: Adam's β₁ (P1, MOSS-RLHF).
+        adam_beta2: Adam's β₂ (P1, MOSS-RLHF).
+        adam_epsilon: Adam's ε (MOSS-RLHF).
         weight_decay: of AdamW.
         max_grad_norm: bound on the gradient's norm, policy and critic apart; None for none.
-        clip_grad_jointly: whether one bound holds for policy and critic together, as in C.
+        clip_grad_jointly: whether one bound holds for policy and critic together, as in MOSS-RLHF.
         total_steps: PPO iterations: rollouts with the optimizer steps that follow.
         rollout_size: responses in a rollout, over all processes (P1: 128).
         minibatch_size: responses to an optimizer step, over all processes (P1: 32).
         num_ppo_epochs: times each response is trained on.
-        samples_per_prompt: responses drawn for a prompt, for group baselines.
+        samples_per_prompt: responses sampled per prompt, for group baselines.
         micro_batch_size: responses at a time on a process; None for all. Speed and memory alone.
         max_tokens: padded tokens at a time on a process; None for no bound. Speed and memory alone.
         max_prompt_length: tokens; longer dialogues lose their oldest turns. None: what the
@@ -44,7 +44,7 @@ class TrainerConfig:
         critic_pretrain_steps: iterations in which the critic alone learns, before step 1.
         bootstrap_truncated: whether the critic's value stands in for the rest of a truncated
             response.
-        offload_frozen: whether reference and reward models wait on the CPU while not asked.
+        offload_frozen: whether reference and reward models are kept on the CPU between uses.
         bf16: whether to compute in bfloat16 (autocast; parameters stay float32).
         gradient_checkpointing: whether to recompute activations in the backward pass.
         disable_dropout: whether dropout is off in all models.
@@ -66,9 +66,9 @@ class TrainerConfig:
 
     Raises:
         ValueError: where a number is out of range, or sizes do not divide.
-        TypeError: where an option is unknown; it says what was probably meant.
+        TypeError: where an option is unknown, with a suggestion.
 
-    Source: P1 App. B and C's scripts where marked; the others are ours.
+    Source: P1 App. B and MOSS-RLHF's scripts, where marked.
     """
 
     _argument_group_name = "the run"  # the heading of its options in an HfArgumentParser

@@ -1,7 +1,7 @@
-"""Named compositions of components: no hidden flags, every number marked P1, C, TRL or ours.
+"""Named compositions of components, with the source of every number.
 
-Each returns keyword arguments of `Trainer`. Options of `TrainerConfig` can be given, and components
-to stand in place of its own::
+Each returns keyword arguments of `Trainer`. Options of `TrainerConfig` and other components
+replace the preset's::
 
     preset = presets.ppo_max(total_steps=200, advantage=AdvantageEstimator(lam=0.95))
     Trainer(model, reward=reward, train_dataset=prompts, **preset)
@@ -20,32 +20,31 @@ from mossrlhf.reward_shaping import RewardShaper
 P1_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.65e-6}
 """P1: the critic learns 3.3 times as fast as the policy."""
 
-C_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.5e-6}
-"""C: three times as fast."""
+MOSS_RATES = {"learning_rate": 5e-7, "critic_learning_rate": 1.5e-6}
+"""MOSS-RLHF's scripts: three times as fast."""
 
 COMPONENTS = ("shaper", "advantage", "loss", "generation_config")
-"""Arguments of `Trainer` that a preset takes in place of what it would compose."""
+"""Arguments of `Trainer` that replace a preset's component."""
 
 OF_TRAINERS = frozenset([
     "accelerator", "callbacks", "critic", "eval_dataset", "model", "peft_config",
     "processing_class", "ptx_dataset", "ref_model", "reward", "sampler", "train_dataset",
 ])  # fmt: skip
-"""Arguments of `Trainer` that no preset has a say in."""
+"""Arguments of `Trainer` that no preset sets."""
 
 
 def ppo_max(**options: Any) -> dict[str, Any]:
     """PPO-max, the paper's algorithm.
 
     KL penalty η = 0.05 (P1), scores normalized by running moments (P1) and clipped at δ = 0.8
-    (P1, App. B.1, advised there), value clip 0.2 (C), surrogate clip 0.2 (C), GAE γ = 1,
-    λ = 0.9 (P1, App. C.3), gradient norms clipped at 1 (C), learning rates 5e-7 (P1, C) and
+    (recommended in P1, App. B.1), value clip 0.2 (MOSS-RLHF), surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1,
+    λ = 0.9 (P1, App. C.3), gradient norms clipped at 1 (MOSS-RLHF), learning rates 5e-7 (P1, MOSS-RLHF) and
     1.65e-6 (P1), warm-up over 10 % (P1), 128 responses in minibatches of 32 (P1 §5.1), the
-    critic pre-trained for 50 iterations (the number is ours; P1 gives none).
+    critic warmed up for 50 iterations (P1 gives no number).
 
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
-            ``critic_learning_rate`` takes the critic's along in P1's proportion:
-            3.3 times the policy's.
+            ``critic_learning_rate`` sets the critic's to 3.3 times as much, P1's proportion.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -62,10 +61,10 @@ def ppo_max(**options: Any) -> dict[str, Any]:
 
 
 def vanilla_ppo(**options: Any) -> dict[str, Any]:
-    """PPO with the clipped surrogate and GAE alone: what PPO-max is held against.
+    """PPO with the clipped surrogate and GAE alone: what PPO-max is compared with.
 
-    No KL penalty, no reward normalization or clip, no value clip, no critic pre-training, no
-    bound on gradients; surrogate clip 0.2 (C), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
+    No KL penalty, no reward normalization or clip, no value clip, no critic warm-up, no
+    bound on gradients; surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
 
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`; the critic's learning rate follows the
@@ -86,21 +85,21 @@ def vanilla_ppo(**options: Any) -> dict[str, Any]:
 
 
 def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
-    """What the released scripts of MOSS-RLHF switch on, which is less than the paper.
+    """The settings of MOSS-RLHF's released scripts, which are less than the paper's.
 
     Reward scaling by the running std of scores, surrogate and value clip 0.2, one gradient bound
     of 1 for policy and critic together, KL penalty 0.01 (en) or 0.1 (zh), GAE λ = 0.95, learning
     rates 5e-7 and 1.5e-6 with inverse-square-root decay, rollouts of 2 in one batch of 2 for one
     epoch: one step per rollout, so the ratio is about 1 and neither clip normally binds. No
-    reward clip, no advantage normalization, no PTX, no critic pre-training. Sampling at
-    temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens; what is drawn is then
-    scored at temperature 1 there, at 0.8 here.
+    reward clip, no advantage normalization, no PTX, no critic warm-up. Sampling at
+    temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens; MOSS-RLHF then scores
+    the tokens at temperature 1, this library at 0.8.
 
     Args:
         language: "en" or "zh".
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
-            ``critic_learning_rate`` takes the critic's along in C's proportion:
-            three times the policy's.
+            ``critic_learning_rate`` sets the critic's to three times as much, the scripts'
+            proportion.
 
     Returns:
         keyword arguments of `Trainer`.
@@ -108,7 +107,7 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: where the language is neither.
 
-    Source: C (``train_ppo_{en,zh}.sh``, ``config.py``).
+    Source: MOSS-RLHF (``train_ppo_{en,zh}.sh``, ``config.py``).
     """
     coefficients = {"en": 0.01, "zh": 0.1}
     if language not in coefficients:
@@ -116,7 +115,7 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
             f"language: got {language!r}, expected 'en' or 'zh', the two the scripts exist for"
         )
     settings = {
-        **_rates(C_RATES, options),
+        **_rates(MOSS_RATES, options),
         "lr_scheduler_type": "inverse_sqrt",
         "rollout_size": 2,
         "minibatch_size": 2,
@@ -177,7 +176,7 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
 def _composed(
     options: Mapping[str, Any], settings: Mapping[str, Any], **components: Any
 ) -> dict[str, Any]:
-    """Put what was asked for in place of what the preset says."""
+    """Replace the preset's components and settings by the given ones."""
     given = {name: options[name] for name in COMPONENTS if name in options}
     others = {name: value for name, value in options.items() if name not in COMPONENTS}
     if stray := others.keys() & OF_TRAINERS:
@@ -189,10 +188,7 @@ def _composed(
 
 
 def _rates(published: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, float]:
-    """Keep the published proportion between the two learning rates where one alone is given.
-
-    Left where it was, the critic would be thousands of times too slow for a small model's policy.
-    """
+    """Keep the published proportion of the two learning rates where only the policy's is given."""
     given = options.get("learning_rate")
     if given is None:
         return dict(published)

@@ -28,10 +28,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A batch of prompts with the responses drawn for them, and all that is known about them.
+    """A batch of prompts with sampled responses, and everything computed about them.
 
     Every stage of `Trainer` takes a rollout and returns a new one (`dataclasses.replace`) with
-    more of the optional fields filled in; nothing is changed in place.
+    more of the optional fields; nothing is changed in place.
 
     Args:
         input_ids: ``[B, L]`` token ids, ``[prompt][response][pad]``.
@@ -39,24 +39,24 @@ class Rollout:
         response_lengths: ``[B]`` tokens of each response, its end-of-sequence token included.
         truncated: ``[B]`` whether the response hit the length limit instead of ending.
         mask: ``[B, T]`` response tokens that count; may have holes (tool or user turns).
-        state_mask: ``[B, T]`` states the critic is trained on and advantages recur over; None
-            for `mask`. Differs where the state after the end counts too (`with_end_states`).
+        state_mask: ``[B, T]`` states the critic is trained on and GAE runs over; None for `mask`.
+            Different where the state after the end counts too (`with_end_states`).
         columns: the dataset's columns, a list of B values each; they reach the reward.
         weights: ``[B, T]`` weight of each token in the loss; their sum is its denominator.
             None: 1 for every token of the mask (token mean).
-        scores: ``[B]`` the reward of the whole response, as the reward gave it.
-        token_scores: ``[B, T]`` dense rewards, where the reward gives them.
-        sampler_logprobs: ``[B, T]`` log-probabilities by the sampler, nats.
-        logprobs: ``[B, T]`` under the policy that drew the response ("old"), nats.
+        scores: ``[B]`` the reward of the whole response, before shaping.
+        token_scores: ``[B, T]`` rewards per token, from rewards that return them.
+        sampler_logprobs: ``[B, T]`` log-probs by the sampler, nats.
+        logprobs: ``[B, T]`` under the policy that sampled the response ("old"), nats.
         ref_logprobs: ``[B, T]`` under the reference policy, nats.
-        entropies: ``[B, T]`` of the policy that drew the response, nats per token.
+        entropies: ``[B, T]`` of the policy that sampled the response, nats per token.
         values: ``[B, T]`` the critic's value of the state before each token ("old").
         bootstrap: ``[B]`` the critic's value after a truncated response, 0 after a finished one.
-        rewards: ``[B, T]`` what the return is made of: shaped score and KL penalty.
+        rewards: ``[B, T]`` shaped score plus KL penalty.
         advantages: ``[B, T]``.
         returns: ``[B, T]`` the critic's targets.
-        extra: further tensors whose first dimension is B, for custom losses. Where the second is
-            as long as T, it is the tokens', and is cut and padded as that of the fields above.
+        extra: further tensors whose first dimension is B, for custom losses. A second dimension
+            of length T is taken for tokens, and cut and padded like those of the fields above.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -97,7 +97,7 @@ class Rollout:
 
     @property
     def response_ids(self) -> Int[Tensor, "B T"]:
-        """``[B, T]``: the tokens of each response; what stands past its length is padding."""
+        """``[B, T]``: the tokens of each response; entries past its length are padding."""
         limit = self.input_ids.shape[1] - 1
         return self.input_ids.gather(1, (self.state_index + 1).clamp(max=limit))
 
@@ -131,7 +131,7 @@ class Rollout:
         return [ids[:length] for ids, length in rows]
 
     def select(self, index: Int[Tensor, " K"]) -> "Rollout":
-        """Return the sequences at `index` ``[K]``, in that order, with no padding to spare."""
+        """Return the sequences at `index` ``[K]``, in that order, with the padding cut to their lengths."""
         chosen = index.to(self.input_ids.device)
         width = int((self.prompt_lengths + self.response_lengths)[chosen].max())
         length = max(1, int(self.response_lengths[chosen].max()))
@@ -156,7 +156,7 @@ class Rollout:
         return Rollout(**picked)
 
     def with_end_states(self, limit: int) -> "Rollout":
-        """Let the state after the last token count too, where a response ended before `limit`.
+        """Count the state after the last token as well, where a response ended before `limit`.
 
         Args:
             limit: longest response possible, in tokens.
@@ -200,7 +200,7 @@ class Rollout:
         """Join rollouts into one, padded on the right to the largest L and T among them.
 
         Raises:
-            ValueError: where nothing is given, or a field is filled in some rollouts only.
+            ValueError: where nothing is given, or a field is None in some rollouts only.
         """
         if not rollouts:
             raise ValueError("rollouts: got none, expected at least one to concatenate")
@@ -238,7 +238,7 @@ def _join(name: str, parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _pad(value: Tensor, more: int) -> Tensor:
-    """Put zeros behind the second dimension, whatever follows it."""
+    """Append zeros along the second dimension."""
     return torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, more))
 
 
@@ -257,12 +257,12 @@ class Advantages:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What scoring tokens over the vocabulary yields.
+    """Log-probs and other statistics of tokens over the vocabulary.
 
     Args:
         logprob: log-probability of each token, nats, at least float32.
-        entropy: entropy of the distribution each was drawn from, nats; None where not asked for.
-        logsumexp: log Σ_v exp(z_v/τ), nats; None where it is not known.
+        entropy: entropy of each token's distribution, nats; None where not requested.
+        logsumexp: log Σ_v exp(z_v/τ), nats; None where not computed.
         ref_logprob: log-probability under the reference, nats; None without one.
         kl: exact KL divergence from the reference, nats; None without one.
     """
@@ -276,10 +276,10 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss with what there is to say about it.
+    """A loss and its statistics.
 
-    Both are *shares*: sums over the tokens at hand divided by the denominator of the whole
-    optimizer step, so that micro-batches and processes add up to the token mean exactly.
+    Both are *shares*: sums over some tokens divided by the denominator of the whole optimizer
+    step, so that micro-batches and processes add up to the token mean exactly.
 
     Args:
         loss: scalar, to be differentiated.

@@ -161,7 +161,7 @@ def _is_spread(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def gathered_tensor(parameter: nn.Parameter) -> Tensor:
-    """Return a whole parameter on the CPU, in its optimizer's precision; collective where sharded."""
+    """Return a whole parameter on the CPU, in its optimizer's precision; collective if sharded."""
     if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
