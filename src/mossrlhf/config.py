@@ -25,7 +25,7 @@ class TrainerConfig:
         learning_rate: of the policy (P1 and MOSS-RLHF: 5e-7).
         critic_learning_rate: of the critic (P1: 1.65e-6, MOSS-RLHF: 1.5e-6).
         lr_scheduler_type: one of `SCHEDULES`; "inverse_sqrt" is MOSS-RLHF's.
-        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1 and MOSS-RLHF: 0.1).
+        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1, MOSS-RLHF: 0.1).
         adam_beta1: Adam's β₁ (P1, MOSS-RLHF).
         adam_beta2: Adam's β₂ (P1, MOSS-RLHF).
         adam_epsilon: Adam's ε (MOSS-RLHF).

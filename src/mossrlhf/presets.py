@@ -37,9 +37,9 @@ def ppo_max(**options: Any) -> dict[str, Any]:
     """PPO-max, the paper's algorithm.
 
     KL penalty η = 0.05 (P1), scores normalized by running moments (P1) and clipped at δ = 0.8
-    (recommended in P1, App. B.1), value clip 0.2 (MOSS-RLHF), surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1,
-    λ = 0.9 (P1, App. C.3), gradient norms clipped at 1 (MOSS-RLHF), learning rates 5e-7 (P1, MOSS-RLHF) and
-    1.65e-6 (P1), warm-up over 10 % (P1), 128 responses in minibatches of 32 (P1 §5.1), the
+    (recommended in P1, App. B.1), value and surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1, λ = 0.9
+    (P1, App. C.3), gradient norms clipped at 1 (MOSS-RLHF), learning rates 5e-7 (P1, MOSS-RLHF)
+    and 1.65e-6 (P1), warm-up over 10 % (P1), 128 responses in minibatches of 32 (P1 §5.1), the
     critic warmed up for 50 iterations (P1 gives no number).
 
     Args:
@@ -63,8 +63,8 @@ def ppo_max(**options: Any) -> dict[str, Any]:
 def vanilla_ppo(**options: Any) -> dict[str, Any]:
     """PPO with the clipped surrogate and GAE alone: what PPO-max is compared with.
 
-    No KL penalty, no reward normalization or clip, no value clip, no critic warm-up, no
-    bound on gradients; surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
+    No KL penalty, no reward normalization or clip, no value clip, no critic warm-up, no bound on
+    gradients; surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
 
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`; the critic's learning rate follows the

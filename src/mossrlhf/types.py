@@ -131,7 +131,7 @@ class Rollout:
         return [ids[:length] for ids, length in rows]
 
     def select(self, index: Int[Tensor, " K"]) -> "Rollout":
-        """Return the sequences at `index` ``[K]``, in that order, with the padding cut to their lengths."""
+        """Return the sequences at `index` ``[K]``, in that order, without spare padding."""
         chosen = index.to(self.input_ids.device)
         width = int((self.prompt_lengths + self.response_lengths)[chosen].max())
         length = max(1, int(self.response_lengths[chosen].max()))
