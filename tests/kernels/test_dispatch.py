@@ -5,7 +5,8 @@ from threading import Thread
 import pytest
 import torch
 
-from mossrlhf.kernels import backend, dispatch, torch_rows, use_backend
+from mossrlhf.kernels import backend, torch_rows, use_backend
+from mossrlhf.kernels import row_stats as dispatch
 
 
 @pytest.fixture(params=[True, False], ids=["with triton", "without"])

@@ -6,8 +6,7 @@ from mossrlhf.kernels.chunked_head import (
     linear_token_loss,
     linear_token_stats,
 )
-from mossrlhf.kernels.dispatch import Backend, backend, use_backend
-from mossrlhf.kernels.row_stats import IGNORED_ID, token_stats
+from mossrlhf.kernels.row_stats import IGNORED_ID, Backend, backend, token_stats, use_backend
 
 __all__ = [
     "IGNORED_ID",

@@ -1,4 +1,9 @@
-"""The output head and a loss over tokens, a chunk of logits at a time."""
+"""The output head and a loss over tokens, a chunk of logits at a time.
+
+Full logits never exist: a chunk is computed, scored, overwritten by its gradient and multiplied by
+the weight and the hidden states. A loss that couples tokens computes each chunk twice
+(`linear_token_stats`).
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,29 +18,18 @@ from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from mossrlhf.functional import upcast
-from mossrlhf.kernels.dispatch import backend_of
-from mossrlhf.kernels.row_stats import coefficients, temperatures, token_stats
+from mossrlhf.kernels.row_stats import backend_of, coefficients, temperatures, token_stats
 from mossrlhf.types import LossOutput, TokenStats
 
 CPU_CHUNK_BYTES = 2**25
 CUDA_CHUNK_BYTES = 2**30
-"""Of the float32 logits of one chunk: few bytes to save memory, enough rows for the product."""
+"""Bytes of one chunk of float32 logits: few, to save memory, but enough rows for the product."""
 
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
 
 def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
-    """Cut rows of logits into chunks of about the same size, within the budgets above.
-
-    There is at least one, for a loss to name its statistics.
-
-    Args:
-        count: N.
-        width: V.
-        cuda: which budget.
-
-    Source: ours.
-    """
+    """Split N = `count` rows of V = `width` logits into chunks of similar size; at least one."""
     budget = CUDA_CHUNK_BYTES if cuda else CPU_CHUNK_BYTES
     most = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, budget // (4 * max(1, width))))
     number = max(1, math.ceil(count / most))
@@ -45,16 +39,7 @@ def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
 
 
 def capped(logits: Tensor, scale: float, softcap: float | None, in_place: bool = False) -> Tensor:
-    """c·tanh(s·z / c), in float32 at least.
-
-    Args:
-        logits: z, any shape.
-        scale: s.
-        softcap: c, or None for s·z.
-        in_place: whether z may be overwritten.
-
-    Source: Gemma 2 (arXiv 2408.00118 §2).
-    """
+    """Return c·tanh(s·z / c), or s·z without c, in float32 at least (Gemma 2, arXiv 2408.00118)."""
     if scale == 1.0 and softcap is None:
         return logits
     if not in_place:
@@ -65,10 +50,10 @@ def capped(logits: Tensor, scale: float, softcap: float | None, in_place: bool =
 
 
 class Head:
-    """z = c·tanh(s (x Wᵀ + b) / c) for one chunk of x after the other, and the gradients of it.
+    """z = c·tanh(s (x Wᵀ + b) / c), one chunk of x after the other, and its gradients.
 
-    The product is computed in autocast's type where that is on, else in that of the operands, and
-    summed and kept in float32; on the CPU operands in half precision become float32 first.
+    The product is computed in autocast's dtype, or without autocast in the operands', and
+    accumulated and kept in float32; on the CPU half-precision operands become float32 first.
     """
 
     def __init__(
@@ -89,7 +74,7 @@ class Head:
         self._logits: Tensor | None = None
 
     def chunks(self) -> Iterator[slice]:
-        """Cut N rows into chunks of like size."""
+        """Split the N rows into chunks."""
         return chunks(len(self.hidden), len(self.weight), self.hidden.is_cuda)
 
     def logits(self, rows: slice) -> Tensor:
@@ -101,7 +86,7 @@ class Head:
         return capped(z, self.scale, self.softcap, in_place=True)
 
     def _room(self, count: int) -> Tensor | None:
-        """Where the logits of every chunk go in turn; on CUDA the allocator does as well."""
+        """A buffer that all chunks share; on CUDA the caching allocator does as well."""
         if self.hidden.is_cuda or self.dtype != self.wide:
             return None
         if self._logits is None:
@@ -109,7 +94,7 @@ class Head:
         return self._logits[:count]
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Make room for the gradients of hidden states, weight and bias, as they are wanted."""
+        """Allocate the gradients that are needed, of hidden states, weight and bias."""
         for i, wanted in enumerate((hidden, weight, bias)):
             given = self._inputs[i]
             if wanted and given is not None:
@@ -118,7 +103,7 @@ class Head:
     def add_gradient(
         self, rows: slice, z: Tensor, ids: Tensor, tau: Tensor, norms: Tensor, coefs: Tensor
     ) -> None:
-        """Add what a chunk has to say; its logits are overwritten where their type allows it."""
+        """Add a chunk's gradients; its logits are overwritten where their dtype allows."""
         dz = z if self.dtype == z.dtype else torch.empty_like(z, dtype=self.dtype)
         scaled = coefs * self.scale
         backend_of(z).gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
@@ -134,14 +119,7 @@ class Head:
 def rounded(
     gradient: tuple[Tensor, torch.dtype] | None, factor: Tensor | None = None
 ) -> Tensor | None:
-    """Return a gradient in the type of what it is of, rounded once.
-
-    Args:
-        gradient: in the type it was summed in, and the other type; or None.
-        factor: to multiply it by first, where it was summed; None for 1.
-
-    Source: ours.
-    """
+    """Convert a gradient, times a factor, from its accumulation dtype to its tensor's."""
     if gradient is None:
         return None
     value, dtype = gradient
@@ -158,14 +136,14 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """A·B, summed in float32 and rounded once, to `dtype`."""
+    """A·B, accumulated in float32 and rounded once, to `dtype`."""
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=dtype)  # half precision, which is left as it is on CUDA alone
+    return torch.mm(a, b, out_dtype=dtype)  # half precision, on CUDA alone
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add A·B to `total` in the type of `total`."""
+    """Add A·B to `total` in its dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -173,7 +151,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 LossFn = Callable[[TokenStats, slice], LossOutput]
-"""Statistics of some tokens, and which of the N they are → their share of the loss."""
+"""Statistics of n tokens and their slice of N → their share of the loss."""
 
 
 class _LinearStats(torch.autograd.Function):
@@ -194,7 +172,7 @@ class _LinearStats(torch.autograd.Function):
             for rows in head.chunks():
                 z = head.logits(rows)
                 found.append(backend_of(z).stats(z, ids[rows], tau[rows], None, entropy))
-                del z  # before the next is made
+                del z  # before the next chunk is allocated
         logprob, logsumexp, entropies, _, _, norms = (
             torch.cat(parts, -1) for parts in zip(*found, strict=True)
         )
@@ -262,7 +240,7 @@ class _LinearLoss(torch.autograd.Function):
                         g_logsumexp=grads[1],
                     )
                     head.add_gradient(rows, z, ids, tau, norms, coefs)
-                del z  # before the next is made
+                del z  # before the next chunk is allocated
         ctx.gradients = head.gradients
         return total
 
@@ -271,8 +249,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_token_loss: its gradient was computed once and has been handed on; for a "
-                "second backward pass call it again, or use linear_token_stats"
+                "linear_token_loss: its gradient was computed once and is freed; for a second "
+                "backward pass call it again, or use linear_token_stats"
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (rounded(g, upstream) for g in gradients)
@@ -282,7 +260,7 @@ class _LinearLoss(torch.autograd.Function):
 def _differentiated(
     loss_fn: LossFn, given: TokenStats, rows: slice, wanted: bool
 ) -> tuple[LossOutput, list[Tensor] | None]:
-    """Return a chunk's loss, and its gradients for log-probability, log-sum-exp and entropy."""
+    """Return a chunk's loss and its gradients for log-prob, log-sum-exp and entropy."""
     leaves = [x for x in (given.logprob, given.logsumexp, given.entropy) if x is not None]
     with torch.set_grad_enabled(wanted):
         for leaf in leaves:
@@ -314,15 +292,15 @@ def linear_token_stats(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """`token_stats` of z = c·tanh(s (x Wᵀ + b) / c), from the hidden states x.
+    """Compute `token_stats` of z = c·tanh(s (x Wᵀ + b) / c) from the hidden states x, in chunks.
 
-    One matrix unit to score; with a gradient four, since logits are made again.
+    One matrix product to score; four with a gradient, since logits are computed again.
 
     Args:
         hidden: ``[N, D]`` hidden states at the positions before each token.
-        weight: ``[V, D]`` of the output head; its gradient is summed in float32.
-        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row does not count.
-        temperature: τ the tokens were drawn at, one for all or ``[N]``.
+        weight: ``[V, D]`` of the output head; its gradient is accumulated in float32.
+        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
+        temperature: τ the tokens were sampled at, one for all or ``[N]``.
         entropy: False leaves the entropy out.
         bias: ``[V]`` b, or None.
         scale: s, a factor on the logits.
@@ -362,20 +340,20 @@ def linear_token_loss(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> LossOutput:
-    """A loss that is a sum over tokens, with its gradient in three matrix units instead of four.
+    """Compute a loss that is a sum over tokens, in three matrix products instead of four.
 
     `loss_fn` is called once for each chunk of tokens; autograd runs through it alone, on ``[n]``
     numbers. Losses that couple tokens (a mean over a sequence's ratios) need
-    `linear_token_stats`. Whatever else `loss_fn` reads is a constant: parameters of its own get
-    no gradient. Not for losses scaled in float16: the gradient is rounded before the scale comes.
+    `linear_token_stats`. Other tensors that `loss_fn` uses get no gradient. Not for losses scaled
+    in float16: the gradient is rounded before the scale is applied.
 
     Args:
         hidden: ``[N, D]`` hidden states at the positions before each token.
-        weight: ``[V, D]`` of the output head; its gradient is summed in float32.
-        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row does not count.
+        weight: ``[V, D]`` of the output head; its gradient is accumulated in float32.
+        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
         loss_fn: takes `TokenStats` of n tokens and the slice of N they are, and returns their
             share of the loss and of its statistics, which are added up.
-        temperature: τ the tokens were drawn at, one for all or ``[N]``.
+        temperature: τ the tokens were sampled at, one for all or ``[N]``.
         entropy: False leaves the entropy out.
         bias: ``[V]`` b, or None.
         scale: s, a factor on the logits.
@@ -386,11 +364,9 @@ def linear_token_loss(
 
     Raises:
         ValueError: where shapes do not fit, or `loss_fn` returns no scalar.
-
-    Source: ours.
     """
     _require_shapes(hidden, weight, ids)
-    if not torch.is_grad_enabled():  # an autograd function is not told
+    if not torch.is_grad_enabled():  # which an autograd function cannot see
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     stats: dict[str, Tensor] = {}
@@ -417,20 +393,14 @@ def _require_shapes(hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
 
 
 def is_linear(head: nn.Module) -> bool:
-    """Whether a head is x Wᵀ + b and nothing else, so that its weight says it all.
-
-    Args:
-        head: with adapters around it, quantized, parametrized or hooked, it is not.
-
-    Source: ours.
-    """
-    weight = head._parameters.get("weight")  # not by name, which under ZeRO-3 fetches it
+    """Whether a head is exactly x Wᵀ + b: no adapter, quantization, parametrization or hook."""
+    weight = head._parameters.get("weight")  # attribute access would fetch it under ZeRO-3
     plain = type(head) is nn.Linear and "forward" not in vars(head)
     if not plain or weight is None or weight.is_meta or hasattr(head, "_hf_hook"):
         return False
-    if _is_lent(weight):
+    if _is_partitioned(weight):
         return True  # its hooks are ZeRO-3's
-    # DTensors are what a head is sharded into; other subclasses (quantized ones) multiply anew.
+    # A sharded head has DTensors; other subclasses (quantized ones) redefine the product.
     if type(weight) not in (nn.Parameter, Tensor) and type(weight.data).__name__ != "DTensor":
         return False
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
@@ -438,14 +408,7 @@ def is_linear(head: nn.Module) -> bool:
 
 
 def applied(head: nn.Module, hidden: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape V"]:
-    """Apply a head as it will be when tokens are scored: by its weight, if that says it all.
-
-    Args:
-        head: any.
-        hidden: ``[..., D]``.
-
-    Source: ours.
-    """
+    """Apply a head as it is when tokens are scored: by its weight alone if it is linear."""
     if not is_linear(head):
         return head(hidden)
     return _within(head, lambda x: nn.Linear.forward(head, x), hidden)  # type: ignore[arg-type]
@@ -461,15 +424,15 @@ def head_token_stats(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """`linear_token_stats` of any head; one that is more than a weight is run twice for a gradient.
+    """Compute `linear_token_stats` of any head; one that is not linear runs twice for a gradient.
 
-    One that is more than a weight, and is sharded by itself, is run once, on all N tokens.
+    One that is neither linear nor whole (sharded by itself) runs once, on all N tokens.
 
     Args:
         head: maps ``[n, D]`` to logits ``[n, V]``.
         hidden: ``[N, D]``.
         ids: ``[N]``.
-        temperature: τ the tokens were drawn at, one for all or ``[N]``.
+        temperature: τ the tokens were sampled at, one for all or ``[N]``.
         entropy: False leaves the entropy out.
         scale: s, a factor on the logits.
         softcap: c, or None for no cap.
@@ -477,7 +440,7 @@ def head_token_stats(
     Returns:
         `TokenStats` of ``[N]``, nats.
 
-    Source: ours; recomputed chunks: Chen et al. (arXiv 1604.06174).
+    Source: recomputed chunks: Chen et al. (arXiv 1604.06174).
     """
     if is_linear(head):
         options: dict[str, Any] = dict(temperature=temperature, entropy=entropy)
@@ -494,8 +457,8 @@ def head_token_stats(
         stats = token_stats(logits, tokens, tau, entropy)
         return stats.logprob, stats.entropy, stats.logsumexp
 
-    if any(map(_is_lent, head.parameters())) or isinstance(head, FSDPModule):
-        # Each call is an exchange between processes, which must be as many on all of them.
+    if any(map(_is_partitioned, head.parameters())) or isinstance(head, FSDPModule):
+        # Each call is collective, so all processes must make equally many.
         return TokenStats(*score(hidden, ids, temperature))
     parts = []
     for rows in chunks(len(ids), _width(head), hidden.is_cuda):
@@ -521,7 +484,7 @@ def head_token_loss(
     loss_fn: LossFn,
     **options: Any,
 ) -> LossOutput:
-    """`linear_token_loss` of any head; one that is more than a weight costs a fourth matrix unit.
+    """Compute `linear_token_loss` of any head; one that is not linear costs a fourth product.
 
     Args:
         head: maps ``[n, D]`` to logits ``[n, V]``.
@@ -529,8 +492,6 @@ def head_token_loss(
         ids: ``[N]``.
         loss_fn: takes `TokenStats` of some tokens and the slice of N they are.
         options: of `head_token_stats`.
-
-    Source: ours.
     """
     if is_linear(head):
         found: dict[str, Tensor] = {}
@@ -544,17 +505,17 @@ def head_token_loss(
     return loss_fn(head_token_stats(head, hidden, ids, **options), slice(0, len(ids)))
 
 
-def _is_lent(weight: Tensor | None) -> bool:
-    """Whether a weight is ZeRO-3's, which is there only while its module is called."""
+def _is_partitioned(weight: Tensor | None) -> bool:
+    """Whether a weight is ZeRO-3's, which is whole only while its module is called."""
     return hasattr(weight, "ds_id")
 
 
 def _within(head: Any, work: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """Do some work with a head's weight, inside of a call of the head where its weight is lent.
+    """Call `work` with a head's weight, under ZeRO-3 within a call of the head.
 
-    The hooks that fetch and drop it, forward and backward, then see one call like any other.
+    ZeRO-3's hooks, which gather and release the weight, then see one ordinary call.
     """
-    if not _is_lent(head._parameters["weight"]):
+    if not _is_partitioned(head._parameters["weight"]):
         return work(hidden)
     head.forward = work
     try:
@@ -564,11 +525,11 @@ def _within(head: Any, work: Callable[[Tensor], Any], hidden: Tensor) -> Any:
 
 
 def _global_hooks() -> bool:
-    """Whether a hook on all modules is there to be called."""
+    """Whether global module hooks are registered."""
     known = (module._global_forward_hooks, module._global_forward_pre_hooks)
     return any(known) or bool(module._global_backward_hooks)
 
 
 def _width(head: nn.Module) -> int:
-    """The number of logits a head gives; where it does not say, a common one will do."""
+    """V of a head; where it is unknown, a common number."""
     return int(getattr(head, "out_features", 2**16))

@@ -1,5 +1,23 @@
-"""Statistics of rows of logits, differentiable: one read forward; one read, one write backward."""
+"""Statistics of rows of logits, differentiable: one read forward; one read, one write backward.
 
+With x = z/τ, m = max x and d = Σ exp(x − m):
+
+    log p(a) = (x_a − m) − log d        H = log d − Σ exp(x − m)(x − m) / d
+
+The gradient of whatever is computed from these numbers is, for each row,
+
+    dz_v = (g 1[v = a] + p_v (α + β (x_v − m) + γ (r_v − m_r))) / τ
+
+with r the reference's logits over τ, so a backend needs only g, α, β and γ.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -7,11 +25,83 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mossrlhf.kernels.dispatch import backend_of
 from mossrlhf.types import TokenStats
 
+BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
+"""Backends and their modules, which have two functions: ``stats`` and ``gradient``."""
+
+_forced: list[str] = []
+"""Set by `use_backend` for all threads: autograd on CUDA runs in another."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The backend that computes over rows of logits, and why.
+
+    Args:
+        name: one of `BACKENDS`.
+        reason: a clause to follow "since".
+    """
+
+    name: str
+    reason: str
+
+    @property
+    def module(self) -> ModuleType:
+        """The module with the functions ``stats`` and ``gradient``."""
+        return import_module(f"mossrlhf.kernels.{BACKENDS[self.name]}")
+
+
+@cache
+def _chosen(device_type: str, dtype: torch.dtype) -> Backend:
+    if device_type != "cuda":
+        return Backend("torch", f"the device is {device_type!r}, and triton's kernels need CUDA")
+    if find_spec("triton") is None:
+        return Backend("torch", "triton is not installed")
+    if dtype == torch.float64:
+        return Backend("torch", "triton's kernels do not compute in float64")
+    return Backend("triton", "the device is CUDA, and triton is installed")
+
+
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
+    """Return the backend of a device: triton on CUDA where it is installed, else torch in blocks.
+
+    Args:
+        device: where the logits live.
+        dtype: of the logits.
+    """
+    if _forced:
+        return Backend(_forced[-1], "use_backend() says so")
+    return _chosen(torch.device(device).type, dtype)
+
+
+def backend_of(logits: Tensor) -> ModuleType:
+    """Return the backend's module for these logits."""
+    return backend(logits.device, logits.dtype).module
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend within the block, whatever the device; for tests and measurements.
+
+    Args:
+        name: one of `BACKENDS`. "triton" on CPU tensors needs ``TRITON_INTERPRET=1`` in the
+            environment before triton is imported.
+
+    Raises:
+        ValueError: where there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 IGNORED_ID = -100
-"""The id of a row that does not count: all of its numbers are zero, and so is its gradient."""
+"""The id of a row to ignore: its statistics and its gradient are zero."""
 
 
 @torch.library.custom_op("mossrlhf::row_stats", mutates_args=())
@@ -23,21 +113,15 @@ def row_stats(
     entropy: bool,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the statistics of N rows.
+    """Compute the statistics of N rows of logits ``[N, V]``, of any strides.
 
-    Args:
-        logits: ``[N, V]`` any floating type, any strides.
-        ids: ``[N]``; negative where a row does not count.
-        temperature: ``[N]``, float32 at least; may be one number, expanded.
-        ref_logits: ``[N, V]`` of the reference; None leaves its numbers out.
-        entropy: whether to compute it.
-        in_place: whether the gradient may overwrite the logits.
+    Rows with a negative id are ignored; `in_place` lets the gradient overwrite the logits.
 
     Returns:
-        log-probability, log Σ exp x, entropy, the reference's log-probability, KL(π‖π_ref): ``[N]``
-        each, nats, or ``[0]`` where left out; last ``[4, N]``: max z and d of policy and reference.
+        log-prob, log Σ exp x, entropy, the reference's log-prob, KL(π‖π_ref): ``[N]`` each, nats,
+        or ``[0]`` where left out; last ``[4, N]``: max z and d of policy and reference.
 
-    Source: the online softmax, arXiv 1805.02867; entropy and KL accumulated alike are ours.
+    Source: the online softmax, arXiv 1805.02867.
     """
     return backend_of(logits).stats(logits, ids, temperature, ref_logits, entropy)
 
@@ -68,21 +152,19 @@ def row_gradient(
     coefs: Tensor,
     softcap: float | None,
 ) -> None:
-    """Write the gradient for N rows of logits into `out`.
+    """Write the gradient for N rows of logits into `out`, which may be `logits` itself.
 
-    Rows that do not count, or whose coefficients are all zero, become zeros, whatever is in them.
+    Rows that are ignored, or whose coefficients are all zero, become zeros whatever they hold.
 
     Args:
-        out: ``[N, V]`` any floating type; may be `logits` itself.
+        out: ``[N, V]`` any floating type.
         logits: ``[N, V]``.
         ids: ``[N]``.
         temperature: ``[N]``.
         ref_logits: ``[N, V]`` or None.
         norms: ``[4, N]`` of `row_stats`.
-        coefs: ``[4, N]``: g, α, β, γ (see above).
-        softcap: c, where the logits are c·tanh(y/c) and the gradient for y is wanted; else None.
-
-    Source: ours.
+        coefs: ``[4, N]``: g, α, β, γ of the formula above.
+        softcap: c, where the logits are c·tanh(y/c) and the gradient is for y; else None.
     """
     backend_of(logits).gradient(out, logits, ids, temperature, ref_logits, norms, coefs, softcap)
 
@@ -95,14 +177,9 @@ def coefficients(
     kl: tuple[Float[Tensor, " N"], Float[Tensor, " N"]] | None = None,
     g_logsumexp: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "4 N"]:
-    """Fold the gradients of all statistics into g, α, β, γ of the formula above.
+    """Combine the gradients of all statistics into g, α, β, γ of the formula above.
 
-    Args:
-        norms: of `row_stats`.
-        g_logprob: gradient of each log-probability.
-        entropy: each entropy and its gradient; None where it takes no part.
-        kl: each KL divergence and its gradient; None likewise.
-        g_logsumexp: gradient of each log Σ exp x; None likewise.
+    `entropy` and `kl` are pairs of value and gradient; None where the loss does not use them.
 
     Source: ∂log p(a) = 1_a − p, ∂H = −p (log p + H), ∂KL = p (log p − log q − KL).
     """
@@ -121,7 +198,7 @@ def coefficients(
 
 
 def _times(g: Tensor, x: Tensor) -> Tensor:
-    """g·x, and zero where g is, even of a row without a distribution or of an infinite KL."""
+    """g·x, and 0 where g = 0, even for an infinite x."""
     return torch.where(g == 0, 0.0, g * x)
 
 
@@ -154,18 +231,11 @@ row_stats.register_autograd(_backward, setup_context=_setup_context)
 def temperatures(
     temperature: float | Float[Tensor, " N"], logits: Tensor, rows: int
 ) -> Float[Tensor, " N"]:
-    """Return ``[N]`` temperatures in the type statistics are computed in.
-
-    Args:
-        temperature: τ of all rows, or of each.
-        logits: whatever their type and device are to be taken from.
-        rows: N.
+    """Return ``[N]`` temperatures in the type statistics are computed in, on the logits' device.
 
     Raises:
-        ValueError: where there is neither one nor N of them, one wants a gradient, or is not
-            positive (of a tensor on another device than the CPU that is not asked).
-
-    Source: ours.
+        ValueError: where there is neither one nor N of them, one requires a gradient, or one is
+            not positive (not checked on a GPU, where that would synchronize).
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
@@ -173,8 +243,8 @@ def temperatures(
             raise ValueError(
                 "temperature: it requires a gradient, which it does not get; detach it"
             )
-        asked = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-        if asked and not bool((temperature > 0).all()):
+        checked = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and not bool((temperature > 0).all()):
             raise ValueError(
                 f"temperature: got {temperature.min().item()}, expected numbers above 0"
             )
@@ -198,18 +268,17 @@ def token_stats(
     *,
     in_place: bool = False,
 ) -> TokenStats:
-    """Log-probability, log-sum-exp and, where asked for, entropy and exact KL of every token.
+    """Compute log-prob, log-sum-exp and, on request, entropy and exact KL of every token.
 
     The same numbers as `functional.token_stats`, without its copies of the logits: on CUDA by one
-    triton kernel each way, elsewhere by torch a few rows at a time.
-    Computed in float32 (float64 logits in float64). Differentiable in the logits; the reference is
-    a constant.
+    triton kernel each way, elsewhere by torch, a few rows at a time. Computed in float32 (float64
+    logits in float64). Differentiable in the logits; the reference is a constant.
 
     Args:
-        logits: ``[..., V]`` any floating type; copied once where rows are not evenly apart, as in
+        logits: ``[..., V]`` any floating type; copied once where rows are not evenly spaced, as in
             ``logits[:, :-1]`` of several sequences.
-        ids: ``[...]``; `IGNORED_ID` (any negative id) where a row does not count.
-        temperature: τ the tokens were drawn at, one for all or ``[...]``.
+        ids: ``[...]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
+        temperature: τ the tokens were sampled at, one for all or ``[...]``.
         entropy: False leaves the entropy out.
         ref_logits: ``[..., V]`` of the reference, for its log-probability and the exact KL
             divergence from it; at the same τ.
@@ -221,7 +290,7 @@ def token_stats(
 
     Raises:
         ValueError: where shapes do not fit, a temperature is not positive, or the reference
-            wants a gradient.
+            requires a gradient.
 
     Source: P1 §3.2, §5.2 (KL), §5.3.1 (entropy).
     """

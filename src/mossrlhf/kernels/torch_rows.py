@@ -1,4 +1,4 @@
-"""Rows of logits with torch alone, a block at a time, so that a block stays in the cache."""
+"""The torch backend of `row_stats`: a block of rows at a time, so that it stays in the cache."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**20
-"""Of one block of rows, in float32; two or three blocks of scratch memory are held."""
+"""Bytes of one block of rows in float32; scratch memory is two or three blocks."""
 
 LOWEST = -1e4
 """Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
@@ -15,17 +15,7 @@ LOWEST = -1e4
 def stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, ref_logits: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute `rows.row_stats`, block by block.
-
-    Args:
-        logits: ``[N, V]``.
-        ids: ``[N]``.
-        temperature: ``[N]``.
-        ref_logits: ``[N, V]`` or None.
-        entropy: whether to compute it.
-
-    Source: `functional.logprobs`, which is the oracle.
-    """
+    """Compute `row_stats.row_stats`, block by block."""
     counted, label = ids >= 0, ids.clamp(min=0)[:, None]
     norms = temperature.new_zeros(4, len(ids))
     weighted, cross = temperature.new_zeros(2, len(ids))
@@ -69,20 +59,7 @@ def gradient(
     coefs: Tensor,
     softcap: float | None,
 ) -> None:
-    """Compute `rows.row_gradient`, block by block.
-
-    Args:
-        out: ``[N, V]``, written to; may be `logits`.
-        logits: ``[N, V]``.
-        ids: ``[N]``.
-        temperature: ``[N]``.
-        ref_logits: ``[N, V]`` or None.
-        norms: ``[4, N]``.
-        coefs: ``[4, N]``.
-        softcap: c or None.
-
-    Source: ours.
-    """
+    """Compute `row_stats.row_gradient`, block by block."""
     coefs = torch.where(ids >= 0, coefs, 0.0)
     dead, label = (coefs == 0).all(0)[:, None], ids.clamp(min=0)[:, None]
     g, alpha, beta, gamma = (coefs / temperature)[:, :, None]
@@ -100,7 +77,7 @@ def gradient(
         if ref_logits is not None and sloped:
             _shifted(r, ref_logits[rows], temperature[rows], warm, norms[2, rows])
             x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
-        # Straight to where it is wanted, unless that would round it before it is whole.
+        # Into `out` directly, unless that would round an intermediate result.
         done = out[rows] if out.dtype == e.dtype and softcap is None else e
         torch.mul(e, slope, out=done).scatter_add_(1, label[rows], g[rows])
         if softcap is not None:
@@ -117,7 +94,7 @@ def gradient(
 def _for_each_block(
     work: Callable[[slice, Tensor, Tensor, Tensor], None], logits: Tensor, like: Tensor, count: int
 ) -> None:
-    """Call `work` for each block, with three scratch tensors; of two the last is passed twice."""
+    """Call `work` for each block with three scratch tensors; with two the last is passed twice."""
     total, width = logits.shape
     size = max(1, BLOCK_BYTES // (4 * max(1, width)))
     scratch = [like.new_empty(min(size, total), width) for _ in range(count)]
@@ -128,7 +105,7 @@ def _for_each_block(
 
 
 def _may_differ_from_one(temperature: Tensor) -> bool:
-    """Whether to divide by the temperatures; on other devices asking would mean waiting."""
+    """Whether to divide by the temperatures; always on a GPU, where checking would synchronize."""
     return temperature.device.type != "cpu" or bool((temperature != 1).any())
 
 

@@ -1,4 +1,4 @@
-"""Rows of logits in triton: one program a row forward, one a piece of a row backward.
+"""The triton backend of `row_stats`: a program per row forward, per block of a row backward.
 
 Importing it needs triton. With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly.
 ``no_type_check`` keeps jaxtyping's import hook off them: triton compiles no decorated function.
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Logits a program works on at a time."""
+"""Logits a program loads at a time."""
 
 WARPS = 8
 
@@ -21,9 +21,9 @@ WARPS = 8
 @triton.jit
 @no_type_check
 def _raised(m, z, t):
-    """Raise a running maximum by a block: (its new value, what to subtract, by how much, factor).
+    """Update a running maximum: (new maximum, what to subtract, shift of x, factor on sums).
 
-    Where all so far is −∞, zero is subtracted: −∞ − (−∞) must not be.
+    Where every logit so far is −∞, zero is subtracted, since −∞ − (−∞) is NaN.
     """
     highest = tl.maximum(m, tl.max(z, 0))
     base = tl.where(highest == -float("inf"), 0.0, highest)
@@ -117,9 +117,9 @@ def _gradient_kernel(
     beta = tl.load(coefs + 2 * N + row)
     gamma = tl.load(coefs + 3 * N + row)
     place = out + row * out_row_stride + at * out_col_stride
-    # Not even read where nothing comes of it: NaN × 0 is NaN.
-    asked = (g != 0.0) | (alpha != 0.0) | (beta != 0.0) | (gamma != 0.0)
-    if (label < 0) | (asked == 0):
+    # Rows without a gradient are not read: NaN × 0 is NaN.
+    needed = (g != 0.0) | (alpha != 0.0) | (beta != 0.0) | (gamma != 0.0)
+    if (label < 0) | (needed == 0):
         zero = tl.zeros([BLOCK], tl.float32)
         tl.store(place, zero.to(out.dtype.element_ty), mask=inside)
         return
@@ -145,17 +145,7 @@ def _gradient_kernel(
 def stats(
     logits: Tensor, ids: Tensor, temperature: Tensor, ref_logits: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute `rows.row_stats`.
-
-    Args:
-        logits: ``[N, V]``.
-        ids: ``[N]``.
-        temperature: ``[N]``.
-        ref_logits: ``[N, V]`` or None.
-        entropy: whether to compute it.
-
-    Source: the online softmax, arXiv 1805.02867; entropy and KL accumulated alike are ours.
-    """
+    """Compute `row_stats.row_stats`."""
     ids = ids.contiguous()
     rows, width = logits.shape
     ref = logits if ref_logits is None else ref_logits
@@ -186,20 +176,7 @@ def gradient(
     coefs: Tensor,
     softcap: float | None,
 ) -> None:
-    """Compute `rows.row_gradient`.
-
-    Args:
-        out: ``[N, V]``, written to; may be `logits`.
-        logits: ``[N, V]``.
-        ids: ``[N]``.
-        temperature: ``[N]``.
-        ref_logits: ``[N, V]`` or None.
-        norms: ``[4, N]``.
-        coefs: ``[4, N]``.
-        softcap: c or None.
-
-    Source: ours.
-    """
+    """Compute `row_stats.row_gradient`."""
     ids = ids.contiguous()
     rows, width = logits.shape
     ref, block = logits if ref_logits is None else ref_logits, _block(width)

@@ -1,0 +1,41 @@
+"""Old module names, importable for one release with a `DeprecationWarning`."""
+
+import sys
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "agreement": ("critic_evaluation",),
+}
+"""Old module → the modules that its public names are in now."""
+
+
+class MovedModule(ModuleType):
+    """Stands in for a module that was moved; its names are looked up in the new places."""
+
+    def __init__(self, old: str, new: tuple[str, ...]) -> None:
+        super().__init__(f"mossrlhf.{old}", f"Moved to mossrlhf.{new[0]}.")
+        self.__path__: list[str] = []  # its submodules are in sys.modules as well
+
+    def __getattr__(self, name: str) -> Any:
+        old = self.__name__.removeprefix("mossrlhf.")
+        if not name.startswith("_"):
+            for new in MOVED[old]:
+                module = import_module(f"mossrlhf.{new}")
+                if hasattr(module, name):
+                    warnings.warn(
+                        f"mossrlhf.{old}.{name} is now mossrlhf.{new}.{name}; the old name goes "
+                        "with the next release",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+                    return getattr(module, name)
+        raise AttributeError(f"module 'mossrlhf.{old}' has no attribute {name!r}")
+
+
+def install() -> None:
+    """Register the old modules with Python's import system; nothing is imported."""
+    for old, new in MOVED.items():
+        sys.modules.setdefault(f"mossrlhf.{old}", MovedModule(old, new))
