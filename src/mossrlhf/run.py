@@ -14,16 +14,16 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
+from mossrlhf.callbacks import CollapseWatch, StillWatch
 from mossrlhf.flow import Flow, is_best, is_due, numbers, require_measurable
 from mossrlhf.interrupts import Signals
 from mossrlhf.leaving import leave, leave_in_error, say_terminated, stop_at_once
-from mossrlhf.monitor import CollapseWatch, StillWatch
+from mossrlhf.logging import Completions, ConsoleTable, Trackers
 from mossrlhf.processes import together
 from mossrlhf.resume import load_checkpoint, save_checkpoint
 from mossrlhf.retention import set_aside, sweep
 from mossrlhf.rewinding import snapshot
 from mossrlhf.settings import judges_of, settings_of
-from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
 if TYPE_CHECKING:

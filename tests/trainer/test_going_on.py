@@ -12,10 +12,10 @@ from transformers.trainer_callback import ExportableState
 
 from mossrlhf import TrainerConfig, last_checkpoint
 from mossrlhf.flow import is_best
+from mossrlhf.logging import completion_table
 from mossrlhf.models import RewardModel, add_adapters, save_adapters
 from mossrlhf.resume import is_saved, save_checkpoint
 from mossrlhf.retention import STATE, checkpoints, finish_renames
-from mossrlhf.tracking import completion_table
 
 
 def names(trainer):

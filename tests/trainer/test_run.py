@@ -12,10 +12,10 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from mossrlhf import PPOMaxLoss, RewardShaper, Trainer, presets
+from mossrlhf.callbacks import CollapseWatch, StillWatch
 from mossrlhf.fitting import require_parts
-from mossrlhf.monitor import CollapseWatch, StillWatch
+from mossrlhf.logging import completion_table
 from mossrlhf.retention import STATE, checkpoints
-from mossrlhf.tracking import completion_table
 
 
 def test_early_stopping_of_transformers_stops(make, world, caplog):
