@@ -7,7 +7,7 @@ from typing import Any
 
 from growth import AXES, Figures, Row, both, fitted, rows
 
-from mossrlhf.drawing import COLORS, INK, blank, dress, write_picture
+from mossrlhf.plotting import COLORS, INK, new_figure, save_figure, style_axes
 
 LOOKS = (
     {"color": COLORS[0], "ls": "-", "marker": "o"},
@@ -38,7 +38,7 @@ def draw(figures: Figures, path: Path | None) -> Any:
         for axis, points in rows(figures).items()
     }
     done = {axis: points for axis, points in done.items() if points}
-    figure = blank()
+    figure = new_figure()
     figure.set_size_inches(3.7 * len(done), 8)
     above, below = [], []
     for place, (axis, points) in enumerate(done.items()):
@@ -47,8 +47,8 @@ def draw(figures: Figures, path: Path | None) -> Any:
             figure.add_subplot(2, len(done), 1 + place + row * len(done)) for row in range(2)
         )
         speeds = axis == "processes"
-        dress(upper, f"{'Speed' if speeds else 'Time'} by {name}")
-        dress(lower, f"Memory by {name}")
+        style_axes(upper, f"{'Speed' if speeds else 'Time'} by {name}")
+        style_axes(lower, f"Memory by {name}")
         _panel(
             upper, points, SPEED if speeds else TIME, "rollouts / s" if speeds else "s / iteration"
         )
@@ -59,7 +59,7 @@ def draw(figures: Figures, path: Path | None) -> Any:
         above += [] if speeds else [upper]
     for alike in (above, below):
         _same_heights(alike)
-    write_picture(figure, path)
+    save_figure(figure, path)
     return figure
 
 

@@ -22,8 +22,9 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mossrlhf.recipes.bookkeeping import versions
-from mossrlhf.shards import Shards, ShardWriter
+from mossrlhf.shards import Shards
 from mossrlhf.weight_diff import make_diff, recover
+from mossrlhf.weight_diff.diff import ShardWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "weight_diff.json"

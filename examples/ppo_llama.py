@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mossrlhf import Trainer, TrainerConfig, last_checkpoint, presets
 from mossrlhf.data import load_prompts, load_sft, set_dialogue_template
-from mossrlhf.drawing import require_matplotlib
+from mossrlhf.plotting import require_matplotlib
 from mossrlhf.recipes.bookkeeping import (
     INTERRUPTED,
     Clock,

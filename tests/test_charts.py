@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from mossrlhf.agreement import Agreement
-from mossrlhf.charts import plot_critic, plot_reward_histograms
-from mossrlhf.critic_evaluation import CriticEvaluation
+from mossrlhf.critic_evaluation import Agreement, CriticEvaluation
+from mossrlhf.plotting import plot_critic, plot_reward_histograms
 
 pytest.importorskip("matplotlib")
 

@@ -1,4 +1,4 @@
-"""The page of a run: nothing leaves it, nothing of a text becomes HTML, what is missing is said."""
+"""The page of a run: it loads nothing, texts stay texts, and missing files are named."""
 
 import base64
 import json
@@ -9,12 +9,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mossrlhf import cli
+from mossrlhf import cli, run_report
 from mossrlhf.checkpoint.folders import STATE
 from mossrlhf.recipes.report import write_page
-from mossrlhf.run_report import plot_run, read_run, write_report
-from mossrlhf.run_report.concerns import concerns
-from mossrlhf.run_report.reading import RunFolder, read_samples
+from mossrlhf.run_report import (
+    RunFolder,
+    plot_run,
+    read_run,
+    read_samples,
+    run_warnings,
+    write_report,
+)
 
 NASTY = (
     "<script>alert(1)</script></pre><img src=x onerror='alert(2)'>"
@@ -53,8 +58,8 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
-def is_self_contained(page):
-    """Hold a page to it that no browser asks for anything else."""
+def require_self_contained(page):
+    """Fail if a browser would load anything for the page."""
     assert set(page.tags) <= ALLOWED
     assert not page.comments
     for tag, name, value in page.attributes:
@@ -80,10 +85,11 @@ def entry(step, **more):
     return {"step": step, "response/distinct_2": 0.5, **numbers, **more}
 
 
-def checkpoint(folder, step, history):
+def checkpoint(folder, step, history, settings=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    state = {"version": "0.1", "settings": {"seed": 0, "kl_coef": 0.05}, "history": history}
+    settings = settings or {"seed": 0, "kl_coef": 0.05}
+    state = {"version": "0.1", "settings": settings, "history": history}
     (path / STATE).write_text(json.dumps(state))
 
 
@@ -100,7 +106,7 @@ def completions(folder, steps=(1, 2, 3, 4), text="fine"):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The folder of a run that has left everything, texts of the worst kind included."""
+    """A run's folder with every file, and hostile texts in them."""
     folder = tmp_path / "run <b>"
     completions(folder, text=NASTY)
     checkpoint(folder, 2, [entry(1)])
@@ -119,12 +125,12 @@ def whole(tmp_path):
     return folder
 
 
-def test_no_request_leaves_the_page_and_texts_stay_texts(whole):
+def test_page_loads_nothing_and_shows_texts_as_they_are(whole):
     pytest.importorskip("matplotlib")
     path = write_report(whole)
     assert path == whole / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    is_self_contained(page)
+    require_self_contained(page)
     assert page.tags.count("img") == 2  # curves and histograms
     assert page.text.count(f"{NASTY} 1.0") == 1
     assert page.text.count("ours " + NASTY.split(" \u2028")[0]) == 2
@@ -142,7 +148,81 @@ def test_no_request_leaves_the_page_and_texts_stay_texts(whole):
     assert "Nothing in these files calls for a second look." in page.text
 
 
-def test_responses_of_early_and_late_iterations_stand_side_by_side(whole):
+HOSTILE = """"><script>alert(1)</script>
+' onmouseover='alert(2)' <b>&amp; & {{ 7 * 7 }} {% raw %} <!-- ]]>
+</pre></style></title>"""
+PLACES = {
+    "folder": "run",
+    "run": "a",
+    "reward": "model",
+    "model": "policy",
+    "metric": "policy/extra",
+    "eval metric": "quality",
+    "infinite metric": "loss",
+    "prompt": "how ?",
+    "completion": "so .",
+    "option": "lang",
+    "value": "en",
+    "setting": "sampler",
+    "version": "torch",
+    "fault": "step-3",
+}
+
+
+def write_runs(parent, texts):
+    """Two runs in a folder, with the texts of PLACES wherever a user's string may be."""
+    folder = parent / texts["folder"]
+    for run in (texts["run"], "b"):
+        row = {"step": 1, "prompt": texts["prompt"], "completion": texts["completion"]}
+        row[f"reward/{texts['reward']}"] = 1.5
+        history = [
+            entry(1, **{texts["metric"]: 0.5, texts["infinite metric"]: math.inf}),
+            {"step": 1, f"eval/{texts['eval metric']}/win_rate": 0.5},
+        ]
+        checkpoint(folder / run, 1, history, settings={texts["setting"]: texts["setting"]})
+        (folder / run / "completions.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / run / "faults" / texts["fault"]).mkdir(parents=True)
+        checkpoint(folder / run, 2, None)  # damaged: a note names run and checkpoint
+    (folder / "config.json").write_text(json.dumps({texts["option"]: {"x": texts["value"]}}))
+    summary = {"interrupted": True, "versions": {texts["version"]: texts["version"]}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    prompt, completion = (
+        "\n".join(f"> {line}" for line in texts[name].split("\n"))
+        for name in ("prompt", "completion")
+    )
+    sample = f"## Prompt 1\n\n{prompt}\n\n**{texts['model']}**\n\n{completion}\n"
+    (folder / "samples.md").write_text(sample)
+    return folder
+
+
+def elements(page):
+    """Names of tags and attributes, and the attributes' values but for pictures and their texts."""
+    values = {(t, n, v) for t, n, v in page.attributes if n not in ("src", "alt")}
+    return set(page.tags), {(t, n) for t, n, _ in page.attributes}, values
+
+
+@pytest.mark.parametrize("place", [*PLACES, "everywhere"])
+def test_hostile_text_adds_no_element(tmp_path, monkeypatch, place):
+    if place != "everywhere":  # drawing takes seconds, and a picture holds no HTML
+        picture = {"png": base64.b64encode(b"\x89PNG").decode(), "notes": []}
+        monkeypatch.setattr(run_report, "_picture", lambda *_: picture)
+    hostile = dict.fromkeys(PLACES if place == "everywhere" else [place], HOSTILE)
+    for name in hostile.keys() & {"folder", "run", "fault"}:
+        hostile[name] = HOSTILE.replace("/", "\u2044")  # names of folders
+    if "model" in hostile:
+        hostile["model"] = HOSTILE.replace("\n", " ")  # a heading of samples.md
+    harmless, page = (
+        Page(write_report(write_runs(tmp_path / name, texts)).read_text(encoding="utf-8"))
+        for name, texts in (("harmless", PLACES), ("hostile", {**PLACES, **hostile}))
+    )
+    require_self_contained(page)
+    for found, expected in zip(elements(page), elements(harmless), strict=True):
+        assert found <= expected
+    for text in hostile.values():
+        assert [line for line in text.split("\n") if line not in page.text] == []
+
+
+def test_page_shows_responses_of_first_middle_and_last_iteration(whole):
     page = Page(write_report(whole).read_text(encoding="utf-8"))
     assert "responses of iterations 1, 3, 4" in page.text
     for step in (1, 3, 4):
@@ -152,7 +232,7 @@ def test_responses_of_early_and_late_iterations_stand_side_by_side(whole):
     assert f"{NASTY} 2.0" not in page.text
 
 
-def test_samples_are_read_back_as_they_were_written(whole):
+def test_read_samples_returns_what_the_recipes_wrote(whole):
     samples = read_samples(whole / "samples.md")
     assert len(samples) == 2
     prompt = "\n".join(NASTY.splitlines()).replace(" \n", "\n")
@@ -161,18 +241,18 @@ def test_samples_are_read_back_as_they_were_written(whole):
     assert list(samples[0].answers) == ["policy", "reference"]
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_page_names_missing_files(tmp_path):
     folder = tmp_path / "run"
     completions(folder)
     page = Page(write_report(folder, tmp_path / "elsewhere" / "page.html").read_text())
-    is_self_contained(page)
+    require_self_contained(page)
     for name in ("config.json", "summary.json", "samples.md", "checkpoint-<step>/"):
         assert f"Missing: {name}:" in page.text
     assert "There is no history to draw" in page.text
     assert not (folder / "report.html").exists()
 
 
-def test_broken_files_cost_their_part_alone(tmp_path):
+def test_damaged_file_leaves_the_rest_of_the_page(tmp_path):
     folder = tmp_path / "run"
     completions(folder)
     with (folder / "completions.jsonl").open("a") as file:
@@ -183,17 +263,17 @@ def test_broken_files_cost_their_part_alone(tmp_path):
     (folder / "config.json").write_text("{")
     (folder / "summary.json").write_text("[]")
     page = Page(write_report(folder).read_text(encoding="utf-8"))
-    is_self_contained(page)
+    require_self_contained(page)
     assert "lone ? half" in page.text
-    for said in ("config.json: cannot be read", "summary.json: holds list", "checkpoint-7: cannot"):
-        assert f"Missing: {said}" in page.text
+    for text in ("config.json: cannot be read", "summary.json: holds list", "checkpoint-7: cannot"):
+        assert f"Missing: {text}" in page.text
     run = read_run(folder)
     assert [e["step"] for e in run.history] == [1, 2]
     assert len(run.completions) == 13
 
 
-def test_what_is_no_number_costs_its_place_alone(tmp_path):
-    """Null, texts, and numbers that no axis could span: of a subclass's metrics, or by hand."""
+def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
+    """Null, texts, and numbers too large for an axis: a subclass may log them."""
     pytest.importorskip("matplotlib")
     folder = tmp_path / "run"
     odd = dict.fromkeys(["policy/moved_fraction", "response/truncated_fraction"])
@@ -209,7 +289,7 @@ def test_what_is_no_number_costs_its_place_alone(tmp_path):
     assert "Numbers that are not finite were logged: x." in page.text
 
 
-def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
+def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run: .*is no folder; pass a run's output_dir"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "model").mkdir()
@@ -220,19 +300,19 @@ def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
     assert not [*tmp_path.glob("**/report.html")]
 
 
-def test_several_runs_are_laid_over_each_other(tmp_path):
+def test_several_runs_share_one_figure(tmp_path):
     pytest.importorskip("matplotlib")
     for name, more in (("a", {}), ("b", {"policy/collapsed": 1.0})):
         completions(tmp_path / name)
         history = [entry(s, **{"reward/true_quality/mean": 1.0 / s}, **more) for s in (1, 2)]
         checkpoint(tmp_path / name, 2, history)
-    completions(tmp_path / "earlier-1")  # what another run has left is none of these
+    completions(tmp_path / "earlier-1")  # moved aside by the trainer: of another run
     figure = plot_run(tmp_path, tmp_path / "curves.png")
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a", "b"]
     assert "True quality" in figure.axes[1].get_title(loc="left")
     assert (tmp_path / "curves.png").is_file()
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    is_self_contained(page)
+    require_self_contained(page)
     assert page.tags.count("img") == 3
     assert "2 runs: a, b" in page.text
     assert "b: Collapse was detected in 2 of the logged iterations, first in 1" in page.text
@@ -241,7 +321,7 @@ def test_several_runs_are_laid_over_each_other(tmp_path):
     assert not alone.legends
 
 
-def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
+def test_page_of_a_trainer_run(tmp_path, root):
     pytest.importorskip("matplotlib")
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -266,7 +346,7 @@ def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
     run = read_run(tmp_path)
     assert [e["step"] for e in run.history] == [e["step"] for e in history]
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    is_self_contained(page)
+    require_self_contained(page)
     assert page.tags.count("img") == 2
     assert run.completions[0]["completion"] in page.text
     assert "learning_rate" in page.text
@@ -277,7 +357,7 @@ def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "expected"),
     [
         (RunFolder(name="r", summary={"interrupted": True}), "was interrupted"),
         (RunFolder(name="r", faults=["step-3"]), "step-3 in faults/"),
@@ -310,19 +390,19 @@ def test_a_run_of_the_trainer_has_its_page(tmp_path, root):
         ),
     ],
 )
-def test_what_calls_for_a_second_look(run, said):
-    (found,) = concerns(run)
-    assert re.search(said, found)
+def test_run_warnings_report_each_problem(run, expected):
+    (found,) = run_warnings(run)
+    assert re.search(expected, found)
 
 
-def test_what_is_well_calls_for_none():
+def test_run_warnings_are_empty_for_a_healthy_run():
     well = {"policy/moved_fraction": 0.9, "policy/learning_rate": 1e-3, "policy/collapsed": 0.0}
     well |= {"response/truncated_fraction": 0.1, "critic/explained_variance": 0.5}
     paused = [entry(s, **{**well, "policy/moved_fraction": 0.0}) for s in (1, 2)]
-    assert not concerns(RunFolder(name="r", history=[*paused, entry(3, **well), *paused]))
+    assert not run_warnings(RunFolder(name="r", history=[*paused, entry(3, **well), *paused]))
 
 
-def test_the_command_line_says_where_the_page_is(tmp_path, capsys):
+def test_command_line_prints_the_path_of_the_page(tmp_path, capsys):
     completions(tmp_path / "run")
     cli.main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
@@ -333,10 +413,10 @@ def test_the_command_line_says_where_the_page_is(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("mossrlhf report: run: ")
 
 
-def test_without_matplotlib_the_page_says_what_to_install(whole, monkeypatch):
+def test_page_without_matplotlib_names_the_package_to_install(whole, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     page = Page(write_report(whole).read_text(encoding="utf-8"))
-    is_self_contained(page)
+    require_self_contained(page)
     assert "img" not in page.tags
     assert page.text.count('pip install "mossrlhf[plot]"') == 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mossrlhf.drawing import COLORS
+from mossrlhf.plotting import COLORS
 
 ORDER = ("response", "vocabulary", "rollouts", "hidden", "processes")
 

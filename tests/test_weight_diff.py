@@ -9,7 +9,7 @@ import released
 import torch
 from safetensors.torch import load_file, save_file
 
-from mossrlhf.shards import ShardError, Shards, ShardWriter
+from mossrlhf.shards import ShardError, Shards
 from mossrlhf.weight_diff import (
     CHECK_SUMS,
     DiffError,
@@ -20,6 +20,7 @@ from mossrlhf.weight_diff import (
     recover,
 )
 from mossrlhf.weight_diff.__main__ import main
+from mossrlhf.weight_diff.diff import ShardWriter
 
 KINDS = {"reward": torch.ones(1, 16), "sft": None, "policy": None}
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 INDEX = "api/index.md"
 
 SECTIONS = {
-    "Training": ("trainer", "config", "sft_trainer", "planning", "monitor", "retention"),
+    "Training": ("trainer", "config", "sft_trainer", "planning", "callbacks", "retention"),
     "Rewards": ("rewards", "shaping", "judging"),
     "Advantages and loss": ("advantage", "loss"),
     "Reward modeling": ("reward_trainer", "preference"),

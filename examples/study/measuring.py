@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mossrlhf import Trainer
-from mossrlhf.trainer import own_randomness
+from mossrlhf.randomness import temporary_seed
 from study.arms import ARMS
 from study.plan import LONG, Job, Scale
 from study.preparing import Prepared, load
@@ -54,7 +54,7 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
     arm = ARMS[job.arm]
     home = folder / job.name
     found: dict[str, Any] = {"learning_rate": job.rate, "steps": job.steps}
-    with own_randomness(job.world.seed):
+    with temporary_seed(job.world.seed):
         trainer = assemble(job, ready, scale, home)
         if arm.critic_evaluated:
             trainer.pretrain_critic()

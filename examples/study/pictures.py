@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mossrlhf.drawing import COLORS, GRID, INK, blank, dress, png_bytes
+from mossrlhf.plotting import COLORS, GRID, INK, new_figure, png_bytes, style_axes
 from study.arms import ARMS
 from study.findings import FINDINGS
 from study.plan import LONG
@@ -115,7 +115,7 @@ def curves(finding: Finding, records: Records) -> Figure:
         finding: which arms, which metrics.
         records: of all worlds.
     """
-    figure = blank()
+    figure = new_figure()
     figure.set_size_inches(12, 6.6)
     for place, metric in enumerate(finding.panels, 1):
         axes = figure.add_subplot(2, 3, place)
@@ -125,7 +125,7 @@ def curves(finding: Finding, records: Records) -> Figure:
                 for run in runs_of(arm, of("zh", records)):
                     x, y = _points(run, metric)
                     axes.plot(x, y, color=color, lw=1.1, ls=DASHED)
-        dress(axes, TITLES[metric])
+        style_axes(axes, TITLES[metric])
         _scale(axes, metric)
         if metric == "explained_variance":
             axes.set_ylim(max(axes.get_ylim()[0], -1), 1)
@@ -199,7 +199,7 @@ def frontier(records: Records) -> Figure:
     Args:
         records: of all worlds.
     """
-    figure = blank()
+    figure = new_figure()
     figure.set_size_inches(12, 6)
     left = figure.add_subplot(1, 2, 1)
     right = figure.add_subplot(1, 2, 2, sharex=left, sharey=left)
@@ -215,7 +215,7 @@ def frontier(records: Records) -> Figure:
         axes.axhline(level, color=INK, lw=1, ls=DASHED)
         axes.text(1, level, "SFT", color=INK, ha="right", va="bottom", transform=_at_edge(axes))
         rate = "a third of the learning rate" if suffix else "the learning rate of the study"
-        dress(axes, f"True quality over √KL, {rate}", whole=False)
+        style_axes(axes, f"True quality over √KL, {rate}", whole=False)
         axes.set_xlabel("√(mean KL to the SFT model) (√nats per response)", color=INK)
         axes.set_ylabel("true quality", color=INK)
     handles, labels = left.get_legend_handles_labels()
@@ -260,7 +260,7 @@ def preference(records: Records) -> Figure:
             seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
             rows.append((f"{label}: here, {seeds}", tuple(100 * share for share in shares)))
         rows.append((f"{label}: P1, human", tuple(map(float, published))))
-    figure = blank()
+    figure = new_figure()
     figure.set_size_inches(12, 1.2 + 0.5 * len(rows))
     axes = figure.add_subplot(1, 1, 1)
     for name, color, index in (("win", COLORS[2], 0), ("tie", GRID, 1), ("lose", COLORS[1], 2)):
@@ -271,7 +271,7 @@ def preference(records: Records) -> Figure:
             )
             ink = INK if name == "tie" else "white"
             axes.text(start + width / 2, line, f"{width:.0f}", color=ink, ha="center", va="center")
-    dress(axes, "PPO-max against its SFT model, % of requests", whole=False)
+    style_axes(axes, "PPO-max against its SFT model, % of requests", whole=False)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.invert_yaxis()
     figure.legend(loc="outside upper right", ncols=3, frameon=False, labelcolor=INK)
@@ -284,7 +284,7 @@ def critic(records: Records) -> Figure:
     Args:
         records: of all worlds.
     """
-    figure = blank()
+    figure = new_figure()
     figure.set_size_inches(12, 5)
     arms = next(f for f in FINDINGS if f.id == "F13").arms
     english = [record for record in of("en", records) if arms[0] in record["runs"]]
@@ -297,7 +297,7 @@ def critic(records: Records) -> Figure:
             style = dict(mfc="none", ms=10) if arm == arms[0] else dict(ms=6)
             axes.plot(MIDDLES, errors, "o-", color=color, label=ARMS[arm].title, **style)
         moment = "before PPO" if place == 1 else "after PPO"
-        dress(axes, f"Mean |V − return|, {moment}", whole=False)
+        style_axes(axes, f"Mean |V − return|, {moment}", whole=False)
         axes.set_ylim(0, None)
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("share of the response behind the state, %", color=INK)
@@ -307,7 +307,7 @@ def critic(records: Records) -> Figure:
         axes.plot(after["returns"], after["values"], "o", ms=3, alpha=0.5, color="#777777")
     ends = axes.get_xlim()
     axes.plot(ends, ends, color=INK, lw=1, ls=DASHED)
-    dress(axes, "PPO-max, after PPO: states of all seeds", whole=False)
+    style_axes(axes, "PPO-max, after PPO: states of all seeds", whole=False)
     axes.set_xlabel("mean return of 16 continuations", color=INK)
     axes.set_ylabel("value of the critic", color=INK)
     handles, labels = figure.axes[0].get_legend_handles_labels()

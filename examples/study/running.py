@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mossrlhf.monitor import CollapseWarning
+from mossrlhf.callbacks import CollapseWarning
 from mossrlhf.recipes.bookkeeping import versions
 from study import measuring, preparing
 from study.arms import ARMS

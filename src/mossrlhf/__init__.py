@@ -20,7 +20,7 @@ _HOMES = {
     "config": ("TrainerConfig",),
     "checkpoint.folders": ("last_checkpoint",),
     "planning": ("MemoryPlan", "plan"),
-    "monitor": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
+    "callbacks": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "judging": ("score_responses",),
     "preference": ("AdaptiveMargin", "FlipLabels", "PreferenceStrength", "SmoothLabels"),
@@ -93,13 +93,13 @@ if TYPE_CHECKING:
         LeaveOneOut,
         ReinforcePlusPlus,
     )
+    from mossrlhf.callbacks import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.checkpoint.folders import last_checkpoint
     from mossrlhf.config import TrainerConfig
     from mossrlhf.judging import score_responses
     from mossrlhf.loss import PPOMaxLoss
     from mossrlhf.minibatches import RolloutBuffer, micro_batches
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
-    from mossrlhf.monitor import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.planning import MemoryPlan, plan
     from mossrlhf.preference import (
         AdaptiveMargin,

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from mossrlhf.drawing import require_matplotlib
+from mossrlhf.plotting import require_matplotlib
 from mossrlhf.recipes.bookkeeping import ended_by_interrupt, exit_if_interrupted
 
 

@@ -1,4 +1,4 @@
-"""Sums that become means at the end: over tokens, micro-batches, steps and processes alike."""
+"""Metrics: means over tokens, micro-batches, steps and processes, and what a rollout is like."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,14 +14,14 @@ from mossrlhf.functional import Reduce, kl_k1, kl_k3, masked_moments, masked_sum
 from mossrlhf.types import Rollout
 
 OFF = log(1.1)
-"""Log-probabilities further apart than this are a ratio outside [1/1.1, 1.1], nats."""
+"""Nats: log-probabilities that differ by more have a ratio outside [1/1.1, 1.1]."""
 
 SHARES = (0.05, 0.5, 0.95)
-"""The quantiles of the scores that are logged."""
+"""Quantiles of the scores that are logged."""
 
 
 class Meter:
-    """Adds up weighted means, and gives the mean of them all in one reduction.
+    """Accumulates weighted means, and reduces them over all processes at once.
 
     Tensors stay on their device until `compute`, so that nothing waits for the accelerator.
     """
@@ -31,22 +31,13 @@ class Meter:
         self._weights: dict[str, Tensor] = {}
 
     def add(self, stats: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add means with the weight they were taken over.
-
-        Args:
-            stats: scalars by name.
-            weight: scalar, e.g. the number of tokens of the optimizer step.
-        """
+        """Add means (scalars by name), weighted e.g. by the tokens of the optimizer step."""
         for name, value in stats.items():
             self._sums[name] = self._sums.get(name, 0.0) + widest(value) * weight
             self._weights[name] = self._weights.get(name, 0.0) + widest(weight)
 
     def compute(self, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
-        """Return the weighted mean of each name.
-
-        Args:
-            reduce: sums a tensor over all processes, where what was added are shares.
-        """
+        """Return the weighted mean of each name; `reduce` sums a tensor over all processes."""
         if not self._sums:
             return {}
         sums = reduce(torch.stack(list(self._sums.values())))
@@ -55,10 +46,10 @@ class Meter:
 
 
 def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
-    """Describe a finished rollout, over all processes: the monitors of P1 §5.2.
+    """Return the metrics of a finished rollout over all processes: the monitors of P1 §5.2.
 
     Args:
-        rollout: scored, annotated and estimated; what is missing is left out.
+        rollout: scored, annotated and estimated; metrics of missing tensors are left out.
         reduce: sums a tensor over all processes.
 
     Returns:
@@ -104,9 +95,9 @@ def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) ->
         out |= spread("reward/score_", rollout.scores, counted)
         found = quantiles(rollout.scores, counted, SHARES, reduce)
         out |= {f"reward/score_p{share * 100:02.0f}": found[i] for i, share in enumerate(SHARES)}
-    for name, given in rollout.extra.items():
+    for name, rewards in rollout.extra.items():
         if name.startswith("reward/"):
-            out |= spread(f"{name}/", given, torch.isfinite(given))
+            out |= spread(f"{name}/", rewards, torch.isfinite(rewards))
     if rollout.rewards is not None:
         out["reward/return_mean"] = reduce(rollout.rewards.sum()) / count
     for name in ("advantages", "values", "returns"):
@@ -119,7 +110,7 @@ def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) ->
 
 
 def _widened(rollout: Rollout) -> Rollout:
-    """Give every floating tensor the widest type, so that sums over tokens lose nothing."""
+    """Convert floating tensors to the widest type, so that sums over tokens are exact enough."""
     wide: dict[str, Any] = {
         spec.name: widest(value)
         for spec in fields(rollout)
@@ -134,26 +125,24 @@ def quantiles(
     shares: Sequence[float],
     reduce: Reduce = lambda tensor: tensor,
 ) -> Float[Tensor, " Q"]:
-    """The least of some numbers that a share of them does not exceed, over all processes.
+    """Return quantiles over all processes, without gathering the numbers.
 
-    Processes can only add, so each quantile is closed in on by counting what lies below the marks
-    of ever finer rulers; the numbers need not be gathered.
+    Processes can only add: each quantile is enclosed by counting the numbers below the marks of
+    finer and finer rulers. The result is NumPy's ``inverted_cdf``, except that numbers closer than
+    a millionth of the standard deviation count as one.
 
     Args:
         x: ``[B]`` numbers of this process, in their widest type.
-        counted: ``[B]``; False passes a number over.
+        counted: ``[B]``; False skips a number.
         shares: Q numbers in [0.05, 0.95].
         reduce: sums a tensor over all processes.
 
     Returns:
         ``[Q]``, in the unit of x; 0 where nothing counts.
-
-    Source: ours; NumPy's ``inverted_cdf``, but that numbers within a millionth of their standard
-    deviation of each other count as one.
     """
     mean, variance = masked_moments(x, counted, reduce=reduce)
     x = torch.where(counted, x, torch.inf)
-    # Beyond √19 = 4.36 standard deviations lies less than a twentieth (Cantelli's inequality).
+    # Less than 5 % lie more than √19 = 4.36 standard deviations away (Cantelli's inequality).
     reach, marks = 4.5 * variance.sqrt(), torch.arange(1, 65, device=x.device)
     wanted = reduce(widest(counted).sum()) * x.new_tensor(shares) - 1e-6  # 0.95 · 20 rounds up
     low, width = (mean - reach).expand(len(wanted)), 2 * reach / len(marks)
@@ -164,41 +153,39 @@ def quantiles(
         high, width = low + width, width / len(marks)
     inside = (x > low[:, None]) & (x <= high[:, None])
     total, count = reduce(masked_sum(x.expand_as(inside), inside, 1)), reduce(widest(inside).sum(1))
-    # Where all numbers are alike the ruler has no length.
+    # The ruler has no length if all numbers are equal.
     return torch.where(count > 0, total / count.clamp(min=1), mean)
 
 
 def explained_variance(
     rollout: Rollout, reduce: Reduce = lambda tensor: tensor
 ) -> Float[Tensor, ""]:
-    """1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one, below for a worse one.
+    """Return 1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one.
 
     Args:
         rollout: with values and returns.
         reduce: sums a tensor over all processes.
 
     Returns:
-        scalar; 0 where the returns do not vary by more than rounding.
-
-    Source: ours; customary.
+        scalar, negative if worse than a constant; 0 where returns vary by rounding alone.
     """
     assert rollout.values is not None
     assert rollout.returns is not None
     mean, total = masked_moments(rollout.returns, rollout.states, reduce=reduce)
     _, left = masked_moments(rollout.returns - rollout.values, rollout.states, reduce=reduce)
-    # The mean of equal numbers is off by rounding: what then looks like variance is none.
+    # The mean of equal numbers has a rounding error, which looks like variance.
     varies = total > 1e-12 * mean**2
     return torch.where(varies, 1 - left / total, torch.zeros_like(total))
 
 
 def distinct_2(completions: Sequence[Sequence[int]]) -> float:
-    """Share of different bigrams among all bigrams of a batch of responses, pooled.
+    """Return the share of different bigrams among all bigrams of a batch of responses, pooled.
 
     Args:
         completions: token ids of each response.
 
     Returns:
-        in (0, 1]; 0 where there is no bigram at all.
+        in (0, 1]; 0 where there is no bigram.
 
     Source: Li et al., arXiv 1510.03055 (distinct-n).
     """

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from mossrlhf.callbacks import CollapseWatch, StillWatch
 from mossrlhf.checkpoint.folders import move_later_checkpoints, sweep
 from mossrlhf.checkpoint.save_load import load_checkpoint, save_checkpoint
 from mossrlhf.checkpoint.state import RunState
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.processes import together
-from mossrlhf.monitor import CollapseWatch, StillWatch
+from mossrlhf.logging import Completions, ConsoleTable, Trackers
 from mossrlhf.shutdown import (
     Signals,
     print_terminated,
@@ -34,7 +35,6 @@ from mossrlhf.shutdown import (
     save_at_exit,
     stop_at_once,
 )
-from mossrlhf.tracking import Completions, ConsoleTable, Trackers
 from mossrlhf.types import Rollout
 
 LOCAL_STAGES = ("collect", "score", "annotate")

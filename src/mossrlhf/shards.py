@@ -1,6 +1,6 @@
-"""Checkpoints on disk, tensor by tensor: safetensors, or older files of torch without code in them.
+"""Tensors of a checkpoint on disk, one at a time: safetensors, or torch files without code in them.
 
-Nothing is unpickled but plain tensors, and no name in an index is followed out of its folder.
+Nothing but plain tensors is unpickled, and no name in an index leads out of its folder.
 """
 
 import json
@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
-"""How files of weights end."""
+"""Suffixes of files with weights."""
 
 
 class ShardError(ValueError):
@@ -28,12 +27,11 @@ class Shards:
     """The tensors of a checkpoint's folder, read one at a time.
 
     Args:
-        folder: with ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
+        folder: in transformers' layout: ``model.safetensors`` or ``pytorch_model.bin``, whole or in
+            shards with an index.
 
     Raises:
-        ShardError: where there is no checkpoint, or a shard of it is missing or damaged.
-
-    Source: the layouts of transformers.
+        ShardError: if there is no checkpoint, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,7 +39,7 @@ class Shards:
         if not self.folder.is_dir():
             raise ShardError(f"{self.folder}: there is no such folder")
         self._open: tuple[Path, Any] | None = None
-        self.files = self._weight_map()
+        self.files = self._find_files()
 
     @property
     def largest(self) -> int:
@@ -52,18 +50,14 @@ class Shards:
         return key in self.files
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the keys, those of one file after each other."""
+        """Yield the keys, file by file."""
         return iter(sorted(self.files, key=lambda key: (self.files[key].name, key)))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: str) -> Tensor:
-        """Read a tensor.
-
-        Raises:
-            ShardError: where the file does not hold it, or holds something else.
-        """
+        """Read a tensor; a `ShardError` if the file has no plain tensor of that name."""
         path = self.files[key]
         content = self._content(path)
         try:
@@ -79,11 +73,7 @@ class Shards:
         return value
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape, without reading the numbers where the file allows it.
-
-        Raises:
-            ShardError: where the file does not hold it.
-        """
+        """Return a tensor's shape, without reading its numbers if the format allows it."""
         path = self.files[key]
         if path.suffix != ".safetensors":
             return tuple(self[key].shape)
@@ -93,7 +83,7 @@ class Shards:
             raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
 
     def others(self) -> Iterator[Path]:
-        """Yield the files that are no weights, folders below included: configuration, tokenizer."""
+        """Yield the files without weights, in subfolders too: configuration, tokenizer."""
         for path in sorted(self.folder.rglob("*")):
             weights = path.name.endswith(WEIGHTS) or path.name in INDICES
             hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
@@ -106,10 +96,10 @@ class Shards:
             self._open = path, _opened(path)
         return self._open[1]
 
-    def _weight_map(self) -> dict[str, Path]:
+    def _find_files(self) -> dict[str, Path]:
         for name in INDICES:
             if (index := self.folder / name).is_file():
-                found = {k: self._inside(index, f) for k, f in _weight_map(index).items()}
+                found = {k: self._beside(index, f) for k, f in _weight_map(index).items()}
                 for path in sorted(set(found.values())):
                     if not path.is_file():
                         raise ShardError(f"{path}: missing, though {name} names it")
@@ -124,7 +114,7 @@ class Shards:
             "their index"
         )
 
-    def _inside(self, index: Path, name: str) -> Path:
+    def _beside(self, index: Path, name: str) -> Path:
         if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
             raise ShardError(f"{index}: it names {name!r}, expected a file of weights beside it")
         return self.folder / name
@@ -147,11 +137,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _opened(path: Path) -> Any:
-    """What gives the tensors of a file: a reader of safetensors, or a dict."""
+    """Open a file: a safetensors reader, or a dictionary of tensors."""
     try:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt")
-        zipped = zipfile.is_zipfile(path)  # before torch 1.6 they were not, and can't be mapped
+        zipped = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be memory-mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a truncated zip, a header of nonsense, a pickle with code in it
         raise ShardError(
@@ -159,71 +149,7 @@ def _opened(path: Path) -> Any:
             "holds more than plain tensors"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ShardError(f"{path}: holds a {_described(content)}, expected tensors by name")
+        kinds = {type(key).__name__ for key in content} if isinstance(content, dict) else set()
+        described = type(content).__name__ + (f" by {', '.join(sorted(kinds))}" if kinds else "")
+        raise ShardError(f"{path}: holds a {described}, expected tensors by name")
     return content
-
-
-def _described(content: Any) -> str:
-    kinds = {type(key).__name__ for key in content} if isinstance(content, dict) else set()
-    return type(content).__name__ + (f" by {', '.join(sorted(kinds))}" if kinds else "")
-
-
-class ShardWriter:
-    """Writes tensors to shards of safetensors as they come, with an index at the end.
-
-    Args:
-        folder: that they go to.
-        budget: bytes after which a shard is written; a larger tensor has one of its own.
-
-    Source: the layout of transformers.
-    """
-
-    def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget = folder, budget
-        self.shards: list[list[str]] = []
-        self.total = 0
-        self._waiting: dict[str, Tensor] = {}
-        self._bytes = 0
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Take a tensor; what has waited is written where it would become too much.
-
-        Args:
-            key: its name.
-            tensor: kept until it is written.
-        """
-        size = tensor.numel() * tensor.element_size()
-        if self._waiting and self._bytes + size > self.budget:
-            self._flush()
-        taken = {_memory(waiting) for waiting in self._waiting.values()}
-        # Tied weights of older files share their memory, which safetensors does not write.
-        tensor = tensor.clone() if _memory(tensor) in taken else tensor
-        self._waiting[key] = tensor.contiguous()
-        self._bytes += size
-        self.total += size
-
-    def close(self) -> None:
-        """Write what is left, and the index where there are several shards."""
-        self._flush()
-        count = len(self.shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        names = names if count > 1 else [SINGLE[0]]
-        for number, name in enumerate(names):
-            self._aside(number).rename(self.folder / name)
-        if count > 1:
-            where = zip(self.shards, names, strict=True)
-            weight_map = {key: name for keys, name in where for key in keys}
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-            (self.folder / INDICES[0]).write_text(json.dumps(index, indent=1) + "\n")
-
-    def _aside(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.partial"
-
-    def _flush(self) -> None:
-        save_file(self._waiting, self._aside(len(self.shards)), metadata={"format": "pt"})
-        self.shards.append(list(self._waiting))
-        self._waiting, self._bytes = {}, 0
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -19,7 +19,7 @@ from mossrlhf.advantage import AdvantageEstimator
 from mossrlhf.checkpoint.folders import require_writable
 from mossrlhf.checkpoint.state import RunState
 from mossrlhf.config import TrainerConfig
-from mossrlhf.critic_evaluation import CriticEvaluation, evaluate_critic
+from mossrlhf.critic_evaluation import CriticEvaluation, Stages, evaluate_critic
 from mossrlhf.data import (
     PromptBatch,
     SFTCollator,
@@ -476,13 +476,17 @@ class Trainer:
         return self.run.state.log_history
 
     def _respond(self, model: nn.Module, prompts: PromptBatch) -> Rollout:
-        self.model.eval()
-        with self._on_device(model), self.accelerator.autocast():
-            rollout = responses(self.sampler, model, prompts.ids)
+        with self._on_device(model):
+            rollout = self._sample(self.sampler, model, prompts.ids)
         rollout = replace(rollout, columns=prompts.columns)
         if getattr(self.shaper, "score_after_end", False):
             rollout = rollout.with_end_states(self.sampler.max_new_tokens)
         return rollout
+
+    def _sample(self, sampler: Any, model: nn.Module, ids: Sequence[Sequence[int]]) -> Rollout:
+        self.model.eval()
+        with self.accelerator.autocast():
+            return responses(sampler, model, ids)
 
     def _on_device(self, *models: nn.Module | None, gather: bool = True) -> Any:
         return on_device(self.model, *models, device=self.accelerator.device, gather=gather)
@@ -556,9 +560,31 @@ class Trainer:
     def evaluate_critic(self, dataset: Dataset | None = None, **options: Any) -> CriticEvaluation:
         """Compare the critic's values with Monte-Carlo returns of continuations.
 
-        Args but ``trainer``: those of `evaluate_critic`. The training run is not disturbed.
+        Args but ``stages``: those of `evaluate_critic`. The training run is not disturbed.
         """
-        return evaluate_critic(self, dataset, **options)
+        if self.critic is None:
+            raise ValueError(
+                "critic: this trainer has none (critic=False), so there are no values to evaluate; "
+                "build it without critic=False, and with an advantage that uses values "
+                "(AdvantageEstimator), or leave evaluate_critic() out"
+            )
+        if dataset is None:
+            dataset = self.prompts.dataset if self.eval_dataset is None else self.eval_dataset
+        stages = Stages(
+            accelerator=self.accelerator,
+            encode=self._encode,
+            sample=lambda sampler, ids: self._sample(sampler, self.policy, ids),
+            score=self.score,
+            annotate=self.annotate,
+            reduce=self.engine.reduce,
+            sampler=self.sampler,
+            shaper=self.shaper,
+            advantage=self.advantage,
+            seed=self.args.seed,
+            batch_size=max(1, self.args.rollout_size // self.accelerator.num_processes),
+            policy_on_device=lambda: self._on_device(self.policy),
+        )
+        return evaluate_critic(stages, dataset, **options)
 
     def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
         """Sample a response to every prompt of a dataset, with separate random numbers.

@@ -16,7 +16,8 @@ def main(folder: Path, steps: int) -> None:
     from kill_runs import build
 
     from mossrlhf import last_checkpoint
-    from mossrlhf.serialization import pack_optimizer, trained_tensors
+    from mossrlhf.checkpoint.save_load import trained_tensors
+    from mossrlhf.optimization import pack_optimizer
 
     torch.set_num_threads(1)
     trainer = build(folder / "run", total_steps=steps)

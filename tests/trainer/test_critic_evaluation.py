@@ -10,8 +10,8 @@ from launching import launch
 from transformers import GenerationConfig
 
 from mossrlhf import AdvantageEstimator, HFSampler, RewardShaper, Rollout
-from mossrlhf.agreement import agreement, rank_correlation
-from mossrlhf.critic_evaluation import _own_randomness
+from mossrlhf.critic_evaluation import agreement, rank_correlation
+from mossrlhf.randomness import temporary_seed
 from mossrlhf.sampling import assemble
 
 LIMIT, GAMMA, ETA, PENALTY = 8, 0.8, 0.3, 0.75
@@ -239,7 +239,7 @@ def test_python_draws_as_if_nothing_had_been():
     before = random.getstate()
     drawn = []
     for _ in range(2):
-        with _own_randomness(3):
+        with temporary_seed(3):
             drawn.append(random.random())
         assert random.getstate() == before
     assert drawn[0] == drawn[1]

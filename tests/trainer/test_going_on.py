@@ -13,9 +13,9 @@ from transformers.trainer_callback import ExportableState
 from mossrlhf import TrainerConfig, last_checkpoint
 from mossrlhf.checkpoint.folders import STATE, checkpoints, finish_renames
 from mossrlhf.checkpoint.save_load import is_saved, save_checkpoint
+from mossrlhf.logging import completion_table
 from mossrlhf.models import RewardModel, add_adapters, save_adapters
 from mossrlhf.run import is_best
-from mossrlhf.tracking import completion_table
 
 
 def names(trainer):

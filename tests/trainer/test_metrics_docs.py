@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig
 
 from mossrlhf import PPOMaxLoss
-from mossrlhf.tracking import COLUMNS
+from mossrlhf.logging import COLUMNS
 
 METRIC = re.compile(r"`(step|[a-z_]+(?:/[a-z0-9_<>]+)+)`")
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mossrlhf.logging import completion_table
 from mossrlhf.plotting import plot_history
 from mossrlhf.recipes.bookkeeping import REPORT, versions
 from mossrlhf.recipes.report import answer_pairs, dialogue, write_page
 from mossrlhf.rewards import ModelReward
 from mossrlhf.serialization import no_progress_bars
-from mossrlhf.tracking import completion_table
 from mossrlhf.trainer import Trainer
 
 SAMPLES = 12

@@ -12,10 +12,9 @@ from typing import Any
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import presets
-from mossrlhf.drawing import require_matplotlib
 from mossrlhf.metrics import rollout_metrics
 from mossrlhf.models import RewardModel
-from mossrlhf.plotting import plot_history
+from mossrlhf.plotting import plot_history, require_matplotlib
 from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.corpus import Corpus
 from mossrlhf.recipes.from_pairs import ScratchConfig, read_corpus, train_judge, train_policy

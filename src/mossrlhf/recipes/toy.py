@@ -13,9 +13,8 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import presets
-from mossrlhf.drawing import require_matplotlib
 from mossrlhf.models import RewardModel
-from mossrlhf.plotting import plot_arms
+from mossrlhf.plotting import plot_arms, require_matplotlib
 from mossrlhf.recipes.bookkeeping import Clock, clear_folder, versions
 from mossrlhf.recipes.report import Results, answer_texts, write_report
 from mossrlhf.recipes.toy_stages import EXAMPLES, PAIRS, generation, train_reward, train_sft

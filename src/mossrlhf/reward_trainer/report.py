@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mossrlhf.drawing import COLORS, blank, dress, write_picture
+from mossrlhf.plotting import COLORS, new_figure, save_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,15 +136,15 @@ class RewardReport:
         Raises:
             ImportError: without matplotlib; it says what to install.
         """
-        figure = blank()
+        figure = new_figure()
         draw = [_draw_margins, _draw_scores, _draw_calibration]
         draw += [_draw_steps] if self.accuracy_by_step else []
         for index, panel in enumerate(draw):
             axes = figure.add_subplot(2, 2, index + 1)
-            dress(axes, panel(axes, self), whole=panel is _draw_steps)
+            style_axes(axes, panel(axes, self), whole=panel is _draw_steps)
         right = f"right on {self.accuracy:.1%} ± {self.standard_error:.1%} of {self.pairs} pairs"
         figure.suptitle(right, fontsize=15)
-        write_picture(figure, path)
+        save_figure(figure, path)
         return figure
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A templated dialogue world with a true preference, to measure reward over-optimization in."""
+"""A templated dialogue world with a known true preference, for measuring over-optimization."""
 
 from mossrlhf.toyworld.language import Language, Sentence, Topic
 from mossrlhf.toyworld.preference import Preference

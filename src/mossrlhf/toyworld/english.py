@@ -78,12 +78,7 @@ ENGLISH = Language(
         "burglary": Topic(
             ask="break into a house",
             harmful=True,
-            details=(
-                "wait until dark",
-                "climb the fence",
-                "smash a window",
-                "hide your face",
-            ),
+            details=("wait until dark", "climb the fence", "smash a window", "hide your face"),
         ),
         "scam": Topic(
             ask="cheat people online",
@@ -97,42 +92,11 @@ ENGLISH = Language(
         ),
     },
     connectives=("first", "then", "also", "finally"),
-    openers=(
-        "happy to help",
-        "good question",
-        "of course",
-        "thanks for asking",
-        "sure thing",
-    ),
-    closers=(
-        "hope this helps",
-        "good luck with it",
-        "ask me anytime",
-        "have fun",
-    ),
-    fillers=(
-        "well it depends",
-        "there are many ways",
-        "people say all sorts",
-    ),
-    rude=(
-        "what a silly question",
-        "stop wasting my time",
-        "figure it out yourself",
-    ),
-    refusals=(
-        "sorry i cannot do that",
-        "sorry i will not help",
-        "i must decline this",
-    ),
-    reasons=(
-        "it could hurt people",
-        "it is against the law",
-        "others would suffer",
-    ),
-    offers=(
-        "let us do something else",
-        "i can suggest a hobby",
-        "please talk to a friend",
-    ),
+    openers=("happy to help", "good question", "of course", "thanks for asking", "sure thing"),
+    closers=("hope this helps", "good luck with it", "ask me anytime", "have fun"),
+    fillers=("well it depends", "there are many ways", "people say all sorts"),
+    rude=("what a silly question", "stop wasting my time", "figure it out yourself"),
+    refusals=("sorry i cannot do that", "sorry i will not help", "i must decline this"),
+    reasons=("it could hurt people", "it is against the law", "others would suffer"),
+    offers=("let us do something else", "i can suggest a hobby", "please talk to a friend"),
 )

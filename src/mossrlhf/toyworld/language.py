@@ -1,4 +1,4 @@
-"""The shape of a language in the toy world: which sentences exist and what they are for."""
+"""The languages of the toy world: which sentences there are, and what each is for."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """Something a user may ask about.
+    """Something a user may ask for.
 
     Args:
-        ask: the wish, as it stands in a question ("make tea").
-        details: what an answer can say about it, without connective and full stop.
-        harmful: whether a good answer is a polite refusal instead.
+        ask: the request, as it appears in a question ("make tea").
+        details: what a response can say about it, without connective and full stop.
+        harmful: whether a good response is a polite refusal instead.
     """
 
     ask: str
@@ -23,7 +23,7 @@ class Topic:
 
 
 class Sentence(NamedTuple):
-    """One sentence: what it is for, the topic of a detail, and its words without connective."""
+    """A sentence: its kind, the topic of a detail ("" otherwise), its words without connective."""
 
     kind: str
     topic: str
@@ -32,12 +32,10 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """All the text of the toy world in one language, every word set off by spaces.
+    """All texts of the toy world in one language, with spaces between words.
 
-    A sentence is words and then `stop`; a detail may carry one of `connectives` in front. `glue`
-    joins words in running text: a space in English, nothing in Chinese.
-
-    Source: ours.
+    A sentence is words and then `stop`; a detail may begin with one of `connectives`. `glue` joins
+    words in running text: a space in English, nothing in Chinese.
     """
 
     glue: str
@@ -58,12 +56,12 @@ class Language:
     offers: Sequence[str]
 
     def text(self, spaced: str) -> str:
-        """Running text of words set off by spaces."""
+        """Join words separated by spaces into running text."""
         return self.glue.join(spaced.split())
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """Every word of the language once, sorted, the stop included."""
+        """Every word of the language once, sorted, the full stop included."""
         asks = [topic.ask for topic in self.topics.values()]
         details = [detail for topic in self.topics.values() for detail in topic.details]
         asides = [*self.openers, *self.closers, *self.fillers, *self.rude]
@@ -74,7 +72,7 @@ class Language:
 
     @cached_property
     def word_pattern(self) -> str:
-        """Regular expression of one word: the longest one known, or else what stands there."""
+        """Regular expression of one word: the longest known one, else any single character."""
         words = sorted(self.vocabulary, key=lambda word: (-len(word), word))
         known = "|".join(re.escape(word) for word in words)
         return r"\S+" if self.glue else f"{known}|."
@@ -104,11 +102,11 @@ class Language:
         return table
 
     def parse(self, text: str) -> list[Sentence]:
-        """Sentences of a running text; what is no sentence of the language is "broken"."""
+        """Split running text into sentences; unknown ones are of the kind "broken"."""
         stop = re.escape(self.stop)
         lines = [line.strip() for line in re.findall(f"[^{stop}]*{stop}|[^{stop}]+$", text.strip())]
         return [self.sentences.get(line, Sentence("broken", "", line)) for line in lines]
 
     def words(self, text: str) -> list[str]:
-        """Words of a running text."""
+        """Split running text into words."""
         return re.findall(self.word_pattern, text)

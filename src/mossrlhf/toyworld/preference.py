@@ -1,4 +1,4 @@
-"""The true preference of the toy world: what the reward model should learn and PPO may betray."""
+"""The true preference of the toy world, which the reward model learns and PPO may over-optimize."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,23 @@ class Preference:
     """Weights of the true preference.
 
     Args:
-        content: what zero, one, two … distinct relevant details are worth.
-        opener: a friendly opening of an answer that helps.
-        closer: a friendly ending.
-        refusal: what a refusal of a harmful request is worth.
-        grounds: each of a reason and an offer beside such a refusal.
-        harm: each detail that helps to do harm.
-        unhelpful: each refusal, reason or offer where help was asked for.
-        off_topic: each detail of another topic.
-        rude: each rude sentence.
-        filler: each sentence that says nothing.
-        repeat: the *square* of the number of sentences said before, with whatever connective.
-        broken: each sentence that is none of the language's.
-        misplaced: each opener that is not first and closer that is not last.
-        unfinished: an answer that did not end by itself.
-        words: number of words an answer may have.
-        ramble: each word beyond.
+        content: of zero, one, two … distinct relevant details.
+        opener: of a friendly opening, in a response that helps.
+        closer: of a friendly ending.
+        refusal: of refusing a harmful request.
+        grounds: of a reason, and of an offer, with such a refusal.
+        harm: of each detail that helps to do harm.
+        unhelpful: of each refusal, reason or offer if the request is harmless.
+        off_topic: of each detail of another topic.
+        rude: of each rude sentence.
+        filler: of each empty sentence.
+        repeat: of the *square* of the number of repeated sentences, whatever their connective.
+        broken: of each sentence that is not in the language.
+        misplaced: of each opener that is not first and closer that is not last.
+        unfinished: of a response that was truncated.
+        words: number of words a response may have.
+        ramble: of each further word.
         bound: the quality is clipped to ± this.
-
-    Source: ours.
     """
 
     content: Sequence[float] = (-1.8, 0.1, 1.2, 1.9, 2.2)
@@ -51,52 +49,49 @@ class Preference:
     bound: float = 4.0
 
     def quality(self, language: Language, topic: str, response: str, *, ended: bool) -> float:
-        """True quality of a response: clip(content and manners + slips, ±bound).
+        """Return the true quality of a response: clip(content and manners + faults, ±bound).
 
         Args:
             language: the language of the response.
-            topic: what the user asked for, a name in `language.topics`.
+            topic: of the request, a name in `language.topics`.
             response: running text.
-            ended: whether the response closed by itself, with an end-of-sequence token.
+            ended: whether the response ended with an end-of-sequence token.
 
         Returns:
-            The quality: higher is better, an empty answer is worth `content[0]`.
-
-        Source: ours.
+            the quality: higher is better, an empty response has `content[0]`.
         """
-        said = language.parse(response)
-        worth = self._refusing if language.topics[topic].harmful else self._helping
-        total = worth(topic, set(said)) + self._slips(topic, said)
+        sentences = language.parse(response)
+        content = self._refusing if language.topics[topic].harmful else self._helping
+        total = content(topic, set(sentences)) + self._faults(topic, sentences)
         total += self.ramble * max(0, len(language.words(response)) - self.words)
         total += 0.0 if ended else self.unfinished
         return max(-self.bound, min(self.bound, total))
 
-    def _helping(self, topic: str, said: set[Sentence]) -> float:
-        """Content and manners of an answer to a good request; saying a thing twice adds nothing."""
-        kinds = {sentence.kind for sentence in said}
-        relevant = sum(sentence.topic == topic for sentence in said)
-        refused = sum(sentence.kind in ("refusal", "reason", "offer") for sentence in said)
+    def _helping(self, topic: str, sentences: set[Sentence]) -> float:
+        """Content and manners of a response to a harmless request; repetition adds nothing."""
+        kinds = {sentence.kind for sentence in sentences}
+        relevant = sum(sentence.topic == topic for sentence in sentences)
+        refused = sum(sentence.kind in ("refusal", "reason", "offer") for sentence in sentences)
         manners = self.opener * ("opener" in kinds) + self.closer * ("closer" in kinds)
         content = self.content[min(relevant, len(self.content) - 1)]
         return content + manners + self.unhelpful * refused
 
-    def _refusing(self, topic: str, said: set[Sentence]) -> float:
-        """Content of an answer to a harmful request, which should be refused."""
-        kinds = {sentence.kind for sentence in said}
-        harm = self.harm * sum(sentence.topic == topic for sentence in said)
+    def _refusing(self, topic: str, sentences: set[Sentence]) -> float:
+        """Content and manners of a response to a harmful request, which should be refused."""
+        kinds = {sentence.kind for sentence in sentences}
+        harm = self.harm * sum(sentence.topic == topic for sentence in sentences)
         if "refusal" not in kinds:
             return self.content[0] + harm
         grounds = self.grounds * len(kinds & {"reason", "offer"})
         return self.refusal + grounds + self.closer * ("closer" in kinds) + harm
 
-    def _slips(self, topic: str, said: list[Sentence]) -> float:
-        """What is wrong with an answer to any request."""
-        last = len(said) - 1
-        prices = {"rude": self.rude, "filler": self.filler, "broken": self.broken}
-        total = sum(prices.get(sentence.kind, 0.0) for sentence in said)
-        total += self.off_topic * sum(sentence.topic not in ("", topic) for sentence in said)
-        total += self.repeat * (len(said) - len(set(said))) ** 2
-        for place, sentence in enumerate(said):
+    def _faults(self, topic: str, sentences: list[Sentence]) -> float:
+        last = len(sentences) - 1
+        weights = {"rude": self.rude, "filler": self.filler, "broken": self.broken}
+        total = sum(weights.get(sentence.kind, 0.0) for sentence in sentences)
+        total += self.off_topic * sum(sentence.topic not in ("", topic) for sentence in sentences)
+        total += self.repeat * (len(sentences) - len(set(sentences))) ** 2
+        for place, sentence in enumerate(sentences):
             misplaced = (sentence.kind == "opener" and place > 0) or (
                 sentence.kind == "closer" and place < last
             )

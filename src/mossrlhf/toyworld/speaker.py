@@ -1,4 +1,4 @@
-"""Who writes the toy world's dialogues: users that ask, and assistants of mixed quality."""
+"""The writer of the toy world's dialogues: requests, and responses of mixed quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,25 +9,23 @@ from mossrlhf.toyworld.language import Language
 
 @dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """How often the writer of a dialogue does what; every number but the counts is a probability.
+    """Probabilities of what a writer of dialogues does; `details` are weights of counts.
 
     Args:
-        multi_turn: the question comes after an earlier exchange.
+        multi_turn: the request comes after an earlier exchange.
         harmful: the user asks for help to do harm.
         details: weights of giving zero, one, two … details.
-        opener: an answer opens in a friendly way.
-        closer: an answer ends in a friendly way.
-        connective: a detail has a connective in front.
-        wrong: help is refused, or harm is helped.
-        ground: each of a reason and an offer beside a refusal.
-        misunderstood: the whole answer is to another question.
-        off_topic: each detail is about something else.
-        filler: a sentence that says nothing is put in.
-        rude: a rude sentence is put in.
-        repeat: one sentence is said again.
-        max_words: answers longer than this are written anew.
-
-    Source: ours.
+        opener: a response begins with a friendly sentence.
+        closer: a response ends with a friendly sentence.
+        connective: a detail begins with a connective.
+        wrong: a harmless request is refused, or a harmful one is not.
+        ground: a reason, or an offer, comes with a refusal.
+        misunderstood: the whole response is to another request.
+        off_topic: a detail is about another topic.
+        filler: an empty sentence is inserted.
+        rude: a rude sentence is inserted.
+        repeat: one sentence is repeated.
+        max_words: longer responses are written again.
     """
 
     multi_turn: float = 0.25
@@ -46,15 +44,15 @@ class Speaker:
     max_words: int = 27
 
     def dialogue(self, language: Language, held_out: bool, rng: Random) -> dict:
-        """A dialogue that ends with the user's turn, and its topic.
+        """Write a dialogue that ends with the user's turn.
 
         Args:
-            language: what it is written in.
+            language: of the dialogue.
             held_out: whether the last question is one of every five kept for evaluation.
             rng: source of randomness, which advances.
 
         Returns:
-            A record with `prompt`, a list of messages, and `topic`.
+            a record with `prompt`, a list of messages, and `topic`.
         """
         topic = self._topic(language, rng)
         forms, history = language.questions, []
@@ -65,7 +63,7 @@ class Speaker:
                 self._ask(language, earlier, rng.choice(language.questions)),
                 {"role": "assistant", "content": self._remark(language, earlier, rng)},
             ]
-        # Held out by topic and form together: training sees both, but never this combination.
+        # Held out by topic and form: training sees each of both, but not this combination.
         place = list(language.topics).index(topic)
         kept = [form for index, form in enumerate(forms) if (place + index) % 5 == 0]
         allowed = kept if held_out else [form for form in forms if form not in kept]
@@ -73,7 +71,7 @@ class Speaker:
         return {"prompt": [*history, question], "topic": topic}
 
     def answer(self, language: Language, topic: str, rng: Random) -> str:
-        """An answer of mixed quality, as running text of at most `max_words` words."""
+        """Write a response of mixed quality: running text of at most `max_words` words."""
         if rng.random() < self.misunderstood:
             topic = rng.choice([name for name in language.topics if name != topic])
         harmful = language.topics[topic].harmful
@@ -92,25 +90,22 @@ class Speaker:
         return language.text(text) if short else self.answer(language, topic, rng)
 
     def _topic(self, language: Language, rng: Random) -> str:
-        """A topic that is harmful with the probability of that."""
         harmful = rng.random() < self.harmful
         return rng.choice([k for k, topic in language.topics.items() if topic.harmful is harmful])
 
     def _ask(self, language: Language, topic: str, form: str) -> dict:
-        """A user's turn that asks for a topic."""
         return {
             "role": "user",
             "content": language.text(form.format(ask=language.topics[topic].ask)),
         }
 
     def _remark(self, language: Language, topic: str, rng: Random) -> str:
-        """An earlier turn of the assistant, a single good sentence."""
+        """An earlier turn of the assistant: a single good sentence."""
         about = language.topics[topic]
         line = rng.choice(language.refusals if about.harmful else about.details)
         return language.text(f"{line} {language.stop}")
 
     def _refusal(self, language: Language, rng: Random) -> list[str]:
-        """A refusal and perhaps its reason and an offer."""
         lines = [rng.choice(language.refusals)]
         for more in (language.reasons, language.offers):
             lines += [rng.choice(more)] if rng.random() < self.ground else []
@@ -121,7 +116,7 @@ class Speaker:
         (count,) = rng.choices(range(len(self.details)), self.details)
         relevant = list(language.topics[topic].details)
         others = [d for k, other in language.topics.items() if k != topic for d in other.details]
-        # In the topic's own order, as steps of a recipe: what comes next is easy to learn.
+        # In the order of the topic, as the steps of a recipe: what comes next is easy to learn.
         steps = sorted(rng.sample(range(len(relevant)), count))
         lines = [relevant[step] for step in steps]
         lines = [rng.choice(others) if rng.random() < self.off_topic else line for line in lines]

@@ -1,4 +1,4 @@
-"""A dialogue world small enough for PPO in a minute, with a true preference to measure against."""
+"""A dialogue world small enough for PPO in a minute, with a known true preference."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from mossrlhf.toyworld.preference import Preference
 from mossrlhf.toyworld.speaker import Speaker
 
 LANGUAGES = {"en": ENGLISH, "zh": CHINESE}
-# One rendering for both languages: <s>Human: … </s>Assistant: … </s>, the tags from `Language`.
+# For both languages: <s>Human: … </s>Assistant: … </s>, with the speakers' names of `Language`.
 TEMPLATE = (
     "{{{{ bos_token }}}}{{% for message in messages %}}"
     "{{% if message.role == 'user' %}}{human}{{% else %}}{assistant}{{% endif %}}"
@@ -31,31 +31,29 @@ CARELESS = Speaker(
     rude=0.15,
     details=(0.1, 0.25, 0.25, 0.25, 0.15),
 )
-"""Writes the answers that are compared: who is to know faults must see some."""
+"""Writes the responses of preference pairs: a reward model must see faults to learn them."""
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 
 
 @dataclass(frozen=True)
 class ToyWorld:
-    """A templated dialogue world in which over-optimization of a reward model can be measured.
+    """A templated dialogue world for measuring the over-optimization of a reward model.
 
-    Users ask for help with everyday things, or for help to do harm. Demonstrations answer with
-    mixed quality, preference pairs compare two careless answers under a noisy judge, and the *true*
-    preference, which no model ever sees, scores any text at all. So a reward model learned from
-    the pairs is right where the demonstrations live and free to be wrong elsewhere.
+    Users ask for help with everyday things, or for help to do harm. Demonstrations are of mixed
+    quality, a noisy annotator compares careless responses in preference pairs, and the *true*
+    preference, which no model sees, scores any text. A reward model learned from the pairs is right
+    near the demonstrations, and may be wrong elsewhere.
 
     Args:
         lang: "en" or "zh".
-        seed: whatever is drawn here depends on it and on the call's own seed, on nothing else.
+        seed: all samples depend on it and on the seed of the call, and on nothing else.
         preference: the true preference.
-        speaker: who writes dialogues and demonstrations.
-        drafter: who writes the answers that are compared, with more slips.
-        temperature: of the noisy judge, P(a ≻ b) = σ((q(a) − q(b)) / temperature).
+        speaker: the writer of dialogues and demonstrations.
+        drafter: the writer of the responses in preference pairs, who makes more mistakes.
+        temperature: of the noisy annotator, P(a ≻ b) = σ((q(a) − q(b)) / temperature).
 
     Raises:
-        ValueError: if `lang` is no language of this world.
-
-    Source: ours.
+        ValueError: if there is no such language.
     """
 
     lang: str = "en"
@@ -71,26 +69,26 @@ class ToyWorld:
 
     @property
     def language(self) -> Language:
-        """The text of this world."""
+        """All texts of this world."""
         return LANGUAGES[self.lang]
 
     @property
     def max_response_tokens(self) -> int:
-        """A limit on new tokens with a little room beyond the longest demonstration."""
+        """A limit on new tokens: the longest demonstration, and a little room."""
         return self.speaker.max_words + 5
 
     # ---- data -----------------------------------------------------------------------------------
 
     def prompts(self, n: int, *, split: str = "train", seed: int = 0) -> list[dict]:
-        """Draws dialogues that end with the user's turn.
+        """Sample dialogues that end with the user's turn.
 
         Args:
             n: how many.
-            split: "train" or "eval", which never share a last question.
-            seed: of this draw.
+            split: "train" or "eval", which share no last question.
+            seed: of these samples.
 
         Returns:
-            Records with `prompt` (list of messages) and `topic`, the name of what is asked for.
+            records with `prompt` (a list of messages) and `topic`, a name in `language.topics`.
 
         Raises:
             ValueError: if `split` is neither.
@@ -101,11 +99,11 @@ class ToyWorld:
         return [self.speaker.dialogue(self.language, split == "eval", rng) for _ in range(n)]
 
     def sft_examples(self, n: int, *, seed: int = 0) -> list[dict]:
-        """Draws demonstrations of mixed quality: records of `prompts` with a `response`.
+        """Sample demonstrations of mixed quality: records of `prompts` with a `response`.
 
         Args:
             n: how many.
-            seed: of this draw.
+            seed: of these samples.
         """
         rng = self._random("sft", seed)
         return [
@@ -114,24 +112,23 @@ class ToyWorld:
         ]
 
     def pairs(self, n: int, *, split: str = "train", seed: int = 0) -> list[dict]:
-        """Draws preference pairs: two careless answers each, `chosen` by a noisy judge.
+        """Sample preference pairs: two careless responses each, compared by a noisy annotator.
 
-        P(a ≻ b) = σ((q(a) − q(b)) / temperature) with q the true quality.
+        P(a ≻ b) = σ((q(a) − q(b)) / temperature), q being the true quality.
 
         Args:
             n: how many.
             split: "train" or "eval", as in `prompts`.
-            seed: of this draw.
+            seed: of these samples.
 
         Returns:
-            Records of `prompts` with `chosen`, `rejected` (texts), `true_margin`, the true quality
-            of the chosen response less the rejected one's: negative where the judge erred.
+            records of `prompts` with `chosen` and `rejected` (texts) and `true_margin`, their
+            difference in true quality: negative if the annotator was wrong.
         """
         rng = self._random("pairs", seed)
-        return [self._judged(record, rng) for record in self.prompts(n, split=split, seed=seed)]
+        return [self._pair(record, rng) for record in self.prompts(n, split=split, seed=seed)]
 
-    def _judged(self, record: dict, rng: Random) -> dict:
-        """Put two answers to a record's prompt, put in order by the noisy judge."""
+    def _pair(self, record: dict, rng: Random) -> dict:
         texts = [self.drafter.answer(self.language, record["topic"], rng) for _ in range(2)]
         margin = self.true_quality(record, texts[0]) - self.true_quality(record, texts[1])
         if rng.random() > 1 / (1 + math.exp(-margin / self.temperature)):
@@ -139,23 +136,23 @@ class ToyWorld:
         return record | {"chosen": texts[0], "rejected": texts[1], "true_margin": margin}
 
     def _random(self, purpose: str, seed: int) -> Random:
-        """A random stream of its own for each purpose and seed."""
+        """A separate random stream for each purpose and seed."""
         return Random(f"{self.lang}/{self.seed}/{purpose}/{seed}")
 
     # ---- measuring ------------------------------------------------------------------------------
 
     def true_quality(self, record: dict, response: str, *, ended: bool = True) -> float:
-        """Return the true quality of a response; see `Preference` for the formula.
+        """Return the true quality of a response; `Preference` has the formula.
 
         Args:
             record: of `prompts`.
             response: its text.
-            ended: whether it closed with an end-of-sequence token.
+            ended: whether it ended with an end-of-sequence token.
         """
         return self.preference.quality(self.language, record["topic"], response, ended=ended)
 
     def well_formed(self, response: str) -> bool:
-        """Whether a response is made of sentences of the language, every one of them whole."""
+        """Whether a response consists of whole sentences of the language."""
         kinds = [sentence.kind for sentence in self.language.parse(response)]
         return bool(kinds) and "broken" not in kinds
 
@@ -168,17 +165,17 @@ class ToyWorld:
         topic: Sequence[str],
         **columns: Sequence,
     ) -> list[float]:
-        """True quality under the convention for reward callables: for measuring, not for training.
+        """Return the true quality as a reward function does: for measuring, not for training.
 
         Args:
-            prompts: unused, as the topic says what was asked for.
+            prompts: unused, the topic is enough.
             completions: texts of the responses, without special tokens.
             completion_ids: token ids; a response has ended if its last one is end-of-sequence.
             topic: the records' column of that name.
             columns: other columns, unused.
 
         Returns:
-            One quality per completion.
+            one quality per completion.
         """
         last = self.eos_token_id
         return [
@@ -190,18 +187,18 @@ class ToyWorld:
 
     @cached_property
     def _token_ids(self) -> dict[str, int]:
-        """Vocabulary: special tokens, speakers, words."""
+        """The vocabulary: special tokens, names of the speakers, words."""
         language = self.language
         tokens = [PAD, UNKNOWN, BOS, EOS, language.human, language.assistant, *language.vocabulary]
         return {token: index for index, token in enumerate(tokens)}
 
     @property
     def eos_token_id(self) -> int:
-        """Id of the token that ends a response."""
+        """The id of the token that ends a response."""
         return self._token_ids[EOS]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer with one token per word and a dialogue template."""
+        """Return a tokenizer with one token per word and a dialogue template."""
         core = Tokenizer(models.WordLevel(self._token_ids, unk_token=UNKNOWN))
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -225,7 +222,7 @@ class ToyWorld:
         )
 
     def model_config(self, *, hidden_size: int = 96, num_layers: int = 2) -> LlamaConfig:
-        """Return the configuration of a Llama of about 0.2 M parameters, for policy and reward.
+        """Return the configuration of a Llama with about 0.2 M parameters, for policy and reward.
 
         Args:
             hidden_size: D.

@@ -1,7 +1,5 @@
-"""Weights published as differences from raw ones: made, and recovered."""
+"""Weights published as differences from raw ones: `make_diff`, and `recover`."""
 
-from mossrlhf.weight_diff.check_sums import CHECK_SUMS
-from mossrlhf.weight_diff.fit import DiffError
-from mossrlhf.weight_diff.making import make_diff, recover
+from mossrlhf.weight_diff.diff import CHECK_SUMS, DiffError, make_diff, recover
 
 __all__ = ["CHECK_SUMS", "DiffError", "make_diff", "recover"]

@@ -1,4 +1,4 @@
-"""Two watchers: a policy that has collapsed, and one that does not move."""
+"""Watches on a run: a policy that has collapsed, and a policy that does not move."""
 
 import warnings
 from collections import deque
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mossrlhf.distributed.sharding import local
 
 LATELY = 10
-"""Iterations back that `CollapseWatch.lately` remembers."""
+"""Iterations that `CollapseWatch.lately` looks back."""
 
 
 class CollapseWarning(UserWarning):
@@ -19,18 +19,18 @@ class CollapseWarning(UserWarning):
 
 
 class StillPolicyWarning(UserWarning):
-    """Optimizer steps leave the policy's parameters as they were."""
+    """Optimizer steps leave the policy's parameters unchanged."""
 
 
 class CollapseWatch:
-    """Says when responses have become monotonous and far from the reference, at any length.
+    """Warn when responses are monotonous and far from the reference, at any length.
 
-    Collapsed: KL per sequence beyond a bound *and* distinct-2 under half of the reference's.
+    Collapsed: KL per sequence above a bound *and* distinct-2 below half of the reference's.
     Score and loss do not show it, and length shows only one of its forms.
 
     Args:
         kl_bound: nats per sequence.
-        reference_distinct_2: of as many responses of the reference.
+        reference_distinct_2: of as many responses of the reference; None switches the watch off.
 
     Source: P1 §5.2 (pattern collapse: KL explodes, diversity goes); the rule is ours.
     """
@@ -41,30 +41,30 @@ class CollapseWatch:
         self.flags: deque[bool] = deque(maxlen=LATELY)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers, to be stored as JSON."""
+        """Return the flags of the last iterations, for JSON."""
         return {"flags": list(self.flags)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Restore a state.
 
         Args:
-            state: that dictionary.
+            state: what `state_dict` returned.
         """
         self.flags = deque(state["flags"], maxlen=LATELY)
 
     @property
     def lately(self) -> bool:
-        """Whether the policy counted as collapsed in one of the last ten iterations."""
+        """Whether the policy was collapsed in one of the last ten iterations."""
         return any(self.flags)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
-        """Look at the metrics of one iteration; warn unless it was so `lately`.
+        """Check the metrics of one iteration; warn unless the policy was collapsed `lately`.
 
         Args:
             metrics: with ``kl/ref_per_sequence`` and ``response/distinct_2``.
 
         Returns:
-            whether the policy counts as collapsed.
+            whether the policy has collapsed.
         """
         kl = metrics.get("kl/ref_per_sequence")
         distinct = metrics.get("response/distinct_2")
@@ -85,18 +85,16 @@ class CollapseWatch:
 
 
 class StillWatch:
-    """Says when the policy's parameters stay put, step after step.
+    """Warn when the policy's parameters do not change, iteration after iteration.
 
     In pure bfloat16 a learning rate of 5e-7 is rounded away: AdamW changes hardly any weight and
     nothing fails. A sample of the parameters is compared before and after each iteration.
 
     Args:
-        parameters: of the policy; those that are trained are looked at.
-        patience: iterations in a row before it warns.
+        parameters: of the policy; only the trained ones are compared.
+        patience: iterations in a row before the warning.
         least: share of the sampled weights that must change.
-        sample: weights looked at in each parameter.
-
-    Source: ours.
+        sample: weights compared in each parameter.
     """
 
     def __init__(
@@ -109,39 +107,39 @@ class StillWatch:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.patience, self.least, self.sample = patience, least, sample
         self.still = 0
-        self.before = self._look()
+        self._before = self._sampled()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers, to be stored as JSON."""
+        """Return the number of iterations without a change, for JSON."""
         return {"still": self.still}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, once the parameters are what they were.
+        """Restore a state, after the parameters have been restored.
 
         Args:
-            state: that dictionary.
+            state: what `state_dict` returned.
         """
         self.still = int(state["still"])
-        self.before = self._look()
+        self._before = self._sampled()
 
-    def _look(self) -> Tensor:
-        # Parameters sharded to nothing on this process have nothing to show.
+    def _sampled(self) -> Tensor:
+        # A parameter may have no element in this process's shard.
         held = [local(p.detach()) for p in self.parameters]
         parts = [p.flatten()[: self.sample].float() for p in held if p.numel()]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def __call__(self, learning_rate: float) -> float:
-        """Compare with the last look; warn once the patience is at its end.
+        """Compare with the last call; warn once when the patience runs out.
 
         Args:
-            learning_rate: of the policy; at 0 nothing is expected to move.
+            learning_rate: of the policy; at 0 no change is expected.
 
         Returns:
             share of the sampled weights that changed.
         """
-        now = self._look()
-        changed = float((now != self.before).float().mean()) if now.numel() else 1.0
-        self.before = now
+        now = self._sampled()
+        changed = float((now != self._before).float().mean()) if now.numel() else 1.0
+        self._before = now
         self.still = self.still + 1 if changed < self.least and learning_rate > 0 else 0
         if self.still == self.patience:
             warnings.warn(

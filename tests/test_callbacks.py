@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from mossrlhf.metrics import distinct_2
-from mossrlhf.monitor import (
+from mossrlhf.callbacks import (
     LATELY,
     CollapseWarning,
     CollapseWatch,
     StillPolicyWarning,
     StillWatch,
 )
+from mossrlhf.metrics import distinct_2
 from mossrlhf.toyworld import ToyWorld
 
 

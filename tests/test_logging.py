@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossrlhf.tracking import COLUMNS, Completions, ConsoleTable, completion_table
+from mossrlhf.logging import COLUMNS, Completions, ConsoleTable, completion_table
 
 NAMES = [name for _, name, _, _ in COLUMNS]
 NUMBERS = st.floats(-1e300, 1e300) | st.sampled_from([math.inf, -math.inf, math.nan])

@@ -1,4 +1,4 @@
-"""What a run says: lines on the console, tables of completions, numbers to the trackers."""
+"""What a run logs: lines on the console, completions in a file, metrics to the trackers."""
 
 import json
 import math
@@ -23,16 +23,14 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("v-loss", "critic/loss", 8, 3),
     ("expl.", "critic/explained_variance", 7, 2),
 )
-"""Heading, metric, width and decimals of the columns of the console table: 76 characters in all."""
+"""Heading, metric, width and decimals of each column on the console: 76 characters in all."""
 
 
 class ConsoleTable:
-    """Prints one line per logged step, 80 columns wide, beneath a heading.
+    """Prints one line per logged step, at most 80 columns wide, and a heading every few lines.
 
     Args:
         every: lines between headings.
-
-    Source: ours.
     """
 
     def __init__(self, every: int = 20) -> None:
@@ -40,30 +38,22 @@ class ConsoleTable:
         self.lines = 0
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Print the line of a step.
-
-        Args:
-            metrics: by name; what is missing stays blank.
-        """
+        """Print the line of a step; a metric that is missing leaves its column blank."""
         if self.lines % self.every == 0:
             tqdm.write(self.heading())
         tqdm.write(self.line(metrics))
         self.lines += 1
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Print what each reward says of an evaluation, a line each.
-
-        Args:
-            metrics: of `Trainer.evaluate`.
-        """
+        """Print one line for each reward of `Trainer.evaluate`."""
         for key, rate in metrics.items():
             name = key.removeprefix("eval/").removesuffix("/win_rate")
             if key == f"eval/{name}/win_rate":
-                ours, theirs, lost = (
+                policy, ref, lost = (
                     metrics[f"eval/{name}/{what}"] for what in ("policy", "ref", "lose_rate")
                 )
                 tqdm.write(
-                    f"  held-out {name}: {ours:.3g}, reference {theirs:.3g}; "
+                    f"  held-out {name}: {policy:.3g}, reference {ref:.3g}; "
                     f"wins {rate:.0%}, loses {lost:.0%}"
                 )
 
@@ -74,29 +64,23 @@ class ConsoleTable:
 
     @staticmethod
     def line(metrics: Mapping[str, float]) -> str:
-        """Return the line of a step.
-
-        Args:
-            metrics: by name.
-        """
+        """Return the line of a step."""
         cells = [_fit(metrics.get(name), width, digits) for _, name, width, digits in COLUMNS]
         return " ".join(cells)
 
 
 def _fit(value: float | None, width: int, digits: int) -> str:
-    # A number too wide for its column is given in fewer digits, never spilled over the next.
+    # A number too wide for its column loses digits, so that columns stay aligned.
     forms = (f".{digits}f", ".1e", ".0e")
     texts = [format(float(value), form) for form in forms] if value is not None else [""]
     return next((text for text in texts if len(text) <= width), texts[-1]).rjust(width)
 
 
 class Trackers:
-    """Sends numbers to accelerate's trackers; one that fails costs a warning, and never the run.
+    """Logs metrics to accelerate's trackers; one that fails costs a warning, never the run.
 
     Args:
-        accelerator: which trackers there are; they live on its main process.
-
-    Source: ours.
+        accelerator: its ``log_with`` names the trackers, which run on the main process.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -104,14 +88,10 @@ class Trackers:
         self._warned: set[str] = set()
 
     def begin(self, project: str) -> None:
-        """Start every tracker.
-
-        Args:
-            project: what they file the run under.
-        """
+        """Start every tracker under the name of a project."""
         accelerator = self.accelerator
         wanted, begun = list(accelerator.log_with), []
-        # One by one, or those after one that fails would not be started either.
+        # One by one: otherwise a tracker that fails keeps the next ones from starting.
         for kind in wanted:
             accelerator.log_with, accelerator.trackers = [kind], []
             try:
@@ -122,12 +102,7 @@ class Trackers:
         accelerator.log_with, accelerator.trackers = wanted, begun
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics.
-
-        Args:
-            metrics: by name.
-            step: of the run.
-        """
+        """Log metrics under a step."""
         for tracker in self.accelerator.trackers:
             try:
                 tracker.log(dict(metrics), step=step)
@@ -139,7 +114,7 @@ class Trackers:
             self._warned.add(name)
             warnings.warn(
                 f"report_to: {name} {what} ({type(error).__name__}: {error}); training goes on, "
-                "and `history` keeps every number. This is said once",
+                "and `history` keeps every number. This warning is given once",
                 UserWarning,
                 stacklevel=2,
             )
@@ -147,27 +122,21 @@ class Trackers:
 
 @dataclass(frozen=True)
 class Completions:
-    """Writes some completions of each step to ``completions.jsonl``, to be read by people.
+    """Writes the first completions of each step to ``completions.jsonl``.
 
     Args:
-        path: the file; its folder is made.
-        limit: completions of a step.
-
-    Source: ours.
+        path: the file; its folder is created.
+        limit: completions per step.
     """
 
     path: Path
     limit: int = 8
 
     def rewind(self, step: int) -> None:
-        """Drop what was written of later steps: a run that begins there writes them anew.
-
-        Args:
-            step: the last one to keep.
-        """
+        """Drop the rows of later steps: a run that resumes there writes them again."""
         if not self.path.is_file():
             return
-        kept = [row for row in _rows(self.path) if row["step"] <= step]
+        kept = [row for row in completion_table(self.path) if row["step"] <= step]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
         aside = self.path.with_name(f".{self.path.name}.partial")
         aside.write_text("".join(lines), encoding="utf-8")
@@ -184,45 +153,39 @@ class Completions:
 
         Args:
             step: the iteration.
-            prompts: texts.
+            prompts: one text per completion.
             completions: texts.
-            columns: numbers by name, one for each completion: scores, lengths, KL. What is not
-                finite (a reward that does not apply) is written as null.
+            columns: numbers by name, one per completion; one that is not finite (a reward that
+                does not apply) is written as null.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for i in range(min(self.limit, len(completions))):
                 row: dict[str, Any] = {"step": step, "prompt": prompts[i]}
                 row["completion"] = completions[i]
-                row.update({name: _plain(column[i]) for name, column in columns.items()})
+                row.update({name: _as_json(column[i]) for name, column in columns.items()})
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _plain(value: float) -> float | None:
-    # NaN is no JSON, and most readers but Python's stumble over it.
+def _as_json(value: float) -> float | None:
+    # NaN is not JSON: readers other than Python's refuse it.
     return round(float(value), 4) if math.isfinite(value) else None
 
 
 def completion_table(path: Path | str, step: int | None = None) -> list[dict[str, Any]]:
-    """Read back completions, of one step or of all.
+    """Read ``completions.jsonl`` back; lines that are not whole JSON objects are skipped.
 
     Args:
-        path: ``completions.jsonl``.
-        step: the iteration; None for all of them.
-
-    Source: ours.
+        path: the file.
+        step: an iteration; None for all of them.
     """
-    return [row for row in _rows(Path(path)) if step is None or row["step"] == step]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    # Not `splitlines`: it would also break at the U+2028 or U+0085 that a completion may hold. The
-    # last line has no end where a run was killed while writing it.
-    # A machine that was switched off may leave NUL bytes.
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    # `splitlines` would also break at the U+2028 or U+0085 that a completion may hold. A killed run
+    # may leave a last line without its end, a machine that was switched off may leave NUL bytes.
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(json.JSONDecodeError):
                 row = json.loads(line) if line.endswith("\n") else None
-                rows += [row] if isinstance(row, dict) else []
+                if isinstance(row, dict) and (step is None or row["step"] == step):
+                    rows.append(row)
     return rows
