@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mossrlhf import cli
-from mossrlhf.recipes.report import write_page
+from mossrlhf.demo import write_samples
 from mossrlhf.retention import STATE
 from mossrlhf.run_report import plot_run, read_run, write_report
 from mossrlhf.run_report.concerns import concerns
@@ -114,8 +114,7 @@ def whole(tmp_path):
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     answers = {"policy": f"ours {NASTY}", "reference": "**theirs**\n## Prompt 9\n\nmore"}
-    samples = [{"prompt": NASTY, "answers": answers}] * 2
-    write_page("Samples", ["two"], samples, folder / "samples.md")
+    write_samples(folder / "samples.md", "Samples", "two", [(NASTY, answers)] * 2)
     return folder
 
 
