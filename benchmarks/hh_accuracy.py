@@ -12,6 +12,7 @@ out: this is what hyper-parameters were chosen on. With ``--json FILE`` the figu
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,17 +24,21 @@ from typing import Any
 
 import torch
 import transformers
+from part_two import between
 from torch import Tensor
 
 from mossrlhf.data import load_pairs
-from mossrlhf.recipes.bookkeeping import versions
-from mossrlhf.recipes.corpus import make_corpus
-from mossrlhf.recipes.from_pairs import ScratchConfig, train_judge, train_policy
+from mossrlhf.version import versions
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from support.corpus import make_corpus
+from support.from_scratch import ScratchConfig, train_reward, train_sft
+
+ROOT = Path(__file__).resolve().parent.parent
 Pairs = Sequence[Mapping[str, Any]]
 
 SIDES = ("chosen", "rejected")
-ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "hh_accuracy.json"
 PAGE = ROOT / "docs" / "real_data.md"
 MARKS = ("<!-- written by: python benchmarks/hh_accuracy.py --table -->\n", "<!-- end -->\n")
@@ -71,10 +76,10 @@ def measure(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             config = ScratchConfig(file=args.file, seed=seed, output_dir=folder)
-            policy, _ = train_policy(corpus, config)
-            _, judged = train_judge(corpus, policy, config)
-        figures[f"seed {seed}"] = judged["accuracy"]
-        print(row(f"reward model, seed {seed}", judged["accuracy"], count), flush=True)
+            policy, _ = train_sft(corpus, config)
+            accuracy = train_reward(corpus, policy, config)[1]["accuracy"]
+        figures[f"seed {seed}"] = accuracy
+        print(row(f"reward model, seed {seed}", accuracy, count), flush=True)
     accuracies = [figures[f"seed {seed}"] for seed in args.seeds]
     figures["mean"] = mean(accuracies)
     print(row("reward model, mean", figures["mean"], count))
@@ -115,9 +120,7 @@ def with_table(page: str, figures: Mapping[str, Any]) -> str:
         f"seeds, the standard error of the mean is {spread:.3f}.",
         "",
     ]
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return "".join([before, MARKS[0], "\n".join(lines), "\n", MARKS[1], after])
+    return between(page, MARKS, lines)
 
 
 def binomial_error(accuracy: float, count: int) -> float:

@@ -9,6 +9,7 @@ are P2's, or those that the toy world chose, and none was tried here before::
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,8 +24,11 @@ from part_two import Method, Records, between, columns, run_seeds, spread, treat
 
 from mossrlhf import AdaptiveMargin, FlipLabels, PreferenceStrength, RankingLoss, SmoothLabels
 from mossrlhf.data import PairCollator
-from mossrlhf.recipes.corpus import Corpus
-from mossrlhf.recipes.from_pairs import ScratchConfig, read_corpus, train_judge, train_policy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from support.corpus import Corpus
+from support.from_scratch import ScratchConfig, read_corpus, train_reward, train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "hh_part_two.json"
@@ -46,12 +50,12 @@ ARMS: dict[str, tuple[Method, ...]] = {
 
 def run(corpus: Corpus, config: ScratchConfig) -> dict[str, Any]:
     """Measure the strengths of one seed, then train and ask each arm."""
-    policy, _ = train_policy(corpus, config)
+    policy, _ = train_sft(corpus, config)
 
     def member(records: list[dict[str, Any]], seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return train_judge(corpus, policy, replace(config, seed=seed), records)[0]
+            return train_reward(corpus, policy, replace(config, seed=seed), records)[0]
 
     collator = PairCollator(corpus.tokenizer, max_length=config.pair_length)
     strength = PreferenceStrength.measure(
@@ -66,8 +70,8 @@ def run(corpus: Corpus, config: ScratchConfig) -> dict[str, Any]:
         if name == "one α for all":
             options["loss"] = RankingLoss(label_smoothing=ONE_ALPHA)
         with torch.random.fork_rng(devices=[]):  # each begins as that of `hh_accuracy.py` does
-            _, judged = train_judge(corpus, policy, config, list(map(dict, records)), **options)
-        found[name] = judged["accuracy"]
+            _, figures = train_reward(corpus, policy, config, list(map(dict, records)), **options)
+        found[name] = figures["accuracy"]
         print(f"  {name:28} {found[name]:.3f}", flush=True)
     return found
 

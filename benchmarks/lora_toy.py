@@ -17,10 +17,8 @@ from typing import Any
 from part_two import between, run_seeds
 from peft import LoraConfig
 
-from mossrlhf import ToyWorld, Trainer
+from mossrlhf import ToyWorld, Trainer, demo
 from mossrlhf.models import save_adapters
-from mossrlhf.recipes import toy
-from mossrlhf.recipes.toy_stages import EXAMPLES, PAIRS, train_reward, train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "lora"
@@ -39,15 +37,15 @@ def run(seed: int, rate: float = RATE) -> dict[str, Any]:
     folder = FOLDER / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     world = ToyWorld(seed=seed)
-    tokenizer = world.tokenizer()
-    policy, _ = train_sft(world, tokenizer, folder, seed, EXAMPLES)
+    policy, _ = demo.train_sft(world, folder, demo.EXAMPLES)
     options = {"trainer_options": {"peft_config": LoraConfig(**LORA)}, **JUDGED}
-    reward, accuracy = train_reward(world, tokenizer, policy, folder, seed, PAIRS, **options)
+    reward, accuracy = demo.train_reward(world, policy, folder, demo.PAIRS, **options)
     save_adapters(reward, folder / "reward")
-    config = toy.ToyConfig(seed=seed, output_dir=str(folder))
-    stage = toy.Stage(world, tokenizer, policy, folder / "reward")
-    trainer = toy.run("ppo_max", stage, config, rate, peft_config=LoraConfig(**LORA))
-    return {"accuracy": accuracy, "weights": weights(trainer), **toy.measure(trainer)}
+    config = demo.DemoConfig(seed=seed, output_dir=str(folder))
+    setup = demo.Setup(world, policy, folder / "reward")
+    trainer = demo.make_trainer("ppo_max", setup, config, rate, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    return {"accuracy": accuracy, "weights": weights(trainer), **demo.measure(trainer)}
 
 
 def weights(trainer: Trainer) -> dict[str, int]:

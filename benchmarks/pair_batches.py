@@ -7,6 +7,7 @@ One epoch of the same pairs through the same reward model, forward and backward,
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from mossrlhf import RankingLoss, RewardModel
 from mossrlhf.data import PairCollator, TokenBatches, TokenBatchSampler, load_pairs
-from mossrlhf.recipes.bookkeeping import versions
-from mossrlhf.recipes.corpus import make_corpus
 from mossrlhf.reward_trainer import PairModel, PairScores
 from mossrlhf.reward_trainer.loader import pair_lengths
 from mossrlhf.reward_trainer.pairs import PairRows
 from mossrlhf.reward_trainer.trainer import GROUPS
+from mossrlhf.version import versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from support.corpus import make_corpus
 
 FIGURES = Path(__file__).resolve().parent / "results" / "pair_batches.json"
 

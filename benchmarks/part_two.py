@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mossrlhf.recipes.bookkeeping import versions
+from mossrlhf.version import versions
 
 Record = dict[str, Any]
 Records = Sequence[Mapping[str, Any]]

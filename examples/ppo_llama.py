@@ -10,7 +10,7 @@ outputs/scratch:
 
     python examples/ppo_llama.py --train_from_scratch pairs.jsonl
 
-With models and prompts of your own, alone or under `accelerate launch`; models,
+With your own models and prompts, alone or under `accelerate launch`; models,
 curves.png, samples.md, summary.json and config.json go to --output_dir:
 
     accelerate launch examples/ppo_llama.py --config run.yaml \
@@ -28,20 +28,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from support import from_scratch
+from support.options import option_parser, read_options
+from support.run_folder import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mossrlhf import Trainer, TrainerConfig, last_checkpoint, presets
+from mossrlhf import Trainer, TrainerConfig, demo, last_checkpoint, presets
+from mossrlhf.cli import INTERRUPTED, exit_on_interrupt
 from mossrlhf.data import load_prompts, load_sft, set_dialogue_template
+from mossrlhf.demo import clear_folder, timed
 from mossrlhf.plotting import require_matplotlib
-from mossrlhf.recipes.bookkeeping import (
-    INTERRUPTED,
-    Clock,
-    clear_folder,
-    ended_by_interrupt,
-    exit_if_interrupted,
-)
-from mossrlhf.recipes.options import option_parser, read_options
-from mossrlhf.recipes.run_folder import write_run
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,16 @@ class Inputs:
 
     Args:
         model_name_or_path: the SFT model, a folder or hub name; without it, the toy world.
-        reward_model_path: what is trained for: a one-label sequence classifier or a RewardModel,
-            a folder or hub name.
-        reward: or a function, as file.py:function.
+        reward_model_path: the reward: a one-label sequence classifier or a RewardModel, a folder
+            or hub name.
+        reward: the reward as a function instead, file.py:function.
         dataset: prompts, a JSON or JSONL file or a hub name.
-        eval_dataset: held-out prompts; answered every eval_steps, else after the last iteration.
+        eval_dataset: held-out prompts, evaluated every eval_steps, else after the last iteration.
         ptx_dataset: pre-training or SFT data for the PTX term; needs ptx_coef.
         lang: the dialogue template to put on the tokenizer; in the toy world its language.
-        train_from_scratch: preference pairs to learn everything from, a file or hub name.
-        resume_from_checkpoint: the folder of a checkpoint to go on from, true for the newest
-            in output_dir, auto for the newest if there is one and a run from the start if not.
+        train_from_scratch: preference pairs to train everything on, a file or hub name.
+        resume_from_checkpoint: a checkpoint's folder to resume from, true for the newest in
+            output_dir, auto for the newest if there is one, else from the start.
     """
 
     _argument_group_name = "what to train, on what"
@@ -81,7 +77,7 @@ class Algorithm:
 
     Args:
         kl_coef: η of the KL penalty in the reward.
-        reward_clip: δ, bound on the normalized score; none for no bound.
+        reward_clip: δ, bound on the normalized reward; none for no bound.
         gamma: γ of GAE.
         lam: λ of GAE.
         policy_clip: ε of the clipped surrogate.
@@ -102,12 +98,12 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn, and how few weights are trained.
+    """How responses are sampled, and which weights are trained.
 
     Args:
         max_new_tokens: of a response.
         temperature: of sampling.
-        top_p: share of the probability that is sampled from.
+        top_p: share of the probability to sample from.
         lora_r: rank of LoRA adapters on all linear layers; without it all weights are trained.
     """
 
@@ -121,37 +117,34 @@ class Sampling:
 
 def main(argv: list[str] | None = None) -> Any:
     """Parse the command line and run what it asks for."""
-    with ended_by_interrupt():
+    with exit_on_interrupt():
         inputs, algorithm, sampling, args, given = parse(sys.argv[1:] if argv is None else argv)
         if inputs.train_from_scratch is not None:
-            from mossrlhf.recipes import scratch
-
             only(given, {"train_from_scratch", "lang", "seed", "output_dir"})
-            shared = {name: value for name, value in given.items() if name != "train_from_scratch"}
-            return recipe(scratch.main, scratch.ScratchConfig(inputs.train_from_scratch, **shared))
+            file = given.pop("train_from_scratch")
+            return run_job(from_scratch.main, from_scratch.ScratchConfig(file, **given))
         if inputs.model_name_or_path is None:
-            from mossrlhf.recipes import toy
-
             only(given, {"lang", "seed", "output_dir"})
-            return recipe(toy.main, toy.ToyConfig(**given))
+            return run_job(demo.main, demo.DemoConfig(**given))
         return train(inputs, algorithm, sampling, args)
 
 
-def recipe(run: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
-    """Run a recipe of the library; the exit code is 130 where Ctrl-C cut it short."""
+def run_job(run: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
+    """Run a job that plots; exit with 130 where Ctrl-C cut it short."""
     try:
         require_matplotlib()
     except ImportError as error:
         sys.exit(str(error))
     summary = run(config)
-    exit_if_interrupted(summary)
+    if summary["interrupted"]:
+        sys.exit(INTERRUPTED)
     return summary
 
 
 def train(
     inputs: Inputs, algorithm: Algorithm, sampling: Sampling, args: TrainerConfig
 ) -> list[dict[str, Any]]:
-    """Put the parts together, train, write what there is to see."""
+    """Train a model with PPO-max, and write its run folder."""
     require_sense(inputs, algorithm)
     reward = inputs.reward_model_path or load_function(str(inputs.reward))
     prompts = load_prompts(str(inputs.dataset))
@@ -189,20 +182,21 @@ def train(
         groups = {"inputs": inputs, "algorithm": algorithm, "sampling": sampling, "args": args}
         clear_folder(trainer.output_dir, {name: asdict(part) for name, part in groups.items()})
         print(trainer)
-    clock = Clock()
-    history: list[dict[str, Any]] = clock(
-        "training", trainer.train, checkpoint(inputs.resume_from_checkpoint, args.output_dir)
-    )
+    seconds: dict[str, float] = {}
+    with timed("training", seconds):
+        history: list[dict[str, Any]] = trainer.train(
+            checkpoint(inputs.resume_from_checkpoint, args.output_dir)
+        )
     if trainer.accelerator.is_main_process:
         print_evaluation(history)
-    write_run(trainer, clock.seconds)
+    write_run(trainer, seconds)
     if trainer.run.interrupted:
         sys.exit(INTERRUPTED)
     return history
 
 
 def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
-    """Refuse what lacks a part, before any model is loaded."""
+    """Exit where a part is missing, before any model is loaded."""
     if inputs.dataset is None:
         sys.exit("--dataset: a JSON or JSONL file of prompts, or a hub name, is needed")
     if (inputs.reward is None) == (inputs.reward_model_path is None):
@@ -212,7 +206,7 @@ def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
 
 
 def checkpoint(given: str | None, output_dir: str) -> str | Path | bool | None:
-    """Read what ``--resume_from_checkpoint`` says: a folder, true, false or auto."""
+    """Read ``--resume_from_checkpoint``: a folder, true, false or auto."""
     words = {"true": True, "false": False, "auto": last_checkpoint(output_dir)}
     return given if given is None else words.get(given.lower(), given)
 
@@ -259,7 +253,7 @@ def parse(
 ) -> tuple[Inputs, Algorithm, Sampling, TrainerConfig, dict[str, Any]]:
     """Read the dataclasses from the command line, over those of ``--config FILE.yaml``.
 
-    Returns them, and what was given rather than left at its default.
+    Returns them, and the options that were given.
     """
     defaults = (Inputs(), Algorithm(), Sampling(), presets.ppo_max()["args"])
     notes = (
@@ -285,7 +279,7 @@ def chosen(part: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def only(given: Mapping[str, Any], allowed: set[str]) -> None:
-    """Refuse options that nothing would read."""
+    """Exit where an option is given that nothing reads."""
     if odd := sorted(set(given) - allowed):
         listed = ", ".join(f"--{name}" for name in odd)
         sys.exit(

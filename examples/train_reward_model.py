@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from support.options import option_parser, read_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mossrlhf import (
@@ -37,7 +38,6 @@ from mossrlhf import (
     ToyWorld,
 )
 from mossrlhf.data import PairCollator, load_pairs, set_dialogue_template
-from mossrlhf.recipes.options import option_parser, read_options
 
 
 @dataclass(frozen=True)

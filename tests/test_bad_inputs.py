@@ -22,7 +22,8 @@ ROWS = {f"{room.title}: {row.given}": row for room in ROOMS for row in room.rows
 def outcomes(root, tmp_path_factory):
     """What came of every row."""
     path = tmp_path_factory.mktemp("outcomes") / "outcomes.json"
-    paths = os.pathsep.join([str(root / "src"), str(root / "tests" / "support")])
+    folders = ("src", "examples", "tests/support")
+    paths = os.pathsep.join(str(root / folder) for folder in folders)
     done = subprocess.run(
         [sys.executable, "-m", "bad_inputs", "--run", str(path)],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,

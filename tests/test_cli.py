@@ -4,19 +4,18 @@ import sys
 
 import pytest
 
-from mossrlhf import cli
-from mossrlhf.recipes import toy, toy_stages
+from mossrlhf import cli, demo
 
 
-def test_arguments_reach_the_recipe(monkeypatch):
+def test_arguments_reach_the_demo(monkeypatch):
     asked = []
-    monkeypatch.setattr(toy, "main", lambda config: asked.append(config) or {"interrupted": False})
+    monkeypatch.setattr(demo, "main", lambda config: asked.append(config) or {"interrupted": False})
     cli.main(["demo", "--lang", "zh", "--seed", "3", "--output_dir", "x"])
-    assert asked == [toy.ToyConfig(lang="zh", seed=3, output_dir="x")]
+    assert asked == [demo.DemoConfig(lang="zh", seed=3, output_dir="x")]
 
 
 def test_an_interrupted_run_ends_with_130(monkeypatch):
-    monkeypatch.setattr(toy, "main", lambda config: {"interrupted": True})
+    monkeypatch.setattr(demo, "main", lambda config: {"interrupted": True})
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo"])
     assert ended.value.code == 130
@@ -26,7 +25,7 @@ def test_ctrl_c_before_ppo_is_one_line(monkeypatch, tmp_path, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy_stages, "fine_tune", stop)
+    monkeypatch.setattr(demo, "fine_tune", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--output_dir", str(tmp_path)])
     assert ended.value.code == 130
@@ -37,7 +36,7 @@ def test_ctrl_c_before_ppo_is_one_line(monkeypatch, tmp_path, capsys):
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(toy, "main", lambda config: pytest.fail("it begins"))
+    monkeypatch.setattr(demo, "main", lambda config: pytest.fail("it begins"))
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--output_dir", str(tmp_path)])
     assert ended.value.code == 1

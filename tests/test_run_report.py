@@ -11,7 +11,7 @@ import pytest
 
 from mossrlhf import cli, run_report
 from mossrlhf.checkpoint.folders import STATE
-from mossrlhf.recipes.report import write_page
+from mossrlhf.demo import write_samples
 from mossrlhf.run_report import (
     RunFolder,
     plot_run,
@@ -120,8 +120,7 @@ def whole(tmp_path):
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     answers = {"policy": f"ours {NASTY}", "reference": "**theirs**\n## Prompt 9\n\nmore"}
-    samples = [{"prompt": NASTY, "answers": answers}] * 2
-    write_page("Samples", ["two"], samples, folder / "samples.md")
+    write_samples(folder / "samples.md", "Samples", "two", [(NASTY, answers)] * 2)
     return folder
 
 

@@ -40,7 +40,7 @@ from mossrlhf import (
     TrainerConfig,
     last_checkpoint,
 )
-from mossrlhf.recipes.bookkeeping import versions
+from mossrlhf.version import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "kill_runs.json"

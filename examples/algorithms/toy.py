@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import ToyWorld, Trainer
-from mossrlhf.recipes.stages import fine_tune
+from mossrlhf.demo import copied, fine_tune
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -116,10 +116,8 @@ def train(
         kind: `Trainer`, or the algorithm's subclass of it.
         options: of `TrainerConfig`, in place of `OPTIONS`.
     """
-    policy = LlamaForCausalLM(stage.policy.config)
-    policy.load_state_dict(stage.policy.state_dict())
     trainer = kind(
-        policy,
+        copied(stage.policy),
         reward=stage.reward,
         train_dataset=stage.prompts,
         eval_dataset=stage.held_out,

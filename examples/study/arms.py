@@ -12,9 +12,10 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardModel, RewardShaper, presets
+from mossrlhf.demo import copied
 from mossrlhf.reward_shaping import RollingReturnMoments
 from study.plan import LONG
-from study.preparing import Prepared, copied
+from study.preparing import Prepared
 
 Change = Callable[[Prepared], Mapping[str, Any]]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mossrlhf import Trainer
+from mossrlhf.critic_evaluation import CriticEvaluation
 from mossrlhf.randomness import temporary_seed
 from study.arms import ARMS
 from study.plan import LONG, Job, Scale

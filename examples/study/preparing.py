@@ -11,8 +11,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mossrlhf import RewardModel, ToyWorld, Trainer, presets
-from mossrlhf.recipes.stages import fine_tune
-from mossrlhf.recipes.toy_stages import generation, train_reward, train_sft
+from mossrlhf.demo import copied, fine_tune, generation_config, train_reward, train_sft
 from mossrlhf.serialization import no_progress_bars
 from study.plan import Scale, World
 
@@ -46,14 +45,8 @@ class Prepared:
 
     @property
     def generation(self) -> GenerationConfig:
-        """How answers are drawn."""
-        return generation(self.world)
-
-
-def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    copy = LlamaForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
+        """How responses are sampled."""
+        return generation_config(self.world)
 
 
 def prepare(place: World, scale: Scale, folder: Path) -> None:
@@ -68,14 +61,14 @@ def prepare(place: World, scale: Scale, folder: Path) -> None:
         return
     world = ToyWorld(lang=place.lang, seed=place.seed)
     tokenizer = world.tokenizer()
-    policy, sft = train_sft(world, tokenizer, folder, place.seed, scale.examples)
-    judge, accuracy = train_reward(world, tokenizer, policy, folder, place.seed, scale.pairs)
+    policy, sft = train_sft(world, folder, scale.examples)
+    reward_model, accuracy = train_reward(world, policy, folder, scale.pairs)
     base = without_sft(world, tokenizer, folder, place.seed, scale.examples)
     with no_progress_bars():
         policy.save_pretrained(folder / "sft_model")
         base.save_pretrained(folder / "language_model")
-        judge.save_pretrained(folder / "reward_model")
-    ready = Prepared(world, tokenizer, policy, base, judge, {})
+        reward_model.save_pretrained(folder / "reward_model")
+    ready = Prepared(world, tokenizer, policy, base, reward_model, {})
     facts = {
         "sft": {**held_out(ready, policy, scale), **sft},
         "language_model": held_out(ready, base, scale),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mossrlhf.callbacks import CollapseWarning
-from mossrlhf.recipes.bookkeeping import versions
+from mossrlhf.version import versions
 from study import measuring, preparing
 from study.arms import ARMS
 from study.plan import Job, Scale, World, jobs, worlds

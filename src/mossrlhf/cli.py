@@ -1,10 +1,14 @@
-"""``mossrlhf demo``: the main job from an installed package; ``mossrlhf report``: a run's page."""
+"""The command ``mossrlhf``: ``demo`` trains in the toy world, ``report`` writes a run's page."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from mossrlhf.plotting import require_matplotlib
-from mossrlhf.recipes.bookkeeping import ended_by_interrupt, exit_if_interrupted
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,26 +18,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; None for those of the process.
 
     Raises:
-        SystemExit: with 2 where an argument is wrong, 1 where there is no matplotlib for the demo
-            or no run to report of, 130 after Ctrl-C.
+        SystemExit: with 2 for a wrong argument, 1 for a demo without matplotlib or a report on no
+            run, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="mossrlhf", description="PPO-max, the algorithm of arXiv 2307.04964, at work."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     what = "vanilla PPO, vanilla PPO tuned and PPO-max side by side, in the toy world"
-    demo = commands.add_parser("demo", help=what, description=f"{what}: minutes on two cores.")
-    demo.add_argument("--lang", choices=["en", "zh"], default="en", help="of the dialogues [en]")
-    demo.add_argument(
+    run = commands.add_parser("demo", help=what, description=f"{what}: minutes on two cores.")
+    run.add_argument("--lang", choices=["en", "zh"], default="en", help="of the dialogues [en]")
+    run.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of world, models and runs [0]"
     )
-    demo.add_argument(
+    run.add_argument(
         "--output_dir",
         default="outputs/demo",
         metavar="FOLDER",
         help="where curves, samples and models go [outputs/demo]",
     )
-    what = "one HTML page of what a run has left in its folder"
+    what = "one HTML page of what a run left in its folder"
     report = commands.add_parser("report", help=what, description=f"{what}: it needs no network.")
     report.add_argument("run", metavar="RUN", help="a run's output_dir, or a folder of several")
     report.add_argument("--output", metavar="FILE", help="the page [RUN/report.html]")
@@ -46,11 +50,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         parser.exit(1, f"mossrlhf demo: {error}\n")
 
-    with ended_by_interrupt():
-        from mossrlhf.recipes import toy
+    with exit_on_interrupt():
+        from mossrlhf import demo
 
-        config = toy.ToyConfig(lang=options.lang, seed=options.seed, output_dir=options.output_dir)
-        exit_if_interrupted(toy.main(config))
+        config = demo.DemoConfig(options.lang, options.seed, options.output_dir)
+        summary = demo.main(config)
+    if summary["interrupted"]:
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C in the block exit with `INTERRUPTED` and one line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        where = f" in the stage {stop}" if str(stop) else ""
+        print(f"\nInterrupted{where}: this run leaves no summary.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _report(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Options of `TrainerConfig`, and files of them."""
 
+from support.options import read_yaml
+
 from bad_inputs.room import Room
 from mossrlhf import TrainerConfig
-from mossrlhf.recipes.options import read_yaml
 
 room = Room("TrainerConfig")
 row = room.row

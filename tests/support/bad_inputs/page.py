@@ -15,7 +15,7 @@ of a message may be left out. This page is made of the tests' own table
 (`tests/support/bad_inputs`) by
 
 ```bash
-PYTHONPATH=src:tests/support python -m bad_inputs
+PYTHONPATH=src:examples:tests/support python -m bad_inputs
 ```
 
 and a test refuses a page that is not. Errors come before anything is computed wherever that is

@@ -1,4 +1,4 @@
-"""The main job, a few steps of it: everything it promises to write is there."""
+"""`mossrlhf.demo` at a few steps: its files, its figures, Ctrl-C, and its parts."""
 
 import json
 import signal
@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mossrlhf import Trainer
-from mossrlhf.recipes import toy, toy_stages
+from mossrlhf import Trainer, demo
 from mossrlhf.toyworld import ToyWorld
 
 ARMS = ("vanilla_ppo", "vanilla_ppo_tuned", "ppo_max")
@@ -29,10 +28,10 @@ FIGURES = {
 @pytest.fixture
 def small(monkeypatch):
     """A world with few examples, so that a run takes seconds; the code is the same."""
-    monkeypatch.setattr(toy, "EXAMPLES", 64)
-    monkeypatch.setattr(toy, "PAIRS", 64)
-    monkeypatch.setattr(toy, "PRETRAIN_STEPS", 1)
-    monkeypatch.setattr(toy, "_held_out", lambda world: world.prompts(24, split="eval", seed=3))
+    monkeypatch.setattr(demo, "EXAMPLES", 64)
+    monkeypatch.setattr(demo, "PAIRS", 64)
+    monkeypatch.setattr(demo, "PRETRAIN_STEPS", 1)
+    monkeypatch.setattr(demo, "held_out", lambda world: world.prompts(24, split="eval", seed=3))
     monkeypatch.setattr(
         ToyWorld,
         "model_config",
@@ -40,8 +39,8 @@ def small(monkeypatch):
     )
 
 
-def test_main_job_writes_what_it_promises(small, tmp_path, capsys):
-    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=2))
+def test_demo_writes_summary_samples_curves_and_models(small, tmp_path, capsys):
+    summary = demo.main(demo.DemoConfig(output_dir=str(tmp_path), steps=2))
     written = {path.name for path in tmp_path.iterdir()}
     assert {"policy", "critic", "reward_model", "config.json"} <= written
     assert {"curves.png", "samples.md", "summary.json"} <= written
@@ -73,8 +72,8 @@ def test_main_job_writes_what_it_promises(small, tmp_path, capsys):
 
 def test_true_preference_trains_nothing(small, tmp_path, monkeypatch):
     def run(folder, name):
-        config = toy.ToyConfig(output_dir=str(tmp_path / folder), steps=2, arms=("ppo_max",))
-        return toy.main(config)["runs"]["ppo_max"][name]
+        config = demo.DemoConfig(output_dir=str(tmp_path / folder), steps=2, arms=("ppo_max",))
+        return demo.main(config)["runs"]["ppo_max"][name]
 
     score = run("true", "reward_score")
     monkeypatch.setattr(
@@ -84,20 +83,21 @@ def test_true_preference_trains_nothing(small, tmp_path, monkeypatch):
     assert run("again", "reward_score") == score
 
 
-def test_arms_differ_in_what_they_are_named_for(tmp_path):
+def test_arms_differ_in_components_and_learning_rate(tmp_path):
     options = dict(output_dir=str(tmp_path), learning_rate=1.0)
-    vanilla, maximal = toy.parts("vanilla_ppo", options), toy.parts("ppo_max", options)
+    vanilla, maximal = demo.parts("vanilla_ppo", **options), demo.parts("ppo_max", **options)
     assert vanilla["shaper"].kl_coef is None
     assert vanilla["loss"].value_clip is None
     assert maximal["shaper"].normalize
-    assert maximal["args"].critic_pretrain_steps == toy.PRETRAIN_STEPS
+    assert maximal["args"].critic_pretrain_steps == demo.PRETRAIN_STEPS
     same = replace(
         maximal["args"],
         critic_pretrain_steps=0,
         max_grad_norm=vanilla["args"].max_grad_norm,
     )
     assert same == replace(vanilla["args"])
-    assert toy.rate("vanilla_ppo") == toy.rate("ppo_max") > toy.rate("vanilla_ppo_tuned")
+    rates = demo.LEARNING_RATES
+    assert rates["vanilla_ppo"] == rates["ppo_max"] > rates["vanilla_ppo_tuned"]
 
 
 class Interrupted(Trainer):
@@ -114,8 +114,8 @@ def stop(*args, **kwargs):
 
 
 def test_ctrl_c_ends_the_arm_and_starts_no_other(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "Trainer", Interrupted)
-    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=5))
+    monkeypatch.setattr(demo, "Trainer", Interrupted)
+    summary = demo.main(demo.DemoConfig(output_dir=str(tmp_path), steps=5))
     assert summary["interrupted"] is True
     assert set(summary["runs"]) == {"vanilla_ppo"}
     assert set(summary["runs"]["vanilla_ppo"]) == FIGURES
@@ -132,8 +132,8 @@ def test_ctrl_c_ends_the_arm_and_starts_no_other(small, tmp_path, monkeypatch, c
 
 
 def test_ctrl_c_before_the_first_iteration_leaves_no_curves(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "Trainer", Interrupted)
-    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=5, arms=("ppo_max",)))
+    monkeypatch.setattr(demo, "Trainer", Interrupted)
+    summary = demo.main(demo.DemoConfig(output_dir=str(tmp_path), steps=5, arms=("ppo_max",)))
     assert summary["interrupted"] is True
     assert summary["runs"]["ppo_max"]["steps"] == 0
     assert summary["runs"]["ppo_max"]["kl_per_sequence"] == pytest.approx(0, abs=1e-4)
@@ -141,8 +141,8 @@ def test_ctrl_c_before_the_first_iteration_leaves_no_curves(small, tmp_path, mon
 
 
 def test_ctrl_c_while_measuring_writes_the_iterations(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "measure", stop)
-    summary = toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=1))
+    monkeypatch.setattr(demo, "measure", stop)
+    summary = demo.main(demo.DemoConfig(output_dir=str(tmp_path), steps=1))
     assert summary["interrupted"] is True
     assert summary["runs"] == {"vanilla_ppo": {"steps": 1}}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -154,14 +154,41 @@ def test_ctrl_c_before_the_arms_names_the_stage_and_leaves_no_older_report(
     small, tmp_path, monkeypatch
 ):
     (tmp_path / "summary.json").write_text("of an earlier run")
-    monkeypatch.setattr(toy_stages, "train_reward_model", stop)
+    monkeypatch.setattr(demo, "train_reward_model", stop)
     with pytest.raises(KeyboardInterrupt, match=r"^reward_model$"):
-        toy.main(toy.ToyConfig(output_dir=str(tmp_path), steps=1))
+        demo.main(demo.DemoConfig(output_dir=str(tmp_path), steps=1))
     assert [path.name for path in tmp_path.glob("*.*")] == ["config.json"]
 
 
 def test_without_matplotlib_nothing_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(toy, "prepare", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr(demo, "prepare", lambda *args: pytest.fail("it trains"))
     with pytest.raises(ImportError, match=r'pip install "mossrlhf\[plot\]"'):
-        toy.main(toy.ToyConfig(output_dir=str(tmp_path)))
+        demo.main(demo.DemoConfig(output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Once upon", "Once upon"),
+        ([{"role": "user", "content": "Hi"}], "Hi"),
+        (
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+            "System: Be brief.\n\nHuman: Hi",
+        ),
+        (
+            [{"role": "user", "content": "2+2"}, {"role": "tool", "content": "4"}],
+            "Human: 2+2\n\ntool: 4",
+        ),
+    ],
+)
+def test_prompt_text_names_the_speakers_of_a_dialogue(prompt, text):
+    assert demo.prompt_text(prompt) == text
+
+
+def test_samples_quote_every_line(tmp_path):
+    samples = [("a\nb", {"policy": "", "reference": "c"})]
+    demo.write_samples(tmp_path / "page.md", "T", "Lead.", samples)
+    head = "# T\n\nLead.\n\n## Prompt 1\n\n> a\n> b\n\n"
+    responses = "**policy**\n\n> (empty)\n\n**reference**\n\n> c\n"
+    assert (tmp_path / "page.md").read_text() == head + responses

@@ -1,4 +1,4 @@
-"""The whole recipe, at the smallest size, on a file made up here."""
+"""`support.from_scratch` at the smallest size, on an invented file of pairs."""
 
 import json
 import random
@@ -6,11 +6,10 @@ import signal
 import sys
 
 import pytest
+from support import from_scratch
 
 from mossrlhf import Trainer
 from mossrlhf.models import RewardModel
-from mossrlhf.recipes import scratch
-from mossrlhf.recipes.from_pairs import Pace
 
 POLITE = ("Of course, gladly.", "Sure, here you are.", "Yes, let me help you.")
 RUDE = ("No.", "Go away and leave me alone.", "What a stupid thing to ask me.")
@@ -32,7 +31,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def config(file, tmp_path):
-    return scratch.ScratchConfig(
+    return from_scratch.ScratchConfig(
         file=str(file),
         output_dir=str(tmp_path / "run"),
         held_out=12,
@@ -42,9 +41,9 @@ def config(file, tmp_path):
         language_length=64,
         pair_length=48,
         turn_length=24,
-        language=Pace(4, 1e-2),
-        sft=Pace(1, 1e-3),
-        reward=Pace(4, 3e-3),
+        language=from_scratch.Pace(4, 1e-2),
+        sft=from_scratch.Pace(1, 1e-3),
+        reward=from_scratch.Pace(4, 3e-3),
         response_length=8,
         rollout_size=8,
         steps=2,
@@ -52,8 +51,8 @@ def config(file, tmp_path):
     )
 
 
-def test_the_recipe_runs_and_leaves_what_it_says(config, tmp_path, capsys):
-    summary = scratch.main(config)
+def test_from_scratch_writes_summary_samples_curves_and_models(config, tmp_path, capsys):
+    summary = from_scratch.main(config)
     printed, bars = capsys.readouterr()
     assert bars == ""
     folder = tmp_path / "run"
@@ -73,7 +72,7 @@ def test_the_recipe_runs_and_leaves_what_it_says(config, tmp_path, capsys):
     assert summary["runs"]["ppo_max"]["steps"] == 2
     assert list(summary["runs"]) == ["SFT", "ppo_max"]
     assert summary["interrupted"] is False
-    assert "Wins and losses: 12 held-out prompts, judged by the reward model of PPO." in printed
+    assert "Wins and losses: 12 held-out prompts, by the reward model of PPO." in printed
     assert max(map(len, printed.splitlines()[3:-2])) <= 80
 
 
@@ -83,9 +82,9 @@ class Interrupted(Trainer):
         return super().collect(prompts)
 
 
-def test_ctrl_c_in_ppo_is_written_down(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scratch, "Trainer", Interrupted)
-    summary = scratch.main(config)
+def test_ctrl_c_during_ppo_writes_an_interrupted_summary(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(from_scratch, "Trainer", Interrupted)
+    summary = from_scratch.main(config)
     assert summary["interrupted"] is True
     assert summary["runs"]["ppo_max"]["steps"] == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
@@ -93,30 +92,28 @@ def test_ctrl_c_in_ppo_is_written_down(config, tmp_path, monkeypatch, capsys):
     assert "INTERRUPTED; PPO iterations done:\n  ppo_max: 0 of 2\n" in capsys.readouterr().out
 
 
-def test_ctrl_c_before_ppo_names_the_stage_and_keeps_what_is_finished(
-    config, tmp_path, monkeypatch
-):
+def test_ctrl_c_before_ppo_names_the_stage_and_keeps_finished_models(config, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scratch, "train_judge", stop)
+    monkeypatch.setattr(from_scratch, "train_reward", stop)
     with pytest.raises(KeyboardInterrupt, match=r"^reward_model$"):
-        scratch.main(config)
+        from_scratch.main(config)
     assert (tmp_path / "run" / "sft").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_without_matplotlib_nothing_is_trained(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(scratch, "read_corpus", lambda *args: pytest.fail("it begins"))
+    monkeypatch.setattr(from_scratch, "read_corpus", lambda *args: pytest.fail("it begins"))
     with pytest.raises(ImportError, match=r'pip install "mossrlhf\[plot\]"'):
-        scratch.main(config)
+        from_scratch.main(config)
 
 
 def test_unusable_pairs_are_counted_on_the_console(config, file, capsys):
     bad = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": "\n\nHuman: Hi"})
     file.write_text(bad + "\n" + file.read_text())
-    assert len(scratch.read_corpus(config).train) == 84
+    assert len(from_scratch.read_corpus(config).train) == 84
     printed = capsys.readouterr().out
     assert " ".join(printed.split()).startswith("skipped 1 of 97 records; the first: ")
     assert "UserWarning" not in printed

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-
-from mossrlhf.recipes.options import help_texts, option_parser, read_options
+from support.options import help_texts, option_parser, read_options
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import sys
 from dataclasses import fields
 
 import pytest
+from support import from_scratch
+from support.options import help_texts
 from transformers import LlamaForCausalLM
 
-from mossrlhf import RewardModel, ToyWorld, Trainer, presets
-from mossrlhf.recipes import scratch, toy
-from mossrlhf.recipes.options import help_texts
+from mossrlhf import RewardModel, ToyWorld, Trainer, demo, presets
 
 WORLD = ToyWorld(lang="en", seed=0)
 TINY = "--total_steps 2 --rollout_size 8 --minibatch_size 4 --critic_pretrain_steps 1"
@@ -104,13 +104,13 @@ def test_impossible_numbers_are_refused_with_their_reason(example, capsys):
 
 def test_toy_world_and_pairs_get_their_options(example, monkeypatch):
     asked = []
-    for recipe in (toy, scratch):
-        monkeypatch.setattr(recipe, "main", lambda c: asked.append(c) or {"interrupted": False})
+    for job in (demo, from_scratch):
+        monkeypatch.setattr(job, "main", lambda c: asked.append(c) or {"interrupted": False})
     example.main(["--lang", "zh", "--output_dir=x"])
     example.main(["--train_from_scratch", "pairs.jsonl", "--seed=3"])
     assert asked == [
-        toy.ToyConfig(lang="zh", output_dir="x"),
-        scratch.ScratchConfig(file="pairs.jsonl", seed=3),
+        demo.DemoConfig(lang="zh", output_dir="x"),
+        from_scratch.ScratchConfig(file="pairs.jsonl", seed=3),
     ]
 
 
@@ -142,7 +142,7 @@ def test_missing_parts_are_refused_before_a_model_is_loaded(example, words, reas
 
 
 @pytest.mark.parametrize("words", [[], ["--train_from_scratch", "pairs.jsonl"]])
-def test_recipes_without_matplotlib_say_what_to_install(example, monkeypatch, words):
+def test_jobs_that_plot_name_the_missing_extra(example, monkeypatch, words):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit) as ended:
         example.main(words)
@@ -263,12 +263,12 @@ def test_ctrl_c_saves_and_ends_with_130(example, words, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"] is True
 
 
-def test_ctrl_c_in_a_recipe_ends_with_130(example, monkeypatch, capsys):
+def test_ctrl_c_in_a_job_exits_with_130(example, monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt("sft")
 
-    monkeypatch.setattr(scratch, "main", stop)
-    monkeypatch.setattr(toy, "main", lambda config: {"interrupted": True})
+    monkeypatch.setattr(from_scratch, "main", stop)
+    monkeypatch.setattr(demo, "main", lambda config: {"interrupted": True})
     for words in (["--train_from_scratch=pairs.jsonl"], []):
         with pytest.raises(SystemExit) as ended:
             example.main(words)

@@ -1,4 +1,4 @@
-"""A file of preference pairs made ready to learn everything from: split, tokenizer, lengths."""
+"""A file of preference pairs, ready for training: split, with a tokenizer, at bounded lengths."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,13 @@ Pairs = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Preference pairs in two parts, and a tokenizer that has seen the first alone.
+    """Preference pairs in two parts, and a tokenizer trained on the first part.
 
     Args:
         lang: "en" or "zh".
         tokenizer: byte-level BPE with the dialogue template of the language.
-        train: pairs to learn from.
-        held_out: the last pairs of the file, for measuring alone.
-
-    Source: ours.
+        train: pairs to train on.
+        held_out: the last pairs of the file, for evaluation only.
     """
 
     lang: str
@@ -39,19 +37,17 @@ def make_corpus(
 
     Args:
         pairs: as `load_pairs` returns them, in the order of the file.
-        held_out: how many to hold out: the last ones, a sixth of the file at most.
+        held_out: how many of the last pairs to hold out; at most a sixth of the file.
         vocabulary: tokens, the 256 bytes and the special ones included.
-        turn_length: tokens of the last human turn; of a longer one the end is kept.
-        lang: "en" or "zh"; None to look at the text.
+        turn_length: tokens of the last human turn; a longer one loses its beginning.
+        lang: "en" or "zh"; None to detect it.
 
     Raises:
-        ValueError: where there are too few pairs to hold one out.
-
-    Source: ours.
+        ValueError: for too few pairs to hold one out.
     """
     train, kept = split(pairs, held_out)
     lang = lang or detect_language(train)
-    tokenizer = train_tokenizer(_texts(train), vocabulary, lang)
+    tokenizer = train_tokenizer(_turns(train), vocabulary, lang)
     return Corpus(
         lang=lang,
         tokenizer=tokenizer,
@@ -61,26 +57,18 @@ def make_corpus(
 
 
 def split(pairs: Pairs, held_out: int) -> tuple[list[Record], list[Record]]:
-    """Hold the last pairs out, and leave out of the others what opens with the same words.
+    """Hold out the last pairs, at most a sixth; return the pairs to train on, and these.
 
-    Several pairs of a file may come from one dialogue, broken off at different turns.
-
-    Args:
-        pairs: at least six, in the order of the file; string prompts become a human turn.
-        held_out: how many at most; never more than a sixth.
-
-    Returns:
-        pairs to learn from, and pairs held out.
+    Several pairs of a file may come from one dialogue, cut at different turns. So the first part
+    loses every pair that begins like a held-out one. A string prompt becomes a human turn.
 
     Raises:
-        ValueError: where there are fewer than six pairs.
-
-    Source: ours.
+        ValueError: for fewer than six pairs.
     """
     count = min(held_out, len(pairs) // 6)
     if count < 1:
         raise ValueError(
-            f"pairs: got {len(pairs)} with held_out={held_out}, expected six at least and one to "
+            f"pairs: got {len(pairs)} with held_out={held_out}, expected at least six and one to "
             "hold out; give a longer file"
         )
     records = [_as_dialogue(record) for record in pairs]
@@ -91,31 +79,14 @@ def split(pairs: Pairs, held_out: int) -> tuple[list[Record], list[Record]]:
 
 
 def detect_language(pairs: Pairs) -> str:
-    """Return "zh" where a third of the letters are Chinese characters, else "en".
-
-    Args:
-        pairs: canonical records; the responses are looked at.
-
-    Source: ours.
-    """
+    """Return "zh" where a third of the chosen responses' letters are Chinese, else "en"."""
     letters = [c for record in pairs for c in record["chosen"] if c.isalpha()]
     chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
     return "zh" if 3 * chinese > len(letters) else "en"
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, lang: str) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer, which knows every text there is.
-
-    Args:
-        texts: to be trained on.
-        vocabulary: tokens in all.
-        lang: of the dialogue template.
-
-    Returns:
-        it, with ``</s>`` to end turns and ``<pad>``.
-
-    Source: ours; byte-level BPE as in GPT-2.
-    """
+    """Train a byte-level BPE tokenizer, as GPT-2's; ``</s>`` ends turns, ``<pad>`` pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,25 +103,20 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, lang: str) -> PreTrai
 
 
 def language_records(corpus: Corpus, max_length: int) -> list[Record]:
-    """Everything the training dialogues say, for a language model to read.
+    """Return all training dialogues, for a language model.
 
-    Chosen and rejected responses count alike: a model that has seen the chosen ones alone knows
-    the training pairs' labels by heart, and a reward model made of it would learn nothing else.
-
-    Args:
-        corpus: its training part is used.
-        max_length: tokens; dialogues lose their oldest exchanges until they fit.
+    Chosen and rejected responses count alike: a model that reads only the chosen ones memorizes the
+    labels, and a reward model initialized from it learns nothing else.
 
     Returns:
-        for each pair its dialogue with the chosen response, as a text, and the rejected response
-        as an answer to the prompt, which is not to be learned twice.
-
-    Source: ours.
+        two records for each pair: the dialogue with the chosen response, as a text that lost its
+        oldest exchanges until it fits ``max_length`` tokens, and the rejected response to the
+        prompt, which is not to be learned twice.
     """
     records: list[Record] = []
     for pair in corpus.train:
-        answered = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
-        records.append({"text": _rendered(answered, corpus.tokenizer, max_length)})
+        messages = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
+        records.append({"text": _rendered(messages, corpus.tokenizer, max_length)})
         records.append({"prompt": pair["prompt"], "response": pair["rejected"]})
     return records
 
@@ -162,7 +128,7 @@ def _rendered(messages: list[Record], tokenizer: PreTrainedTokenizerBase, max_le
             text = tokenizer.apply_chat_template(messages[start:], tokenize=False)
             if len(tokenizer(text)["input_ids"]) <= max_length:
                 break
-    return text.removesuffix(str(tokenizer.eos_token))  # whoever reads a text ends it
+    return text.removesuffix(str(tokenizer.eos_token))  # the collator appends it
 
 
 def _as_dialogue(record: Mapping[str, Any]) -> Record:
@@ -177,13 +143,13 @@ def _shortened(record: Record, tokenizer: PreTrainedTokenizerBase, length: int) 
     ids = tokenizer(last["content"])["input_ids"]
     if len(ids) <= length:
         return record
-    # Bytes of a character cut in two decode to U+FFFD.
+    # The bytes of a character cut in two decode to U+FFFD.
     content = tokenizer.decode(ids[-length:]).lstrip("\ufffd")
     return {**record, "prompt": [*before, {**last, "content": content}]}
 
 
-def _texts(pairs: Pairs) -> Iterator[str]:
-    """Turns as they stand behind ``Human:`` and ``Assistant:``, which are to be tokens too."""
+def _turns(pairs: Pairs) -> Iterator[str]:
+    """Yield all turns with their speakers, which are to be tokens too."""
     for record in pairs:
         for message in record["prompt"]:
             speaker = "Assistant" if message["role"] == "assistant" else "Human"

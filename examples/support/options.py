@@ -1,4 +1,4 @@
-"""Options of the command line through `HfArgumentParser`, explained by docstrings."""
+"""Command-line options from dataclasses, with help from their docstrings, or from a YAML file."""
 
 import argparse
 import difflib
@@ -20,11 +20,9 @@ def option_parser(description: str, defaults: Sequence[Any]) -> HfArgumentParser
     """Return a parser with an option for every field of some dataclasses, and ``--config``.
 
     Args:
-        description: what stands above the options.
-        defaults: an instance of each dataclass; its values are what holds where nothing is given.
-            ``_argument_group_name`` of a class is the heading of its options.
-
-    Source: ours.
+        description: printed above the options.
+        defaults: an instance of each dataclass. Its values are the defaults, its class's
+            ``_argument_group_name`` is the heading.
     """
     parser = HfArgumentParser(
         [type(part) for part in defaults],
@@ -35,11 +33,10 @@ def option_parser(description: str, defaults: Sequence[Any]) -> HfArgumentParser
     )
     for part in defaults:
         hints, texts = get_type_hints(type(part)), help_texts(type(part))
-        for spec in fields(part):
-            for action in parser._actions:
-                if action.dest == spec.name:
-                    value = getattr(part, spec.name)
-                    _explain(action, hints[spec.name], texts[spec.name], value)
+        names = {spec.name for spec in fields(part)}
+        for action in parser._actions:
+            if (name := action.dest) in names:
+                _explain(action, hints[name], texts[name], getattr(part, name))
     parser.add_argument(
         "--config", metavar="FILE", help="YAML lines of option: value; the command line beats them"
     )
@@ -47,38 +44,27 @@ def option_parser(description: str, defaults: Sequence[Any]) -> HfArgumentParser
 
 
 def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the options that were given, by name: those of ``--config``, and over them argv's.
-
-    Args:
-        parser: by `option_parser`.
-        argv: the words of the command line.
+    """Return the given options by name; those of the command line replace those of ``--config``.
 
     Raises:
-        SystemExit: where an option is unknown or its value impossible; the reason is printed.
-
-    Source: ours.
+        SystemExit: for an unknown option or an impossible value; the reason is printed.
     """
     given = _parse(parser, argv)
     path = given.pop("config", None)
     if path is None:
         return given
     try:
-        beneath = _parse(parser, [*_words(read_yaml(path))])
+        of_file = _parse(parser, [*_arguments(read_yaml(path))])
     except ValueError as error:
         parser.error(f"--config: {error}")
-    return {**beneath, **given}
+    return {**of_file, **given}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file of options.
 
-    Args:
-        path: the file.
-
     Raises:
-        ValueError: where it cannot be read, or is no list of options.
-
-    Source: ours.
+        ValueError: for a file that cannot be read, or does not hold options.
     """
     import yaml
 
@@ -94,13 +80,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def help_texts(kind: type) -> dict[str, str]:
-    """Return what the ``Args:`` in the docstring of a class say of each.
-
-    Args:
-        kind: a class.
-
-    Source: ours.
-    """
+    """Return the texts under ``Args:`` in a class's docstring, by argument."""
     _, _, after = (inspect.getdoc(kind) or "").partition("Args:\n")
     section = re.split(r"^\S", after, maxsplit=1, flags=re.MULTILINE)[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
@@ -108,9 +88,8 @@ def help_texts(kind: type) -> dict[str, str]:
 
 
 def _explain(action: argparse.Action, hint: Any, text: str, default: Any) -> None:
-    """Say what an option means and what holds without it; read ``none`` where None is a value."""
-    # Hyphens are understood as well, but need not be printed.
-    action.option_strings = action.option_strings[:1]
+    """Set the help of an option, and read ``none`` where None is a value."""
+    action.option_strings = action.option_strings[:1]  # hyphens work, but are not printed
     if action.nargs == 0:
         action.help = f"switches {action.dest} off"
         return
@@ -130,17 +109,15 @@ def _explain(action: argparse.Action, hint: Any, text: str, default: Any) -> Non
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Read ``none`` as None, which switches things off."""
-
     def read(word: str) -> Any:
         return None if word.lower() == "none" else kind(word)
 
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse says "invalid float value"
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse prints "invalid float value"
     return read
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    # Where something stands already, argparse puts no default.
+    # argparse sets no default where the namespace has a value already.
     blank = argparse.Namespace(**{action.dest: ABSENT for action in parser._actions})
     found, unknown = parser.parse_known_args(argv, blank)
     if unknown:
@@ -151,8 +128,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, An
     return {name: value for name, value in vars(found).items() if value is not ABSENT}
 
 
-def _words(options: dict[str, Any]) -> Iterator[str]:
-    """Yield options as words of a command line: a file's are then checked like everyone's."""
+def _arguments(options: dict[str, Any]) -> Iterator[str]:
+    """Yield a file's options as arguments, so that they are checked like the command line's."""
     for name, value in options.items():
         if isinstance(value, list):
             yield from (f"--{name}", *map(str, value))

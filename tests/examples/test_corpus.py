@@ -1,9 +1,9 @@
 """What is held out stays unseen, and what is too long is shortened at the right end."""
 
 import pytest
+from support.corpus import detect_language, language_records, make_corpus, split
 
 from mossrlhf.data import encode_prompt
-from mossrlhf.recipes.corpus import detect_language, language_records, make_corpus, split
 
 
 def pair(question, chosen="Yes, of course.", rejected="No.", before=()):
