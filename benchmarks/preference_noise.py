@@ -37,8 +37,8 @@ from mossrlhf import (
     ToyWorld,
 )
 from mossrlhf.data import PairCollator
-from mossrlhf.judging import pair_margins
 from mossrlhf.recipes.stages import fine_tune, training_arguments
+from mossrlhf.reward_modeling.scoring import pair_margins
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "preference_noise.json"

@@ -14,9 +14,15 @@ INDEX = "api/index.md"
 
 SECTIONS = {
     "Training": ("trainer", "config", "sft_trainer", "planning", "monitor", "retention"),
-    "Rewards": ("rewards", "shaping", "judging"),
+    "Rewards": ("rewards", "shaping"),
     "Advantages and loss": ("advantage", "loss"),
-    "Reward modeling": ("reward_trainer", "preference"),
+    "Reward modeling": (
+        "reward_modeling.trainer",
+        "reward_modeling.pairs",
+        "reward_modeling.report",
+        "reward_modeling.scoring",
+        "reward_modeling.preference_strength",
+    ),
     "Drawing responses": ("sampling",),
     "Models, containers": ("models", "types", "buffer", "toyworld"),
 }

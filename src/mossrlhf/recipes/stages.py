@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from mossrlhf.models import RewardModel
-from mossrlhf.reward_trainer import RewardTrainer
+from mossrlhf.reward_modeling.trainer import RewardTrainer
 from mossrlhf.sft_trainer import SFTTrainer
 
 Records = Sequence[Mapping[str, Any]]
