@@ -20,10 +20,8 @@ from torch import Tensor
 
 from mossrlhf import RankingLoss, RewardModel
 from mossrlhf.data import PairCollator, TokenBatches, TokenBatchSampler, load_pairs
-from mossrlhf.reward_trainer import PairModel, PairScores
-from mossrlhf.reward_trainer.loader import pair_lengths
-from mossrlhf.reward_trainer.pairs import PairRows
-from mossrlhf.reward_trainer.trainer import GROUPS
+from mossrlhf.reward_modeling.pairs import PairModel, PairRewards, PairwiseCollator
+from mossrlhf.reward_modeling.trainer import GROUPS
 from mossrlhf.version import versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     corpus = make_corpus(load_pairs(args.file, skip_bad=True), 300, 2048, 64, "en")
     records = corpus.train[: args.pairs]
-    rows = PairRows(PairCollator(corpus.tokenizer, max_length=args.max_length))
+    rows = PairwiseCollator(PairCollator(corpus.tokenizer, max_length=args.max_length))
     torch.manual_seed(0)
     order = torch.randperm(len(records)).tolist()
     arms = {
@@ -72,13 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     Path(args.json).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
-def token_batches(rows: PairRows, records: Sequence[Any], budget: int) -> list[list[int]]:
+def token_batches(rows: PairwiseCollator, records: Sequence[Any], budget: int) -> list[list[int]]:
     """Cut pairs by token count."""
-    return list(TokenBatchSampler(pair_lengths(rows, records), TokenBatches(max_tokens=budget)))
+    return list(TokenBatchSampler(rows.lengths(records), TokenBatches(max_tokens=budget)))
 
 
 def measured_padding(
-    rows: PairRows, records: Sequence[Any], batches: Iterable[list[int]], groups: int
+    rows: PairwiseCollator, records: Sequence[Any], batches: Iterable[list[int]], groups: int
 ) -> dict[str, Any]:
     """Return the share of tokens that are padding, and how many batches there are."""
     real = total = count = 0
@@ -91,7 +89,7 @@ def measured_padding(
 
 
 def epoch(
-    rows: PairRows, records: Sequence[Any], batches: Iterable[list[int]], groups: int
+    rows: PairwiseCollator, records: Sequence[Any], batches: Iterable[list[int]], groups: int
 ) -> Tensor:
     """Forward and backward of every pair."""
     torch.manual_seed(0)
@@ -102,10 +100,10 @@ def epoch(
     model = PairModel(RewardModel(transformers.LlamaModel(config)), groups=groups)
     for batch in batches:
         given = rows([records[i] for i in batch])
-        scores, nll = model(given["input_ids"], given["attention_mask"])
+        rewards, nll = model(given["input_ids"], given["attention_mask"])
         zero = torch.zeros_like(nll)
-        pair_scores = PairScores(*scores.unbind(1), given["margin"], nll, zero, given["smoothing"])
-        RankingLoss()(pair_scores).loss.backward()
+        pairs = PairRewards(*rewards.unbind(1), given["margin"], nll, zero, given["smoothing"])
+        RankingLoss()(pairs).loss.backward()
     return model.reward_model.score.weight
 
 

@@ -38,7 +38,7 @@ from mossrlhf import (
 )
 from mossrlhf.data import PairCollator
 from mossrlhf.demo import fine_tune, training_arguments
-from mossrlhf.judging import pair_margins
+from mossrlhf.reward_modeling.scoring import pair_margins
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "results" / "preference_noise.json"

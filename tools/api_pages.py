@@ -13,17 +13,25 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 INDEX = "api/index.md"
 
 SECTIONS = {
-    "Training": ("trainer", "config", "sft_trainer", "planning", "callbacks", "retention"),
-    "Rewards": ("rewards", "shaping", "judging"),
+    "Training": (
+        "trainer", "config", "sft_trainer", "planning", "callbacks", "checkpoint.folders",
+    ),
+    "Rewards": ("rewards", "reward_shaping"),
     "Advantages and loss": ("advantage", "loss"),
-    "Reward modeling": ("reward_trainer", "preference"),
-    "Drawing responses": ("sampling",),
-    "Models, containers": ("models", "types", "buffer", "toyworld"),
-}
+    "Reward modeling": (
+        "reward_modeling.trainer",
+        "reward_modeling.pairs",
+        "reward_modeling.report",
+        "reward_modeling.scoring",
+        "reward_modeling.preference_strength",
+    ),
+    "Samplers": ("sampling",),
+    "Models, containers": ("models", "types", "minibatches", "toyworld"),
+}  # fmt: skip
 """The names of the package, by the modules they are at home in."""
 
 MODULES = (
-    "data", "faults", "functional", "kernels", "models", "plotting", "presets", "rewards",
+    "data", "nan_debug", "functional", "kernels", "models", "plotting", "presets", "rewards",
     "sampling", "toyworld", "weight_diff",
 )  # fmt: skip
 """Modules with a page of their own, each name of theirs on it."""

@@ -22,9 +22,16 @@ _HOMES = {
     "planning": ("MemoryPlan", "plan"),
     "callbacks": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
-    "judging": ("score_responses",),
-    "preference": ("AdaptiveMargin", "FlipLabels", "PreferenceStrength", "SmoothLabels"),
-    "reward_trainer": ("RankingLoss", "RewardReport", "RewardTrainer"),
+    "reward_modeling.trainer": ("RewardTrainer",),
+    "reward_modeling.pairs": ("RankingLoss",),
+    "reward_modeling.report": ("RewardReport",),
+    "reward_modeling.scoring": ("score_responses",),
+    "reward_modeling.preference_strength": (
+        "AdaptiveMargin",
+        "FlipLabels",
+        "PreferenceStrength",
+        "SmoothLabels",
+    ),
     "sft_trainer": ("SFTTrainer",),
     "toyworld": ("ToyWorld",),
 }
@@ -96,19 +103,21 @@ if TYPE_CHECKING:
     from mossrlhf.callbacks import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.checkpoint.folders import last_checkpoint
     from mossrlhf.config import TrainerConfig
-    from mossrlhf.judging import score_responses
     from mossrlhf.loss import PPOMaxLoss
     from mossrlhf.minibatches import RolloutBuffer, micro_batches
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.planning import MemoryPlan, plan
-    from mossrlhf.preference import (
+    from mossrlhf.reward_modeling.pairs import RankingLoss
+    from mossrlhf.reward_modeling.preference_strength import (
         AdaptiveMargin,
         FlipLabels,
         PreferenceStrength,
         SmoothLabels,
     )
+    from mossrlhf.reward_modeling.report import RewardReport
+    from mossrlhf.reward_modeling.scoring import score_responses
+    from mossrlhf.reward_modeling.trainer import RewardTrainer
     from mossrlhf.reward_shaping import RewardShaper, RollingReturnMoments, RunningMoments
-    from mossrlhf.reward_trainer import RankingLoss, RewardReport, RewardTrainer
     from mossrlhf.rewards import ModelReward, PatientReward, RewardFunction, RewardSet
     from mossrlhf.sampling import ContinuousSampler, HFSampler, Sampler, VLLMSampler
     from mossrlhf.sft_trainer import SFTTrainer

@@ -27,7 +27,7 @@ from mossrlhf import presets
 from mossrlhf.data import PairCollator, prompt_batch
 from mossrlhf.models import RewardModel
 from mossrlhf.plotting import plot_arms, require_matplotlib
-from mossrlhf.reward_trainer import RewardTrainer
+from mossrlhf.reward_modeling.trainer import RewardTrainer
 from mossrlhf.sampling import HFSampler
 from mossrlhf.serialization import no_progress_bars, write_json
 from mossrlhf.sft_trainer import SFTTrainer

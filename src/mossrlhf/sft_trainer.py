@@ -12,25 +12,26 @@ from mossrlhf.options import check_range
 
 
 class SFTTrainer(TransformersTrainer):
-    """Next-token loss on the responses of ``prompt``/``response`` records, or on whole ``text``s.
+    """Train on the responses of ``prompt``/``response`` records, or on whole ``text``s.
 
-    Everything else, resuming and sharding included, is `transformers.Trainer`'s.
+    The loss is that of the next token. Everything else, including resuming and sharding, is
+    `transformers.Trainer`'s.
 
     Args:
         model: a causal language model.
-        args: of transformers. Its ``remove_unused_columns`` is passed over: records are tokenized
-            when a batch is made of them.
+        args: transformers' arguments. ``remove_unused_columns`` has no effect: records are
+            tokenized when a batch is collated.
         train_dataset: records as `mossrlhf.data.load_sft` returns them: a `datasets.Dataset`, or
             a sequence of dicts.
-        processing_class: the tokenizer, with a chat template where prompts are messages.
-        eval_dataset: more of them, or a dict of several by name.
-        max_length: of prompt and response together, in tokens; None for no limit.
+        processing_class: the tokenizer, with a chat template if prompts are messages.
+        eval_dataset: evaluation records, or a dict of several such datasets by name.
+        max_length: limit for prompt and response together, in tokens; None for no limit.
         kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: where a prompt leaves no room for a response, whatever is dropped of it, or a
+        ValueError: if a prompt without its oldest turns leaves no room for a response, or a
             dataset is empty.
-        TypeError: where a dataset is a path, or holds anything but dicts.
+        TypeError: if a dataset is a path, or holds anything but dicts.
 
     Source: P1 §4.1 (the SFT model).
     """
@@ -51,7 +52,7 @@ class SFTTrainer(TransformersTrainer):
         for part in parts:
             _require_records("eval_dataset", part)
         check_range("SFTTrainer", "max_length", max_length, 2)
-        room = None if max_length is None else max_length - 1  # beside a token of the response
+        room = None if max_length is None else max_length - 1  # beside one token of the response
         require_fitting_prompts(train_dataset, processing_class, room)
         require_fitting_prompts(eval_dataset, processing_class, room, name="eval_dataset")
         super().__init__(
@@ -74,7 +75,7 @@ class SFTTrainer(TransformersTrainer):
 
 
 def _require_records(name: str, dataset: Any) -> None:
-    """Refuse what is no dataset; of a stream nothing can be said beforehand."""
+    """Refuse anything but a dataset; a stream cannot be checked before training."""
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if indexed or isinstance(dataset, Path):
         require_records(dataset, name, prompts=False, reader="load_sft")

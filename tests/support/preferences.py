@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mossrlhf.models import RewardModel
@@ -21,13 +22,13 @@ def language_model(seed=0, **changes):
 
 def reward_model(seed=0, head=True, **changes):
     model = RewardModel.from_language_model(language_model(seed, **changes))
-    if head:  # a zero head says 0 whatever is wrong before it
+    if head:  # a zero head returns 0, whatever is wrong before it
         torch.nn.init.normal_(model.score.weight, std=0.3)
     return model.eval()
 
 
 def pairs(count, seed=0, **columns):
-    """Pairs of random words, as long as chance has it; "good" is chosen, "bad" rejected."""
+    """Pairs of random words and random length; "good" is chosen, "bad" rejected."""
     rng = np.random.default_rng(seed)
 
     def words(*extra):
@@ -38,3 +39,22 @@ def pairs(count, seed=0, **columns):
         {"prompt": words(), "chosen": words("good"), "rejected": words("bad"), **columns}
         for _ in range(count)
     ]
+
+
+def reward_of(model, tokenizer, record, side):
+    """The reward of one response alone; `side` is "chosen" or "rejected"."""
+    ids = tokenizer(f"{record['prompt']} {record[side]} </s>", return_tensors="pt")
+    with torch.no_grad():
+        return model(ids["input_ids"], ids["attention_mask"]).item()
+
+
+def log_likelihood(model, tokenizer, record):
+    """log p(chosen, eos | prompt), token by token, and the number of tokens."""
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    response = [*tokenizer(record["chosen"])["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0]
+    total = 0.0
+    for offset, token in enumerate(response):
+        total += log_softmax(logits[len(prompt) + offset - 1], -1)[token].item()
+    return total, len(response)

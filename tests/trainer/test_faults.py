@@ -1,22 +1,18 @@
 """What goes wrong in a run: what is said, what is left on disk, and that it goes on from there."""
 
 import errno
-import random
 import signal
 import tempfile
-import threading
 import time
 import warnings
 from dataclasses import dataclass, replace
-from inspect import unwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, RewardSet, Trainer
+from mossrlhf import AdvantageEstimator, PatientReward, PPOMaxLoss, Trainer
 from mossrlhf import serialization as checkpoint
 from mossrlhf.checkpoint.folders import checkpoints
 from mossrlhf.nan_debug import NonFiniteError, read_fault, write_fault
@@ -212,79 +208,6 @@ def test_a_folder_without_a_fault_is_refused(tmp_path):
 
 
 # Rewards that raise or hang.
-
-
-def test_a_reward_is_asked_again(world):
-    calls = []
-
-    def judged(*, completions, topic):
-        calls.append((random.random(), np.random.random(), torch.rand(()).item()))
-        if len(calls) < 3:
-            raise ConnectionError("not now")
-        return [1.0] * len(completions)
-
-    reward = PatientReward(judged, timeout=5.0, retries=2, wait=0.01)
-    with pytest.warns(UserWarning, match="attempt . of 3 failed .ConnectionError: not now") as said:
-        assert reward(completions=["a"], topic=["b"]) == [1.0]
-    assert len(said) == 2
-    # Random numbers of an attempt that failed are drawn again: the run is as if it had not been.
-    assert len(set(calls)) == 1
-    assert RewardSet([(reward, 0.5)], world.tokenizer()).weights == {"judged": 0.5}
-
-
-def test_a_reward_that_goes_on_raising_is_given_up():
-    reward = PatientReward(lambda **_: 1 / 0, retries=1, wait=0.0)
-    with pytest.warns(UserWarning, match="attempt 1 of 2"), pytest.raises(ZeroDivisionError):
-        reward()
-
-
-def test_a_reward_that_hangs_is_given_up():
-    def hangs(**_):
-        time.sleep(30)
-
-    began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
-        PatientReward(hangs, timeout=0.1, retries=0)()
-    assert time.monotonic() - began < 5
-    (left,) = [t for t in threading.enumerate() if t.name == "reward hangs"]
-    assert left.daemon  # or the process could not end
-
-
-def test_a_patient_reward_runs_in_the_callers_mode():
-    def mode(**_):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), product.dtype
-
-    reward = PatientReward(mode)
-    assert reward() == (True, False, torch.float32)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert reward() == (False, False, torch.bfloat16)
-    with torch.inference_mode():
-        assert reward() == (False, True, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(timeout=0), r"PatientReward\(timeout=\): got 0"),
-        (dict(retries=-1), r"PatientReward\(retries=\): got -1"),
-        (dict(wait=-1), r"PatientReward\(wait=\): got -1"),
-        (dict(timeout=float("inf")), r"PatientReward\(timeout=\): got inf, expected a number in"),
-        (dict(timeout=1e10), r"PatientReward\(timeout=\): got 10000000000.0"),
-        (dict(retries=1.5), r"PatientReward\(retries=\): got 1.5, expected a whole number"),
-        (dict(wait=float("inf")), r"PatientReward\(wait=\): got inf"),
-        (dict(retries=50), r"PatientReward\(wait=1, retries=50\): the wait doubles"),
-    ],
-)
-def test_patience_out_of_range(options, message):
-    made = object.__new__(PatientReward)
-    with pytest.raises(ValueError, match=message):
-        unwrap(PatientReward.__init__)(made, lambda **_: [], **options)  # unchecked types
-
-
-def test_models_need_no_patience(reward_model):
-    with pytest.raises(TypeError, match="pass models as they are"):
-        PatientReward(reward_model())
 
 
 @pytest.mark.parametrize("warm_up", [0, 3])

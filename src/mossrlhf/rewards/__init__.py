@@ -1,8 +1,8 @@
-"""What is to be maximized: reward models, classifiers and functions behind one door."""
+"""Rewards: reward models, classifiers and functions, called in the same way."""
 
-from mossrlhf.rewards.model import Classifier, ModelReward, as_reward_model, as_scorer
-from mossrlhf.rewards.patient import PatientReward
-from mossrlhf.rewards.together import (
+from mossrlhf.rewards.model_reward import Classifier, ModelReward, as_reward_model, as_scorer
+from mossrlhf.rewards.retry import PatientReward
+from mossrlhf.rewards.reward_set import (
     RESERVED,
     Reward,
     RewardFunction,

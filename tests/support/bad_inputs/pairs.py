@@ -7,8 +7,8 @@ from bad_inputs.room import Room
 from bad_inputs.shop import WORLD
 from mossrlhf import RewardTrainer, SFTTrainer
 from mossrlhf.data import PairCollator, SFTCollator, TokenBatches
-from mossrlhf.judging import score_responses
-from mossrlhf.reward_trainer import RankingLoss
+from mossrlhf.reward_modeling.pairs import RankingLoss
+from mossrlhf.reward_modeling.scoring import score_responses
 
 room = Room("Reward-model and supervised training")
 row = room.row
@@ -24,15 +24,14 @@ def trainer(shop, data=(PAIR,), model=None, **parts):
 
 row(
     "a record without a pair",
-    "ValueError: train_dataset: its first record has {'prompt': 'str'}, expected prompt, and "
-    "chosen "
-    "and rejected of type str",
+    "ValueError: train_dataset[0]: records: chosen and rejected missing among ['prompt']; read "
+    "them with load_sft (SFTCollator) or load_pairs (PairCollator)",
     lambda shop: trainer(shop, [{"prompt": "help"}]),
 )
 row(
     "answers that are messages",
-    "ValueError: train_dataset: its first record has {…'chosen': 'list'…}, expected prompt, and "
-    "chosen and rejected of type str (the responses alone); read it with data.load_pairs",
+    "ValueError: train_dataset[0]: records: chosen is a list (…), expected a string, that text "
+    "alone without its prompt; read them with …load_pairs (PairCollator)",
     lambda shop: trainer(shop, [{**PAIR, "chosen": [{"role": "assistant", "content": "me"}]}]),
 )
 row(
@@ -47,12 +46,13 @@ row(
 )
 row(
     "a margin that is a text",
-    "ValueError: margin_column: a record's 'margin' is 'much', a str, expected a number",
+    "ValueError: train_dataset[0]: margin_column: a record's 'margin' is 'much', a str, expected "
+    "a number",
     lambda shop: trainer(shop, [{**PAIR, "margin": "much"}], margin_column="margin"),
 )
 row(
     "records without the margin that is asked for",
-    "ValueError: margin_column: a record has no 'margin' (or None, or NaN)",
+    "ValueError: train_dataset[0]: margin_column: a record has no 'margin' (or None, or NaN)",
     lambda shop: trainer(shop, margin_column="margin"),
 )
 row(
@@ -81,8 +81,8 @@ row(
 
 @row(
     "a reward model whose scores are not finite",
-    "FloatingPointError: step 0: scores or log-probability of 1 pairs are not finite; the step was "
-    "not taken",
+    "FloatingPointError: step 0: rewards or log-probabilities of 1 pairs are not finite; the step "
+    "was not taken",
 )
 def diverged(shop):
     model = shop.reward_model()

@@ -1,9 +1,10 @@
-"""Rewards of all kinds called together: their names, their weights, what they may return."""
+"""Several rewards with names and weights, called together, and checks of what they return."""
 
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, TypeAlias, runtime_checkable
 
@@ -12,23 +13,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel
-from mossrlhf.rewards.model import Messages, ModelReward
+from mossrlhf.rewards.model_reward import Messages, ModelReward
 from mossrlhf.types import Rollout
 
 RESERVED = frozenset([
     "advantages", "critic", "kl", "perplexity", "policy",
     "response", "returns", "sampler", "values",
 ])  # fmt: skip
-"""What no reward may be called: its ``eval/<name>/…`` would stand among other metrics."""
+"""Names no reward may have, since other metrics are called ``eval/<name>/…``."""
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """A reward that is a function; always called by keyword.
+    """A function as a reward, called by keyword.
 
     It gets ``prompts`` and ``completions`` (texts), ``completion_ids`` (lists of token ids) and
-    every further column of the dataset, B entries each, and returns B numbers; None says "not
-    applicable" (NaN is refused). A tensor ``[B, T]`` is read as one reward per token.
+    every further column of the dataset, B entries each. It returns B numbers; None means "not
+    applicable", and NaN is an error. A tensor ``[B, T]`` holds one reward per token.
 
     Source: TRL's convention for reward functions.
     """
@@ -48,23 +49,24 @@ Reward: TypeAlias = ModelReward | RewardModel | PreTrainedModel | Callable[..., 
 
 
 class RewardSet:
-    """One or several rewards with weights, called together; the score is the weighted sum.
+    """One or several rewards with weights, called together and summed.
 
     Args:
-        rewards: a reward, a list of them, or of (reward, weight) pairs; one of weight 0 is
-            measured and never trained on.
+        rewards: a reward, or a list of rewards and (reward, weight) pairs; one of weight 0 is
+            measured only.
         tokenizer: the policy's, to decode completions.
 
     Raises:
-        ValueError: where there is none, two share a name, or a name is one of `RESERVED`.
-        TypeError: where one is no model and cannot be called.
-
-    Source: ours.
+        ValueError: if there is no reward, two have the same name, or a name is in `RESERVED`.
+        TypeError: if one is neither a model nor callable.
     """
 
     def __init__(self, rewards: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.rewards = [(_as_reward(reward), weight) for reward, weight in reward_pairs(rewards)]
+        self.rewards: list[tuple[Reward, float]] = [
+            (ModelReward(model=reward) if isinstance(reward, nn.Module) else reward, weight)
+            for reward, weight in reward_pairs(rewards)
+        ]
         self.names = [reward_name(reward) for reward, _ in self.rewards]
         if len(set(self.names)) < len(self.names):
             raise ValueError(
@@ -81,8 +83,7 @@ class RewardSet:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each reward, by name."""
-        pairs = zip(self.names, self.rewards, strict=True)
-        return {name: weight for name, (_, weight) in pairs}
+        return {n: weight for n, (_, weight) in zip(self.names, self.rewards, strict=True)}
 
     def models(self) -> list[nn.Module]:
         """Return the models among the rewards, `RewardModel` or `Classifier`."""
@@ -90,87 +91,78 @@ class RewardSet:
 
     def same_tokenizer(self) -> list[RewardModel]:
         """Return the reward models that read the policy's tokens."""
-        models = [r for r, _ in self.rewards if isinstance(r, ModelReward)]
-        alike = [r.model for r in models if r.tokenizer is None]
-        return [model for model in alike if isinstance(model, RewardModel)]
+        own = [r for r, _ in self.rewards if isinstance(r, ModelReward) and r.tokenizer is None]
+        return [r.model for r in own if isinstance(r.model, RewardModel)]
 
     def to(self, device: torch.device | str) -> "RewardSet":
-        """Move the reward models among the rewards.
-
-        Args:
-            device: where to.
-        """
+        """Move the models among the rewards to ``device``."""
         for model in self.models():
             model.to(device)
         return self
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-        """Score a rollout by every reward.
+        """Return the rewards of a rollout.
 
         Args:
             rollout: B responses.
 
         Returns:
-            the weighted sum of the sequence rewards ``[B]`` (NaN where none applies), that of
-            the token rewards ``[B, T]`` (each None where no reward gives any), and by name the
+            the weighted sum of the rewards per response ``[B]`` (NaN where none applies), that of
+            the rewards per token ``[B, T]`` (each None if no reward gives any), and by name the
             unweighted reward of each response ``[B]``.
 
         Raises:
-            ValueError: where a function raises or returns what is not asked for; it names the
+            ValueError: if a function raises or returns something else; the error names the
                 function and the sample.
         """
-        prompts = self._prompts(rollout)
+        prompts = rollout.columns.get("prompt")
+        if prompts is None:
+            prompts = self.tokenizer.batch_decode(rollout.prompts(), skip_special_tokens=False)
         completion_ids = rollout.completions()
         completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        scores: Tensor | None = None
-        token_scores: Tensor | None = None
-        by_name: dict[str, Tensor] = {}
+        per_response, per_token, by_name = [], [], {}
         for (reward, weight), name in zip(self.rewards, self.names, strict=True):
             if isinstance(reward, ModelReward):
                 output: Any = reward.score(rollout, prompts, completions)
             else:
-                texts = [p if isinstance(p, str) else self._render(p) for p in prompts]
-                columns = {k: v for k, v in rollout.columns.items() if k != "prompt"}
+                texts = [self._render(prompt) for prompt in prompts]
                 output = _call(
                     reward,
                     name,
                     dict(prompts=texts, completions=completions, completion_ids=completion_ids),
-                    {k: list(v) for k, v in columns.items()},
+                    {k: list(v) for k, v in rollout.columns.items() if k != "prompt"},
                 )
             given = _as_tensor(output, name, rollout, completions)
             dense = torch.where(rollout.mask, given, 0.0) if given.ndim == 2 else None
             by_name[name] = given if dense is None else dense.sum(1)
             if not weight:
-                continue  # Measured alone: it must not even turn a score into NaN.
+                continue  # only measured: its NaN must not reach the sum either
             if dense is not None:
-                token_scores = weight * dense + (0.0 if token_scores is None else token_scores)
+                per_token.append(weight * dense)
             else:
-                scores = weight * given if scores is None else _add(scores, weight * given)
-        return scores, token_scores, by_name
-
-    def _prompts(self, rollout: Rollout) -> list[str | Messages]:
-        if "prompt" in rollout.columns:
-            return list(rollout.columns["prompt"])
-        return list(self.tokenizer.batch_decode(rollout.prompts(), skip_special_tokens=False))
-
-    def _render(self, messages: Messages) -> str:
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+                per_response.append(weight * given)
+        return (
+            reduce(_add, per_response) if per_response else None,
+            reduce(torch.add, per_token) if per_token else None,
+            by_name,
         )
-        return str(text)
+
+    def _render(self, prompt: str | Messages) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
+        )
 
 
 def reward_pairs(rewards: Any) -> list[tuple[Any, float]]:
-    """Return rewards as pairs of a reward and its weight, 1 where none is given.
-
-    Args:
-        rewards: one reward, or a list of rewards and pairs; nothing is loaded yet.
+    """Return one reward, or a list of rewards and pairs, as (reward, weight); 1 by default.
 
     Raises:
-        TypeError: where one of them can be no reward, or its weight no number.
-        ValueError: where there is none, a weight is not finite, or a pair is none.
-
-    Source: ours.
+        TypeError: if one of them cannot be a reward.
+        ValueError: if there is none, a weight is not a finite number, or a tuple is not a pair.
     """
     listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     if not listed:
@@ -194,20 +186,8 @@ def reward_pairs(rewards: Any) -> list[tuple[Any, float]]:
 
 
 def reward_name(reward: Any) -> str:
-    """Return what metrics call a reward: its ``__name__``, or its class.
-
-    Args:
-        reward: a function or `ModelReward`.
-
-    Source: ours.
-    """
+    """Return a reward's name in metrics: its ``__name__``, or that of its class."""
     return str(getattr(reward, "__name__", type(reward).__name__))
-
-
-def _as_reward(reward: Any) -> Reward:
-    if isinstance(reward, ModelReward):
-        return reward
-    return ModelReward(model=reward) if isinstance(reward, nn.Module) else reward
 
 
 def _call(
@@ -221,7 +201,7 @@ def _call(
     size, first = len(arguments["completions"]), next(iter(arguments["completions"]), "")
     parameters, known = inspect.signature(reward).parameters, sorted(columns)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        # Refusing `def reward(completions, **_)` without its `**_` would help nobody.
+        # Without `**columns`, a function gets only what it names.
         arguments = {k: v for k, v in arguments.items() if k in parameters}
         columns = {k: v for k, v in columns.items() if k in parameters}
     by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -243,46 +223,45 @@ def _call(
 
 
 def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[str]) -> Tensor:
+    """Return rewards ``[B]``, NaN where they do not apply, or ``[B, T]``; refuse anything else."""
     device, size = rollout.input_ids.device, len(rollout)
-    absent = torch.zeros(size, dtype=torch.bool, device=device)
     if isinstance(output, Tensor):
         if output.is_complex():
             raise ValueError(
                 f"reward {name!r} returned a tensor of {output.dtype}, expected real numbers"
             )
-        scores = output.detach().to(device, torch.float32)
+        rewards = output.detach().to(device, torch.float32)
+        counted = torch.ones_like(rewards, dtype=torch.bool)
     else:
-        values = _listed(output, name, size)
-        given = [0.0 if value is None else value for value in values]
-        scores = torch.tensor(given, dtype=torch.float32, device=device)
-        if len(values) == size:
-            absent = torch.tensor([value is None for value in values], device=device)
+        values = _as_list(output, name, size)
+        given = [torch.nan if value is None else value for value in values]
+        rewards = torch.tensor(given, dtype=torch.float32, device=device)
+        counted = torch.tensor([value is not None for value in values], device=device)
     shapes = [(size,), tuple(rollout.mask.shape)]
-    if tuple(scores.shape) not in shapes:
+    if tuple(rewards.shape) not in shapes:
         raise ValueError(
-            f"reward {name!r} returned {tuple(scores.shape)} values for {size} completions, "
+            f"reward {name!r} returned {tuple(rewards.shape)} values for {size} completions, "
             f"expected {shapes[0]}, or {shapes[1]} for one reward per token"
         )
-    counted = rollout.mask if scores.ndim == 2 else torch.ones_like(absent)
-    wild = (~torch.isfinite(scores) & counted).nonzero()
-    if len(wild):
-        row = int(wild[0, 0])
+    counted = rollout.mask if rewards.ndim == 2 else counted
+    broken = (~torch.isfinite(rewards) & counted).nonzero()
+    if len(broken):
+        row = int(broken[0, 0])
         raise ValueError(
-            f"reward {name!r} returned {scores[row].tolist()} for sample {row}, "
+            f"reward {name!r} returned {rewards[row].tolist()} for sample {row}, "
             f"{completions[row]!r:.60}, expected finite numbers (None where it does not apply)"
         )
-    return scores.masked_fill(absent, torch.nan) if scores.ndim == 1 else scores
+    return rewards
 
 
-def _listed(output: Any, name: str, size: int) -> list[Any]:
-    """Return what a reward function gave as a list of numbers and None."""
+def _as_list(output: Any, name: str, size: int) -> list[float | None]:
     try:
         if isinstance(output, str | bytes | Mapping | Set):
             raise TypeError("its order says nothing of the completions'")
         if inspect.iscoroutine(output):
             output.close()
             raise TypeError("it was never awaited; write a plain function: asyncio.run(judge(…))")
-        return [None if value is None else _number(value) for value in output]
+        return [None if value is None else _as_float(value) for value in output]
     except (TypeError, OverflowError) as error:
         raise ValueError(
             f"reward {name!r} returned {type(output).__name__}, expected a list of {size} "
@@ -290,10 +269,10 @@ def _listed(output: Any, name: str, size: int) -> list[Any]:
         ) from error
 
 
-def _number(value: Any) -> float:
+def _as_float(value: Any) -> float:
     if isinstance(value, Tensor):
         fits = value.numel() == 1 and not value.is_complex()
-    else:  # numpy makes numbers of complex ones, and of arrays
+    else:  # numpy converts complex numbers and arrays to floats
         imaginary = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
         fits = getattr(value, "ndim", 0) == 0 and not imaginary
     if not fits or not isinstance(value, SupportsFloat):
@@ -302,7 +281,6 @@ def _number(value: Any) -> float:
 
 
 def _add(total: Tensor, part: Tensor) -> Tensor:
-    """Sum of what applies; NaN only where neither does."""
+    """Add rewards where they apply; NaN where neither does."""
     both = torch.stack([total, part])
-    summed = torch.nansum(both, dim=0)
-    return torch.where(torch.isnan(both).all(dim=0), torch.nan, summed)
+    return both.nansum(dim=0).masked_fill(both.isnan().all(dim=0), torch.nan)

@@ -1,4 +1,4 @@
-"""Reward models as rewards: those that read the policy's tokens, and those that read text."""
+"""Reward models and sequence classifiers as rewards, with the policy's tokenizer or their own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel, ValueHead
@@ -20,18 +21,18 @@ Messages = Sequence[Mapping[str, str]]
 class ModelReward:
     """A reward model, or any one-label sequence classifier, as a reward.
 
-    With the policy's tokenizer it reads the policy's tokens; with another one (`tokenizer`) it
-    reads text: the prompt as the dataset has it, through that tokenizer's own chat template where
-    it is a list of messages, and the completion decoded. A truncated response is not ended there.
+    With the policy's tokenizer it reads the policy's tokens. With its own (`tokenizer`) it reads
+    text: the prompt as in the dataset, through that tokenizer's chat template if it is a list of
+    messages, and the decoded completion. A truncated response gets no end token.
 
     Args:
         model: `RewardModel`, or any one-label ``…ForSequenceClassification`` of transformers.
-        tokenizer: its tokenizer, where it is not the policy's; None for the policy's.
-        batch_size: sequences at a time.
-        name: what metrics call it.
+        tokenizer: its tokenizer, if it is not the policy's; None for the policy's.
+        batch_size: sequences per forward pass.
+        name: the reward's name in metrics.
 
     Raises:
-        ValueError: where the model has no one-label head.
+        ValueError: if the model has no one-label head.
 
     Source: P1 §3.1.
     """
@@ -52,22 +53,21 @@ class ModelReward:
     def score(
         self, rollout: Rollout, prompts: Sequence[str | Messages], completions: Sequence[str]
     ) -> Float[Tensor, " B"]:
-        """Score the responses of a rollout.
+        """Return the reward of each response, ``[B]``.
 
         Args:
-            rollout: B sequences; read where the tokenizer is the policy's.
-            prompts: B prompts as the dataset has them; read where it is not.
-            completions: B texts.
-
-        Returns:
-            ``[B]`` scores.
+            rollout: B sequences, whose tokens are read unless there is a `tokenizer`.
+            prompts: B prompts as in the dataset, read by the `tokenizer`.
+            completions: B texts, likewise.
         """
+        ids, mask = rollout.input_ids, rollout.attention_mask
         if self.tokenizer is not None:
-            ids, mask = self._encode(prompts, completions, rollout.truncated.tolist())
-            ids, mask = ids.to(rollout.input_ids.device), mask.to(rollout.input_ids.device)
-        else:
-            ids, mask = rollout.input_ids, rollout.attention_mask
-        order = mask.sum(1).argsort(stable=True)  # those of like length together: little padding
+            texts = zip(prompts, completions, rollout.truncated.tolist(), strict=True)
+            rows = [torch.tensor(_encode(self.tokenizer, *t), dtype=torch.long) for t in texts]
+            lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+            ids = pad_sequence(rows, batch_first=True).to(ids.device)
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        order = mask.sum(1).argsort(stable=True)  # similar lengths together, for little padding
         parts = [
             self.model(ids[rows, :width], mask[rows, :width])
             for rows in order.split(self.batch_size)
@@ -75,67 +75,43 @@ class ModelReward:
         ]
         return torch.cat(parts)[order.argsort()]
 
-    def _encode(
-        self,
-        prompts: Sequence[str | Messages],
-        completions: Sequence[str],
-        truncated: Sequence[bool],
-    ) -> tuple[Tensor, Tensor]:
-        texts = zip(prompts, completions, truncated, strict=True)
-        rows = [self._row(prompt, completion, cut) for prompt, completion, cut in texts]
-        width = max(len(ids) for ids in rows)
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
-        lengths = torch.tensor([len(ids) for ids in rows])
-        return padded, torch.arange(width) < lengths[:, None]
 
-    def _row(self, prompt: str | Messages, completion: str, truncated: bool) -> list[int]:
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        if not isinstance(prompt, str):
-            turns = [*prompt, {"role": "assistant", "content": completion}]
-            text = tokenizer.apply_chat_template(
-                turns, tokenize=False, continue_final_message=truncated
-            )
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids, end = list(tokenizer(prompt + completion)["input_ids"]), tokenizer.eos_token_id
-        if end is None:
-            return ids
-        if truncated:  # also where the tokenizer puts an end after whatever it reads
-            return ids[:-1] if ids[-1:] == [end] else ids
-        return ids if ids[-1:] == [end] else [*ids, end]
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str, truncated: bool
+) -> list[int]:
+    """Return the ids of prompt and completion, with an end token unless truncated."""
+    if not isinstance(prompt, str):
+        turns = [*prompt, {"role": "assistant", "content": completion}]
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, continue_final_message=truncated
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids, end = list(tokenizer(prompt + completion)["input_ids"]), tokenizer.eos_token_id
+    if end is None:
+        return ids
+    if ids[-1:] == [end]:  # some tokenizers append it to every text
+        ids = ids[:-1]
+    return ids if truncated else [*ids, end]
 
 
 class Classifier(nn.Module):
-    """A one-label sequence classifier asked as it is: BERT and its like, whatever their head.
-
-    Args:
-        model: gives ``logits [B, 1]`` of ids and mask, padded on the right.
-
-    Source: ours.
-    """
+    """A one-label sequence classifier, such as BERT, with any head; ``model`` is transformers'."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the table of the tokens it reads."""
+        """Return the model's token embeddings."""
         return self.model.get_input_embeddings()
 
     def forward(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"]
     ) -> Float[Tensor, " B"]:
-        """Score each sequence.
-
-        Args:
-            input_ids: ``[B, L]``.
-            attention_mask: ``[B, L]`` 1 on tokens, 0 on the padding behind them.
-
-        Returns:
-            ``[B]`` scores, float32.
+        """Return the rewards of right-padded sequences, ``[B]``, float32.
 
         Raises:
-            ValueError: where a sequence is longer than the model reads.
+            ValueError: if a sequence is longer than the model's context.
         """
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or -1
@@ -145,28 +121,25 @@ class Classifier(nn.Module):
                 f"{type(self.model).__name__} reads at most {limit}; lower max_prompt_length or "
                 "max_new_tokens"
             )
-        if (pad := config.pad_token_id) is not None:  # positions may be counted by it
+        if (pad := config.pad_token_id) is not None:  # some models derive positions from it
             input_ids = input_ids.masked_fill(attention_mask == 0, pad)
         output = self.model(input_ids=input_ids, attention_mask=attention_mask.long())
         return output.logits[:, 0].float()
 
 
 def as_scorer(model: nn.Module) -> RewardModel | Classifier:
-    """Return what scores sequences from ``input_ids`` and ``attention_mask``, sharing the weights.
+    """Return a module from ``input_ids`` and ``attention_mask`` to rewards, sharing the weights.
 
     Args:
         model: a `RewardModel`, or a transformers sequence classifier with one label.
 
     Raises:
-        ValueError: where it is neither.
-
-    Source: ours.
+        ValueError: if it is neither.
     """
     if isinstance(model, Classifier):
         return model
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
     own_head = isinstance(getattr(model, "score", None), nn.Linear)
-    if not isinstance(model, PreTrainedModel) or not classifies or own_head:
+    if own_head or not isinstance(model, PreTrainedModel) or not _classifies(model):
         return as_reward_model(model)
     _require_one_label(model, model.config.num_labels)
     return Classifier(model)
@@ -176,27 +149,24 @@ def as_reward_model(model: nn.Module, name: str = "reward") -> RewardModel:
     """Return a `RewardModel` sharing the weights of a one-label sequence classifier.
 
     Args:
-        model: a `RewardModel`, which is returned as it is, or a transformers classifier with a
-            head called ``score`` on a causal backbone: one that gives a value at every token.
-        name: what the error calls it.
+        model: a `RewardModel`, which is returned unchanged, or a transformers classifier with a
+            head called ``score`` on a causal backbone, which gives a value at every token.
+        name: the argument's name in errors.
 
     Raises:
-        ValueError: where it has no linear head called ``score`` with one output.
-
-    Source: ours.
+        ValueError: if it has no linear head called ``score`` with one output.
     """
     if isinstance(model, RewardModel):
         return model
     head = getattr(model, "score", None)
     if not isinstance(model, PreTrainedModel) or not isinstance(head, nn.Linear):
-        classifies = type(model).__name__.endswith("ForSequenceClassification")
         remedy = (
             "expected a RewardModel, a transformers sequence classifier with one label, or a "
             "callable; wrap others in a function reward(*, prompts, completions, completion_ids, "
             "**columns) -> list[float]"
         )
         if name == "critic":
-            whole = "which scores sequences as a whole; " if classifies else ""
+            whole = "which scores sequences as a whole; " if _classifies(model) else ""
             remedy = (
                 f"{whole}a critic needs a value at every token: a RewardModel, or a causal "
                 "backbone under a head called 'score'. Leave critic=None for one made of the policy"
@@ -204,10 +174,12 @@ def as_reward_model(model: nn.Module, name: str = "reward") -> RewardModel:
         raise ValueError(f"{name}: got {type(model).__name__}, {remedy}")
     _require_one_label(model, head.out_features)
     value_head = ValueHead(head.in_features, bias=head.bias is not None)
-    value_head.weight = head.weight
-    if head.bias is not None:
-        value_head.bias = head.bias
+    value_head.weight, value_head.bias = head.weight, head.bias
     return RewardModel(model.base_model, value_head)
+
+
+def _classifies(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _require_one_label(model: nn.Module, labels: int) -> None:

@@ -43,7 +43,7 @@ def test_scores_are_those_of_the_formula(tmp_path, layout, side):
     assert scores.tolist() == pytest.approx([formula(model, row) for row in rows], abs=1e-5)
 
 
-def test_it_is_exported_as_transformers_has_it(tmp_path):
+def test_it_is_exported_in_the_layout_of_transformers(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     released.write(tmp_path / "moss", released.llama(), HEAD)

@@ -1,14 +1,10 @@
-"""How strong preferences are, as an ensemble sees it, and what to make of weak and wrong ones.
+"""The strength of preferences, measured by an ensemble, and the treatment of weak and wrong labels.
 
-Records that `PreferenceStrength.annotate` has seen carry ``strength`` and ``strength_std``. The
-methods are functions from such records to records, each of them usable alone or after another::
-
-    records = strength.annotate(pairs)
-    for method in (FlipLabels(share=0.2), SmoothLabels(), AdaptiveMargin()):
-        records = method(records)
-    RewardTrainer(..., margin_column="margin", smoothing_column="label_smoothing")
+`PreferenceStrength.annotate` adds ``strength`` and ``strength_std`` to records. Each method is a
+function from such records to records, to use alone or after another.
 """
 
+import hashlib
 import json
 import math
 import numbers
@@ -21,31 +17,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mossrlhf.judging import Collate, fingerprint, pair_margins
 from mossrlhf.options import check_range, strict
+from mossrlhf.reward_modeling.scoring import Collate, pair_margins
 
 Records = Sequence[Mapping[str, Any]]
 Train = Callable[[list[dict[str, Any]], int], nn.Module]
 
-STRENGTH, SPREAD = "strength", "strength_std"
-"""The columns of a pair's mean margin over the ensemble, and of its standard deviation."""
-
-MARGIN, SMOOTHING, FLIPPED = "margin", "label_smoothing", "flipped"
-"""The columns that the methods write."""
+STRENGTH, SPREAD = "strength", "strength_std"  # mean margin over the ensemble, and its deviation
+MARGIN, SMOOTHING, FLIPPED = "margin", "label_smoothing", "flipped"  # written by the methods
 
 
 @dataclass(frozen=True)
 class PreferenceStrength:
-    """What K reward models think of N pairs.
+    """Margins of N pairs by an ensemble of K reward models.
 
     Args:
-        margins: ``[K, N]`` r_w − r_l, NaN where a model was not asked.
-        fingerprint: of the N pairs, by which they are known again.
+        margins: ``[K, N]`` r_w − r_l, NaN if a model was not queried.
+        fingerprint: checksum of the N pairs (`checksum`).
 
     Source: P2 (arXiv 2401.06080) §2.1: mean and standard deviation over an ensemble of reward
-        models trained on the same data in different order. Asking models about pairs that they
-        have not seen (`measure` with ``folds``) is ours: it needs no early stopping to
-        keep them from learning wrong labels by heart.
+        models trained on the same data in different order. ``folds`` of `measure` are not in P2:
+        models are queried about pairs they were not trained on, so that no early stopping has to
+        keep them from memorizing wrong labels.
     """
 
     margins: Float[Tensor, "K N"]
@@ -53,38 +46,38 @@ class PreferenceStrength:
 
     @property
     def mean(self) -> Float[Tensor, " N"]:
-        """Mean margin of each pair; its sign says whether the ensemble agrees with the label."""
+        """Mean margin of each pair; it is negative if the ensemble contradicts the label."""
         return self.margins.nanmean(0)
 
     @property
     def std(self) -> Float[Tensor, " N"]:
-        """Standard deviation of each pair's margins, unbiased; NaN where only one was asked."""
-        asked = (~self.margins.isnan()).sum(0)
+        """Standard deviation of each pair's margins, unbiased; NaN if there is only one."""
+        count = (~self.margins.isnan()).sum(0)
         squares = (self.margins - self.mean).square().nansum(0)
-        return torch.where(asked > 1, squares / (asked - 1).clamp(min=1), torch.nan).sqrt()
+        return torch.where(count > 1, squares / (count - 1).clamp(min=1), torch.nan).sqrt()
 
     @classmethod
     def of(
         cls, models: Sequence[nn.Module], pairs: Records, collator: Collate, batch_size: int = 32
     ) -> "PreferenceStrength":
-        """Ask trained reward models about pairs.
+        """Query trained reward models about pairs.
 
         Args:
             models: K `RewardModel`; K ≥ 2.
             pairs: N records of ``prompt``, ``chosen``, ``rejected``.
             collator: a `PairCollator`.
-            batch_size: pairs at a time.
+            batch_size: pairs per forward pass.
 
         Raises:
-            ValueError: where there are fewer than two models, or no pairs.
+            ValueError: if there are fewer than two models, or no pairs.
         """
         if len(models) < 2 or not len(pairs):
             raise ValueError(
                 f"models, pairs: got {len(models)} and {len(pairs)}, expected two models at least "
-                "and a pair; one model has no opinion of how sure it is"
+                "and a pair; one model gives no standard deviation"
             )
         margins = [pair_margins(model, pairs, collator, batch_size) for model in models]
-        return cls(torch.stack(margins), fingerprint(pairs))
+        return cls(torch.stack(margins), checksum(pairs))
 
     @classmethod
     def measure(
@@ -98,71 +91,60 @@ class PreferenceStrength:
         seed: int = 0,
         batch_size: int = 32,
     ) -> "PreferenceStrength":
-        """Train an ensemble on pairs, and ask it about them.
+        """Train an ensemble on pairs, and query it about them.
 
         Args:
-            train: makes a reward model of records and a seed.
+            train: from records and a seed to a trained reward model.
             pairs: N records.
             collator: a `PairCollator`.
             models: K; P2 takes 10.
-            folds: 1: each model learns all pairs and is asked about all, as in P2. More: it learns
-                all but one part in so many, and is asked about that part alone; every pair is asked
-                about ``models / folds`` times.
+            folds: 1 trains each model on all pairs and queries it about all, as in P2. With more,
+                each model is trained on all folds but one and queried about that one, so that
+                ``models / folds`` models are queried about each pair.
             seed: of the splits; model k is trained with seed + k.
-            batch_size: pairs at a time, in asking.
+            batch_size: pairs per forward pass of a query.
 
         Raises:
-            ValueError: where some pair would be asked about fewer than twice, or more often than
-                others.
+            ValueError: if models and folds do not give each pair the same number of margins, two
+                at least.
         """
         check_range("PreferenceStrength.measure", "models", models, 2)
         check_range("PreferenceStrength.measure", "folds", folds, 1)
         if not len(pairs):
             raise ValueError("pairs: got none, expected one at least")
         margins = torch.full((models, len(pairs)), torch.nan)
-        for k, (learned, asked) in enumerate(_folds(len(pairs), models, folds, seed)):
-            model = train([dict(pairs[i]) for i in learned.tolist()], seed + k)
-            others = [pairs[i] for i in asked.tolist()]
-            margins[k, asked] = pair_margins(model, others, collator, batch_size)
-        return cls(margins, fingerprint(pairs))
+        for k, (training, held_out) in enumerate(_folds(len(pairs), models, folds, seed)):
+            model = train([dict(pairs[i]) for i in training.tolist()], seed + k)
+            others = [pairs[i] for i in held_out.tolist()]
+            margins[k, held_out] = pair_margins(model, others, collator, batch_size)
+        return cls(margins, checksum(pairs))
 
     def annotate(self, pairs: Records) -> list[dict[str, Any]]:
-        """Return the records with `STRENGTH` and `SPREAD` beside what they have.
-
-        Args:
-            pairs: those that were asked about, in their order.
+        """Return the measured ``pairs``, in the same order, with `STRENGTH` and `SPREAD` added.
 
         Raises:
-            ValueError: where they are others.
+            ValueError: if they are other pairs.
         """
-        if fingerprint(pairs) != self.fingerprint:
+        if checksum(pairs) != self.fingerprint:
             raise ValueError(
-                f"pairs: these {len(pairs)} are not the {self.margins.shape[1]} that were asked "
-                "about, or stand in another order; measure their strength anew"
+                f"pairs: these {len(pairs)} are not the {self.margins.shape[1]} that were measured,"
+                " or they are in another order; measure their strength again"
             )
-        columns = zip(self.mean.tolist(), self.std.tolist(), strict=True)
-        known = zip(pairs, columns, strict=True)
-        return [{**pair, STRENGTH: mean, SPREAD: std} for pair, (mean, std) in known]
+        columns = zip(pairs, self.mean.tolist(), self.std.tolist(), strict=True)
+        return [{**pair, STRENGTH: mean, SPREAD: std} for pair, mean, std in columns]
 
     def save(self, path: str | Path) -> None:
-        """Write it beside the data, as JSON.
-
-        Args:
-            path: of the file.
-        """
+        """Write the margins to ``path``, as JSON."""
         rows = [[None if math.isnan(x) else x for x in row] for row in self.margins.tolist()]
         content = {"fingerprint": self.fingerprint, "margins": rows}
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "PreferenceStrength":
-        """Read what `save` wrote.
-
-        Args:
-            path: of the file.
+        """Read what `save` wrote to ``path``.
 
         Raises:
-            ValueError: where it is no such file.
+            ValueError: if the file has another content.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -177,21 +159,31 @@ class PreferenceStrength:
             ) from error
 
 
+def checksum(pairs: Records) -> str:
+    """Return a checksum of the pairs' texts and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(len(pairs)):
+        record = pairs[index]
+        digest.update(repr([record.get(k) for k in ("prompt", "chosen", "rejected")]).encode())
+    return digest.hexdigest()
+
+
 @strict
 @dataclass(frozen=True, kw_only=True)
 class FlipLabels:
-    """Swaps the responses of the pairs whose labels are likeliest wrong.
+    """Swap the responses of the pairs whose labels are most likely wrong.
 
     Args:
-        share: of all pairs, those of the lowest strength, in [0, 1]; None to go by `below` alone.
-        below: strength under which a label is flipped, in units of score; None for no bound.
-            With both, what meets both is flipped.
+        share: share of all pairs, taken from the lowest strength, in [0, 1]; None for no such
+            limit.
+        below: strength under which a label is flipped, in units of reward; None for no such limit.
+            A label is flipped if it meets both.
 
     Raises:
-        ValueError: where neither is given, or `share` is out of range.
+        ValueError: if neither is given, or `share` is out of range.
 
-    Source: P2 §3.1: labels of the lowest-strength data are flipped. A bound on the strength, so
-        that what the ensemble agrees with is left alone, is ours.
+    Source: P2 §3.1: labels of the lowest-strength data are flipped. P2 has no limit on the
+        strength, which spares labels that the ensemble agrees with.
     """
 
     share: float | None = None
@@ -203,10 +195,10 @@ class FlipLabels:
             raise ValueError("FlipLabels(share=None, below=None): expected one of the two")
 
     def __call__(self, records: Records) -> list[dict[str, Any]]:
-        """Return records with wrong labels put right, and whether they were in `FLIPPED`.
+        """Return the records with wrong labels flipped, marked in `FLIPPED`.
 
         Raises:
-            ValueError: where records have no strength, or margins and α of the labels as they are.
+            ValueError: if records have no strength, or margins and α of the labels before the flip.
         """
         strengths = _strengths(records)
         if any(name in record for record in records for name in (MARGIN, SMOOTHING)):
@@ -227,18 +219,18 @@ class FlipLabels:
 @strict
 @dataclass(frozen=True, kw_only=True)
 class SmoothLabels:
-    """Gives every pair the α that its strength asks for: the probability that its label is wrong.
+    """Give every pair its own α, the probability that its label is wrong.
 
     α = σ(−strength), at most `highest`.
 
     Args:
-        highest: bound on α, in [0, 0.5).
-        scale: of the strengths before σ: small where the ensemble is surer than it is right.
+        highest: upper bound of α, in [0, 0.5).
+        scale: factor on the strength before σ; below 1 for an overconfident ensemble.
 
     Raises:
-        ValueError: where a number is out of range.
+        ValueError: if a number is out of range.
 
-    Source: P2 §3.1 smooths labels by one α; an α of each pair's own, by its strength, is ours.
+    Source: P2 §3.1, which smooths all labels by the same α.
     """
 
     highest: float = 0.45
@@ -252,31 +244,26 @@ class SmoothLabels:
             )
 
     def __call__(self, records: Records) -> list[dict[str, Any]]:
-        """Return records with α in `SMOOTHING`.
-
-        Raises:
-            ValueError: where records have no strength.
-        """
+        """Return the records with α in `SMOOTHING`; they must have a strength."""
         alphas = torch.sigmoid(-self.scale * torch.tensor(_strengths(records), dtype=torch.float64))
-        known = zip(records, alphas.clamp(max=self.highest).tolist(), strict=True)
-        return [{**record, SMOOTHING: alpha} for record, alpha in known]
+        return _with_column(records, SMOOTHING, alphas.clamp(max=self.highest))
 
 
 @strict
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMargin:
-    """Asks for a lead as large as the ensemble sees one.
+    """Give every pair a margin m in proportion to its strength.
 
     Args:
         scale: factor on the strength.
-        lowest: bound on the margin from below, in units of score; None for none, so that a pair
-            that the ensemble contradicts may be wrong by as much.
-        highest: bound from above; None for none.
+        lowest: lower bound of m, in units of reward; None for none, so that m is negative where
+            the ensemble contradicts the label.
+        highest: upper bound; None for none.
 
     Raises:
-        ValueError: where a number is out of range.
+        ValueError: if a number is out of range.
 
-    Source: P2 §3.1 (adaptive margin: the strength itself); the bounds are ours.
+    Source: P2 §3.1 (adaptive margin: the strength itself), without bounds.
     """
 
     scale: float = 1.0
@@ -292,16 +279,11 @@ class AdaptiveMargin:
             )
 
     def __call__(self, records: Records) -> list[dict[str, Any]]:
-        """Return records with m in `MARGIN`.
-
-        Raises:
-            ValueError: where records have no strength.
-        """
+        """Return the records with m in `MARGIN`; they must have a strength."""
         margins = self.scale * torch.tensor(_strengths(records), dtype=torch.float64)
         if self.lowest is not None or self.highest is not None:
             margins = margins.clamp(self.lowest, self.highest)
-        known = zip(records, margins.tolist(), strict=True)
-        return [{**record, MARGIN: margin} for record, margin in known]
+        return _with_column(records, MARGIN, margins)
 
 
 def _strengths(records: Records) -> list[float]:
@@ -314,26 +296,31 @@ def _strengths(records: Records) -> list[float]:
     return [float(x) for x in found if x is not None]
 
 
+def _with_column(records: Records, name: str, column: Tensor) -> list[dict[str, Any]]:
+    pairs = zip(records, column.tolist(), strict=True)
+    return [{**record, name: value} for record, value in pairs]
+
+
 def _flipped(record: Mapping[str, Any]) -> dict[str, Any]:
-    again = not record.get(FLIPPED, False)  # flipped twice, a label is what it was
-    turned = {"chosen": record["rejected"], "rejected": record["chosen"], FLIPPED: again}
-    return {**record, **turned, STRENGTH: -record[STRENGTH]}
+    flipped = not record.get(FLIPPED, False)  # flipped twice, a label is the original
+    swapped = {"chosen": record["rejected"], "rejected": record["chosen"], FLIPPED: flipped}
+    return {**record, **swapped, STRENGTH: -record[STRENGTH]}
 
 
 def _folds(
     count: int, models: int, folds: int, seed: int
 ) -> list[tuple[Int[Tensor, " a"], Int[Tensor, " b"]]]:
-    """What each model learns, and what it is asked about; every round of folds cuts anew."""
+    """Return the indices that each model is trained on and queried about."""
     everything = torch.arange(count)
     if folds == 1:
         return [(everything, everything)] * models
     if models % folds or models < 2 * folds or count < folds:
         raise ValueError(
             f"models, folds: got {models} and {folds} for {count} pairs, expected models to be 2, "
-            f"3, … times folds, so that each pair is asked about as often, and twice at least"
+            f"3, … times folds, so that each pair gets the same number of margins, two at least"
         )
     generator, found = torch.Generator().manual_seed(seed), []
-    for _ in range(models // folds):
+    for _ in range(models // folds):  # each round splits the pairs differently
         fold = torch.randperm(count, generator=generator) % folds
         found += [((fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]) for k in range(folds)]
     return found

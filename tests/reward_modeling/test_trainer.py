@@ -1,4 +1,4 @@
-"""`RewardTrainer`: the loss against formulas by hand, the trainer against itself and others."""
+"""`RewardTrainer`: its sums against formulas, resuming and saving, adapters, bad input."""
 
 import copy
 import dataclasses
@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from preferences import WORDS, language_model, pairs, reward_model
+from peft import LoraConfig, PeftModel
+from preferences import WORDS, language_model, log_likelihood, pairs, reward_model, reward_of
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import log_softmax
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,133 +17,50 @@ from transformers import (
 )
 
 from mossrlhf.data import PairCollator, TokenBatches
+from mossrlhf.models import RewardModel, is_adapted, merged_state_dict
 from mossrlhf.models.packing import packs
 from mossrlhf.models.padding import looks_back
-from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer, storage
-from mossrlhf.reward_trainer.pairs import PairRows
-from mossrlhf.reward_trainer.parts import check_arguments
+from mossrlhf.reward_modeling import trainer as trainer_module
+from mossrlhf.reward_modeling.pairs import RankingLoss
+from mossrlhf.reward_modeling.trainer import RewardTrainer
+
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
 
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def log_likelihood(model, tokenizer, record):
-    """log p(response, eos | prompt) and its number of tokens, token by token."""
-    prompt = tokenizer(record["prompt"])["input_ids"]
-    response = [*tokenizer(record["chosen"])["input_ids"], tokenizer.eos_token_id]
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0]
-    total = 0.0
-    for offset, token in enumerate(response):
-        total += log_softmax(logits[len(prompt) + offset - 1], -1)[token].item()
-    return total, len(response)
+def trained_with_lm_term(tokenizer, args, count, **options):
+    trainer = RewardTrainer(
+        reward_model(), args, processing_class=tokenizer, train_dataset=pairs(count),
+        loss=RankingLoss(lm_coef=0.5), lm_head=language_model().lm_head, **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
 
 
-def score(model, tokenizer, record, answer):
-    ids = tokenizer(f"{record['prompt']} {record[answer]} </s>", return_tensors="pt")
-    with torch.no_grad():
-        return model(ids["input_ids"], ids["attention_mask"]).item()
+def with_adapters(tokenizer, arguments, records, model=None, **options):
+    args = arguments(
+        learning_rate=0.05, per_device_train_batch_size=4, num_train_epochs=1, **options
+    )
+    return RewardTrainer(
+        model or reward_model(), args, processing_class=tokenizer,
+        train_dataset=records, eval_dataset=records, peft_config=LORA,
+    )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- the loss
-
-
-def scores_of(chosen, rejected, margin=None, nll=None, tokens=None, smoothing=None):
-    rows = [chosen, rejected, margin or [0.0] * len(chosen), nll or [0.0] * len(chosen)]
-    rows += [tokens or [1.0] * len(chosen), smoothing or [np.nan] * len(chosen)]
-    return PairScores(*torch.tensor(rows, dtype=torch.float64))
-
-
-def test_loss_is_that_of_the_formula():
-    scores = scores_of([2, 0, -1], [1, 0, 2], [0.5, 0, 0], [3, 4, 5], [2, 1, 5])
-    sigma = 1 / (1 + np.exp(-np.array([0.5, 0.0, -3.0])))  # numpy, pair by pair
-    ranking = -np.log(sigma).mean()
-    output = RankingLoss()(scores)
-    assert output.loss.item() == pytest.approx(ranking)
-    output = RankingLoss(lm_coef=0.7)(scores)
-    assert output.loss.item() == pytest.approx(ranking + 0.7 * 12 / 8)
-    assert output.stats["ranking_loss"].item() == pytest.approx(ranking)
-    assert output.stats["lm_loss"].item() == pytest.approx(12 / 8)
-    smooth = -(0.9 * np.log(sigma) + 0.1 * np.log(1 - sigma)).mean()
-    assert RankingLoss(label_smoothing=0.1)(scores).loss.item() == pytest.approx(smooth)
-
-
-def test_statistics_count_ties_half():
-    stats = RankingLoss()(scores_of([2, 0, -1, 3], [1, 0, 2, -1], [5, 5, 5, 5])).stats
-    assert stats["accuracy"].item() == 2.5 / 4
-    assert stats["margin"].item() == (1 + 0 - 3 + 4) / 4
-
-
-def test_shares_of_parts_add_up_to_the_whole():
-    scores = scores_of([2, 0, -1], [1, 0, 2], [0.5, 0, 0], [3, 4, 5], [2, 1, 5])
-    loss = RankingLoss(lm_coef=0.7)
-    whole, counts = loss(scores), torch.tensor([3.0, 8.0])
-    parts = [loss(PairScores(*(x[s] for x in scores)), counts) for s in (slice(2), slice(2, 3))]
-    assert sum(part.loss for part in parts).item() == pytest.approx(whole.loss.item())
-    for name, value in whole.stats.items():
-        assert sum(part.stats[name] for part in parts).item() == pytest.approx(value.item())
-
-
-def test_gradient_survives_a_large_negative_margin():
-    chosen = torch.tensor([-30.0], requires_grad=True)
-    one = torch.ones(1)
-    RankingLoss()(
-        PairScores(chosen, 0 * one, 0 * one, 0 * one, one, torch.nan * one)
-    ).loss.backward()
-    assert chosen.grad.item() == pytest.approx(-1.0)  # of −log(σ + 1e-5): −1e-8
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lm_coef": 0.0},
-        {"lm_coef": -1.0},
-        {"label_smoothing": -0.1},
-        {"label_smoothing": 0.5},
-        {"label_smoothing": 0.6},
-        {"label_smoothing": float("nan")},
-    ],
-    ids=str,
-)
-def test_loss_refuses_numbers_out_of_range(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        RankingLoss(**options)
-
-
-# ------------------------------------------------------------------------------------ the model
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_pair_model_reads_both_heads_in_one_pass(tokenizer, tied):
-    lm = language_model(tie_word_embeddings=tied)
-    model = reward_model(tie_word_embeddings=tied)
-    pair_model = PairModel(model, None if tied else lm.lm_head)
-    records = pairs(5)
-    batch = PairCollator(tokenizer)(records)
-    rows = {name: torch.stack(batch[name].chunk(2), 1) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        scores, nll = pair_model(**rows, chosen_labels=batch["chosen_labels"])
-    for i, record in enumerate(records):
-        likelihood, _ = log_likelihood(lm, tokenizer, record)
-        assert nll[i].item() == pytest.approx(-likelihood, rel=1e-4)
-        for j, answer in enumerate(("chosen", "rejected")):
-            alone = score(model, tokenizer, record, answer)
-            assert scores[i, j].item() == pytest.approx(alone, abs=1e-4)
-    assert not model.score._forward_pre_hooks
-
-
-# --------------------------------------------------------------------------- the trainer's sums
+# Loss, steps, evaluation
 
 
 @pytest.mark.parametrize("beta", [None, 0.5])
-def test_loss_of_a_batch_by_hand(tokenizer, arguments, beta):
+def test_loss_of_a_batch_matches_a_computation_by_hand(tokenizer, arguments, beta):
     lm, model, records = language_model(), reward_model(), pairs(4, margin=0.25)
-    leads = [
-        score(model, tokenizer, r, "chosen") - score(model, tokenizer, r, "rejected")
-        for r in records
-    ]
-    expected = np.mean([np.log1p(np.exp(-(lead - 0.25))) for lead in leads])
+    chosen, rejected = (
+        np.array([reward_of(model, tokenizer, r, side) for r in records])
+        for side in ("chosen", "rejected")
+    )
+    expected = np.log1p(np.exp(-(chosen - rejected - 0.25))).mean()
     if beta is not None:
         likelihoods, lengths = zip(
             *(log_likelihood(lm, tokenizer, r) for r in records), strict=True
@@ -157,25 +74,15 @@ def test_loss_of_a_batch_by_hand(tokenizer, arguments, beta):
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
 
 
-def run(tokenizer, args, count, **options):
-    """Train on all pairs with the LM term; the trainer, and its log."""
-    trainer = RewardTrainer(
-        reward_model(), args, processing_class=tokenizer, train_dataset=pairs(count),
-        loss=RankingLoss(lm_coef=0.5), lm_head=language_model().lm_head, **options,
-    )  # fmt: skip
-    trainer.train()
-    return trainer
-
-
-def test_accumulation_changes_neither_steps_nor_logs(tokenizer, arguments):
-    """10 pairs a step, at once or as 3 + 3 + 3 + 1, whose means differ from the mean."""
+def test_gradient_accumulation_changes_neither_steps_nor_logs(tokenizer, arguments):
+    """10 pairs per step, in one batch or in batches of 3 + 3 + 3 + 1."""
     common = dict(
         num_train_epochs=4, learning_rate=0.1, optim="sgd", logging_strategy="steps",
         logging_steps=2,
     )  # fmt: skip
-    whole = run(tokenizer, arguments(per_device_train_batch_size=10, **common), 10)
+    whole = trained_with_lm_term(tokenizer, arguments(per_device_train_batch_size=10, **common), 10)
     split = arguments(per_device_train_batch_size=3, gradient_accumulation_steps=4, **common)
-    parts = run(tokenizer, split, 10)
+    parts = trained_with_lm_term(tokenizer, split, 10)
     assert whole.state.global_step == parts.state.global_step == 4
     torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-5, atol=1e-6)
     names = ("loss", "ranking_loss", "lm_loss", "accuracy", "margin", "grad_norm")
@@ -188,7 +95,7 @@ def test_accumulation_changes_neither_steps_nor_logs(tokenizer, arguments):
     assert "accuracy" not in summary  # of the whole run
 
 
-def test_a_step_is_the_gradient_of_the_mean(tokenizer, arguments):
+def test_step_follows_the_gradient_of_the_mean_over_pairs(tokenizer, arguments):
     model, records = reward_model(), pairs(6)
     twin = copy.deepcopy(model)
     args = arguments(
@@ -204,14 +111,14 @@ def test_a_step_is_the_gradient_of_the_mean(tokenizer, arguments):
 
 
 @pytest.mark.parametrize("size", [3, 7])
-def test_evaluation_is_exact_whatever_the_batch_size(tokenizer, arguments, size):
+def test_evaluation_metrics_do_not_depend_on_the_batch_size(tokenizer, arguments, size):
     lm, model, records = language_model(), reward_model(), pairs(7)
     trainer = RewardTrainer(
         model, arguments(per_device_eval_batch_size=size), processing_class=tokenizer,
         eval_dataset=records, loss=RankingLoss(lm_coef=1.0), lm_head=lm.lm_head,
     )  # fmt: skip
     rows = [
-        [score(model, tokenizer, r, answer) for answer in ("chosen", "rejected")] for r in records
+        [reward_of(model, tokenizer, r, side) for side in ("chosen", "rejected")] for r in records
     ]
     chosen, rejected = np.array(rows).T
     likelihoods, lengths = zip(*(log_likelihood(lm, tokenizer, r) for r in records), strict=True)
@@ -232,7 +139,7 @@ def test_evaluation_is_exact_whatever_the_batch_size(tokenizer, arguments, size)
     assert prediction.metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
 
 
-def test_several_evaluation_sets_and_an_untrained_head(tokenizer, arguments):
+def test_evaluation_reports_several_sets_by_name(tokenizer, arguments):
     sets = {"one": pairs(3), "two": pairs(4, seed=1)}
     trainer = RewardTrainer(
         reward_model(head=False), arguments(), processing_class=tokenizer, eval_dataset=sets
@@ -243,10 +150,10 @@ def test_several_evaluation_sets_and_an_untrained_head(tokenizer, arguments):
     assert "eval_one_lm_loss" not in metrics
 
 
-# ---------------------------------------------------------------------- training, saving, resuming
+# Training, saving, resuming
 
 
-def test_learns_a_trivial_preference(tokenizer, arguments):
+def test_training_learns_a_trivial_preference(tokenizer, arguments):
     args = arguments(
         per_device_train_batch_size=16, num_train_epochs=3, learning_rate=3e-3, max_grad_norm=1.0
     )
@@ -262,12 +169,14 @@ def test_learns_a_trivial_preference(tokenizer, arguments):
     assert metrics["eval_margin"] > 0.5
 
 
-def test_resumed_equals_uninterrupted(tokenizer, arguments, tmp_path):
+def test_resumed_training_equals_uninterrupted_training(tokenizer, arguments, tmp_path):
     common = dict(
         per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-2,
         save_strategy="steps", save_steps=4,
     )  # fmt: skip
-    straight = run(tokenizer, arguments(output_dir=str(tmp_path / "straight"), **common), 12)
+    straight = trained_with_lm_term(
+        tokenizer, arguments(output_dir=str(tmp_path / "straight"), **common), 12
+    )
     assert straight.state.global_step == 6
     fresh = RewardTrainer(
         reward_model(seed=9), arguments(output_dir=str(tmp_path / "resumed"), **common),
@@ -281,24 +190,24 @@ def test_resumed_equals_uninterrupted(tokenizer, arguments, tmp_path):
     torch.testing.assert_close(weights(fresh), weights(straight), rtol=0, atol=0)
 
 
-def test_best_checkpoint_is_loaded_at_the_end(tokenizer, arguments, tmp_path):
-    """The smallest spread of scores is the first: training widens it."""
+def test_training_ends_with_the_best_checkpoint(tokenizer, arguments, tmp_path):
+    """The best by spread of the rewards is the first, since training widens it."""
     args = arguments(
         per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-2,
         save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
         load_best_model_at_end=True, metric_for_best_model="score_std", greater_is_better=False,
     )  # fmt: skip
-    trainer = run(tokenizer, args, 32, eval_dataset=pairs(5, seed=1))
+    trainer = trained_with_lm_term(tokenizer, args, 32, eval_dataset=pairs(5, seed=1))
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     spreads = [row["eval_score_std"] for row in trainer.state.log_history if "eval_loss" in row]
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert spreads[0] < spreads[1]
     again = trainer.evaluate()
     assert again["eval_score_std"] == pytest.approx(spreads[0])
-    assert again["eval_loss"] == pytest.approx(losses[0])  # the output head came along
+    assert again["eval_loss"] == pytest.approx(losses[0])  # the output head was loaded too
 
 
-def test_a_checkpoint_without_a_weight_is_refused(tokenizer, arguments, tmp_path):
+def test_resuming_refuses_a_checkpoint_without_a_weight(tokenizer, arguments, tmp_path):
     trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
     trainer.reward_model.save_pretrained(tmp_path / "broken")
     weights = tmp_path / "broken" / "model.safetensors"
@@ -309,19 +218,7 @@ def test_a_checkpoint_without_a_weight_is_refused(tokenizer, arguments, tmp_path
         trainer.train(resume_from_checkpoint=str(tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "lm_head/model.safetensors"])
-def test_a_damaged_checkpoint_is_named(tokenizer, arguments, tmp_path, name):
-    trainer = RewardTrainer(
-        reward_model(), arguments(), processing_class=tokenizer, loss=RankingLoss(lm_coef=0.5),
-        lm_head=language_model().lm_head,
-    )  # fmt: skip
-    storage.write(trainer.model, tmp_path)
-    (tmp_path / name).write_bytes(b"{")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}.*missing or damaged, resume from"):
-        storage.read(trainer.model, tmp_path)
-
-
-def test_saved_folder_serves_as_a_classifier(tokenizer, arguments, tmp_path):
+def test_saved_model_loads_as_a_transformers_classifier(tokenizer, arguments, tmp_path):
     trainer = RewardTrainer(
         reward_model(), arguments(), processing_class=tokenizer,
         loss=RankingLoss(lm_coef=1.0), lm_head=language_model().lm_head,
@@ -335,8 +232,8 @@ def test_saved_folder_serves_as_a_classifier(tokenizer, arguments, tmp_path):
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    for column, answer in enumerate(("chosen", "rejected")):
-        texts = [f"{record['prompt']} {record[answer]} </s>" for record in records]
+    for column, side in enumerate(("chosen", "rejected")):
+        texts = [f"{record['prompt']} {record[side]} </s>" for record in records]
         with torch.no_grad():
             logits = classifier(**saved(texts, padding=True, return_tensors="pt")).logits
         np.testing.assert_allclose(logits[:, 0], expected[:, column], atol=1e-4)
@@ -344,7 +241,7 @@ def test_saved_folder_serves_as_a_classifier(tokenizer, arguments, tmp_path):
     np.testing.assert_allclose(trainer.predict(records).predictions, expected, atol=1e-5)
 
 
-def test_datasets_keep_their_columns_and_arguments_their_values(tokenizer, arguments):
+def test_training_keeps_dataset_columns_and_argument_values(tokenizer, arguments):
     datasets = pytest.importorskip("datasets")
     args = arguments(per_device_train_batch_size=4, num_train_epochs=1)
     before = args.to_dict()
@@ -359,7 +256,7 @@ def test_datasets_keep_their_columns_and_arguments_their_values(tokenizer, argum
     assert args.to_dict() == before
 
 
-def test_documentation_runs(root, tmp_path, monkeypatch):
+def test_the_code_of_the_documentation_runs(root, tmp_path, monkeypatch):
     text = (root / "docs" / "reward_modeling.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -383,7 +280,7 @@ def test_activation_checkpointing_changes_no_number(tokenizer, arguments, on):
         optim="sgd",
         **{name: on},
     )
-    looks_back(model.backbone), packs(model.backbone)  # run it, beforehand
+    looks_back(model.backbone), packs(model.backbone)  # which run the model
     calls = []
     layer = model.backbone.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -397,7 +294,7 @@ def test_activation_checkpointing_changes_no_number(tokenizer, arguments, on):
         torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
 
 
-def test_trained_parameters_are_float32(tokenizer, arguments):
+def test_trained_parameters_become_float32(tokenizer, arguments):
     model = reward_model().bfloat16()
     model.backbone.embed_tokens.weight.requires_grad_(False)
     head = language_model().lm_head.bfloat16()
@@ -411,9 +308,6 @@ def test_trained_parameters_are_float32(tokenizer, arguments):
     assert trainer.model.lm_head is not head  # the language model keeps its own
 
 
-# ------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     "record",
     [
@@ -423,13 +317,12 @@ def test_trained_parameters_are_float32(tokenizer, arguments):
     ],
 )
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_records_without_a_pair_are_refused_at_once(tokenizer, arguments, record, name):
+def test_records_without_a_pair_are_refused_before_training(tokenizer, arguments, record, name):
     with pytest.raises(ValueError, match=f"{name}.*chosen.*load_pairs"):
         RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{name: [record]})
 
 
-def test_prompts_without_room_for_a_response_are_refused_at_once(tokenizer, arguments):
-    """Not in the midst of an epoch, when their turn comes; wherever in a dataset they stand."""
+def test_prompts_without_room_for_a_response_are_refused_before_training(tokenizer, arguments):
     records = [*pairs(5), {"prompt": "a " * 9, "chosen": "good", "rejected": "bad"}]
 
     def start(length, **datasets):
@@ -446,55 +339,7 @@ def test_prompts_without_room_for_a_response_are_refused_at_once(tokenizer, argu
     start(None, train_dataset=records)
 
 
-def test_margins_are_read_where_asked_for(tokenizer, arguments):
-    plain = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
-    assert plain.data_collator(pairs(2, margin=3.0))["margin"].tolist() == [0.0, 0.0]
-    trainer = RewardTrainer(
-        reward_model(), arguments(), processing_class=tokenizer, margin_column="lead"
-    )
-    batch = trainer.data_collator([*pairs(1, lead=2), *pairs(1, lead=0.5)])
-    assert batch["margin"].tolist() == [2.0, 0.5]
-    with pytest.raises(ValueError, match=r"margin_column: a record has no 'lead' .*'rejected'\]"):
-        trainer.data_collator([*pairs(1, lead=2), *pairs(1)])
-    for wrong, kind in (("2", "str"), (True, "bool"), ([1.0], "list")):
-        with pytest.raises(ValueError, match=f"record's 'lead' is .*, a {kind}, expected a number"):
-            trainer.data_collator([*pairs(1, lead=2), *pairs(1, lead=wrong)])
-
-
-def test_alphas_of_pairs_take_the_place_of_the_losss():
-    given = [2, 0, -1], [1, 0, 2]
-    loss = RankingLoss(label_smoothing=0.3)
-    alphas = np.array([0.0, 0.1, 0.3])
-    sigma = 1 / (1 + np.exp(-np.array([1.0, 0.0, -3.0])))
-    expected = -((1 - alphas) * np.log(sigma) + alphas * np.log(1 - sigma)).mean()
-    scores = scores_of(*given, smoothing=[0.0, 0.1, np.nan])
-    assert loss(scores).loss.item() == pytest.approx(expected)
-
-
-def test_centering_adds_the_mean_square_of_the_sums():
-    scores = scores_of([2, 0, -1], [1, 0, 2])
-    output = RankingLoss(centering_coef=0.1)(scores)
-    plain = RankingLoss()(scores)
-    assert output.loss.item() == pytest.approx(plain.loss.item() + 0.1 * (9 + 0 + 1) / 3)
-    assert output.stats["centering_loss"].item() == pytest.approx(10 / 3)
-
-
-def test_numbers_out_of_range_are_refused_where_they_stand(tokenizer, arguments):
-    trainer = RewardTrainer(
-        reward_model(), arguments(), processing_class=tokenizer, smoothing_column="alpha"
-    )
-    assert (
-        trainer.data_collator(pairs(2, alpha=0.2))["smoothing"].tolist() == [pytest.approx(0.2)] * 2
-    )
-    for alpha in (0.5, -0.1):
-        with pytest.raises(ValueError, match=r"smoothing_column: 'alpha' holds .*FlipLabels"):
-            trainer.data_collator(pairs(2, alpha=alpha))
-    for alpha in (None, float("nan")):
-        with pytest.raises(ValueError, match="smoothing_column: a record has no 'alpha'"):
-            trainer.data_collator(pairs(2, alpha=alpha))
-
-
-def test_pairs_held_out_may_do_without_margins(tokenizer, arguments):
+def test_evaluation_pairs_need_no_margins(tokenizer, arguments):
     trainer = RewardTrainer(
         reward_model(), arguments(per_device_train_batch_size=2, num_train_epochs=1),
         processing_class=tokenizer, train_dataset=pairs(4, lead=2, alpha=0.1),
@@ -516,30 +361,7 @@ def test_pairs_held_out_may_do_without_margins(tokenizer, arguments):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [2, 3, 7])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_groups_of_like_length_change_no_number(tokenizer, groups, side):
-    """Seven groups of six rows: one is read twice, and counts once."""
-    batch = PairRows(PairCollator(tokenizer))(pairs(3))
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["chosen_labels"]
-    if side == "left":
-        width = mask.shape[-1]
-        place = (torch.arange(width) + mask.sum(-1, keepdim=True)) % width
-        ids, mask = ids.gather(2, place), mask.gather(2, place)
-        labels = labels.gather(1, place[:, 0])
-    results = []
-    for count in (1, groups):
-        model = PairModel(reward_model(), language_model().lm_head, groups=count).double()
-        scores, nll = model(ids, mask, labels)
-        (scores[:, 0] * torch.tensor([1.0, 2.0, 3.0]) - scores[:, 1] + nll).sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        results.append((scores, nll, gradient))
-        assert model(ids, mask)[1].tolist() == [0.0] * 3
-    for one, many in zip(*results, strict=True):
-        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-9)
-
-
-def test_batches_by_token_count_make_an_epoch(tokenizer, arguments):
+def test_token_batches_cover_every_pair_once_per_epoch(tokenizer, arguments):
     records = pairs(23)
     seen = []
 
@@ -556,7 +378,7 @@ def test_batches_by_token_count_make_an_epoch(tokenizer, arguments):
     steps = len(trainer.get_train_dataloader())
     seen.clear()
     trainer.train()
-    epochs = [size for size in seen if size > 1]  # the others are asked for their lengths
+    epochs = [size for size in seen if size > 1]  # single records are collated for their lengths
     assert trainer.state.global_step == 2 * steps == len(epochs)
     assert sum(epochs) == 2 * 23
     assert len({*epochs}) > 1
@@ -565,7 +387,9 @@ def test_batches_by_token_count_make_an_epoch(tokenizer, arguments):
         trainer.get_train_dataloader()
 
 
-def test_resumed_equals_uninterrupted_by_token_count(tokenizer, arguments, tmp_path):
+def test_resumed_training_with_token_batches_equals_uninterrupted_training(
+    tokenizer, arguments, tmp_path
+):
     def trainer(name, **options):
         return RewardTrainer(
             reward_model(),
@@ -586,6 +410,9 @@ def test_resumed_equals_uninterrupted_by_token_count(tokenizer, arguments, tmp_p
         assert torch.equal(weights(resumed), weights(whole)), step
 
 
+# Bad input
+
+
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, arguments):
     small = reward_model(vocab_size=len(WORDS) - 1)
     with pytest.raises(ValueError, match=r"13 tokens.*only 12.*resize_token_embeddings"):
@@ -594,7 +421,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer, argument
     RewardTrainer(small, arguments(), processing_class=tokenizer)
 
 
-def test_model_and_heads_have_to_fit(tokenizer, arguments):
+def test_models_and_heads_that_do_not_fit_are_refused(tokenizer, arguments):
     lm = language_model()
     with pytest.raises(TypeError, match=r"LlamaForCausalLM.*from_language_model"):
         RewardTrainer(lm, arguments(), processing_class=tokenizer)
@@ -610,7 +437,7 @@ def test_model_and_heads_have_to_fit(tokenizer, arguments):
         )
 
 
-def test_a_score_that_is_not_finite_stops_the_step(tokenizer, arguments):
+def test_a_non_finite_reward_stops_the_step(tokenizer, arguments):
     model = reward_model()
     args = arguments(per_device_train_batch_size=2, num_train_epochs=1)
     trainer = RewardTrainer(model, args, processing_class=tokenizer, train_dataset=pairs(2))
@@ -631,24 +458,161 @@ def test_a_score_that_is_not_finite_stops_the_step(tokenizer, arguments):
         ("eval_dataset", {"one": "x.json"}, "eval_dataset: .*read the file"),
     ],
 )
-def test_datasets_of_other_types_are_refused_by_name(
-    tokenizer, arguments, argument, value, message
-):
+def test_datasets_of_other_types_are_refused(tokenizer, arguments, argument, value, message):
     given = {"args": arguments(), argument: value}
     with pytest.raises(TypeError, match=message):
         RewardTrainer(reward_model(), processing_class=tokenizer, **given)
 
 
 @pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
-def test_datasets_without_records_are_refused(tokenizer, arguments, argument):
+def test_empty_datasets_are_refused(tokenizer, arguments, argument):
     with pytest.raises(ValueError, match=f"{argument}: it is empty"):
         RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, **{argument: []})
 
 
-def test_arguments_of_other_types_are_refused_by_name():
-    check_arguments(None, None, TokenBatches())
+def test_arguments_of_other_types_are_refused():
+    trainer_module._check_arguments(None, None, TokenBatches())
     for place, (value, name) in enumerate([({}, "args"), ("ranking", "loss"), (4096, "batches")]):
         given: list = [None, None, None]
         given[place] = value
         with pytest.raises(TypeError, match=f"{name}: got {value!r}, expected a "):
-            check_arguments(*given)
+            trainer_module._check_arguments(*given)
+
+
+# Adapters
+
+
+def test_adapters_and_value_head_are_trained_and_the_base_is_not(tokenizer, arguments):
+    model = reward_model()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    trainer = with_adapters(tokenizer, arguments, pairs(16), model=model)
+    trainer.train()
+    assert is_adapted(model)
+    after = model.state_dict()
+    for name, weight in after.items():
+        base = name.replace(".base_layer", "")
+        if "lora_" in name or name.startswith("score"):
+            assert name not in before or not torch.equal(weight, before[name]), name
+        else:
+            assert torch.equal(weight, before[base]), name
+    assert any("lora_B" in name and w.abs().sum() > 0 for name, w in after.items())
+    assert LORA.modules_to_save is None  # the user's own object
+
+
+def test_saved_adapters_load_merged_and_by_peft(tokenizer, arguments, tmp_path):
+    records = pairs(8)
+    trainer = with_adapters(tokenizer, arguments, records)
+    trainer.train()
+    rewards = torch.tensor(trainer.predict(records).predictions)
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    again = with_adapters(tokenizer, arguments, records, model=RewardModel.from_pretrained(folder))
+    merged = torch.tensor(again.predict(records).predictions)
+    torch.testing.assert_close(merged, rewards, atol=1e-5, rtol=1e-5)
+    assert is_adapted(trainer.reward_model)  # it can be trained further
+
+    # PEFT loads the adapter over the base.
+    reward_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    batch = trainer.data_collator(records)
+    ids, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
+    with torch.no_grad():
+        found = adapted(input_ids=ids, attention_mask=mask).logits.view(-1, 2)
+    torch.testing.assert_close(found, rewards, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["fsdp", "zero3"])
+def test_adapters_are_refused_with_sharded_weights(tokenizer, arguments, monkeypatch, by):
+    begin = RewardTrainer.create_accelerator_and_postprocess
+
+    def split(self):
+        begin(self)
+        self.is_fsdp_enabled = True
+
+    if by == "fsdp":
+        monkeypatch.setattr(RewardTrainer, "create_accelerator_and_postprocess", split)
+    else:
+        monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"peft_config: .*FSDP and DeepSpeed's stage 3 split them"):
+        with_adapters(tokenizer, arguments, pairs(4))
+
+
+def test_merging_does_not_change_the_model(tokenizer, arguments):
+    trainer = with_adapters(tokenizer, arguments, pairs(8))
+    trainer.train()
+    before = {name: w.clone() for name, w in trainer.reward_model.state_dict().items()}
+    plain = reward_model()
+    plain.load_state_dict(merged_state_dict(trainer.reward_model))
+    after = trainer.reward_model.state_dict()
+    assert all(torch.equal(w, after[name]) for name, w in before.items())
+
+
+def test_resumed_training_with_adapters_equals_uninterrupted_training(
+    tokenizer, arguments, tmp_path
+):
+    options = dict(save_strategy="steps", save_steps=2, seed=3)
+    whole = with_adapters(
+        tokenizer, arguments, pairs(16), **options, output_dir=str(tmp_path / "a")
+    )
+    whole.train()
+    resumed = with_adapters(
+        tokenizer, arguments, pairs(16), **options, output_dir=str(tmp_path / "b")
+    )
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()  # adapters and head only
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = whole.reward_model.state_dict()
+    for name, weight in resumed.reward_model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_adapters_on_adapters_and_modules_to_save_are_refused(tokenizer, arguments):
+    model = with_adapters(tokenizer, arguments, pairs(4)).reward_model
+    with pytest.raises(ValueError, match="adapters inside already"):
+        with_adapters(tokenizer, arguments, pairs(4), model=model)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"modules_to_save=.*embed_tokens"):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, peft_config=config)
+
+
+def test_resuming_refuses_a_checkpoint_of_other_adapters(tokenizer, arguments, tmp_path):
+    with_adapters(tokenizer, arguments, pairs(4)).save_model(str(tmp_path / "saved"))
+    config = LoraConfig(r=4, target_modules=["k_proj"])
+    other = RewardTrainer(
+        reward_model(), arguments(), processing_class=tokenizer, train_dataset=pairs(4),
+        peft_config=config,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the model's adapters differ in"):
+        other.train(resume_from_checkpoint=str(tmp_path / "saved"))
+
+
+def test_disable_dropout_makes_the_loss_deterministic(tokenizer, arguments):
+    model = RewardModel.from_language_model(language_model(attention_dropout=0.5))
+    torch.nn.init.normal_(model.score.weight)
+    records = pairs(4)
+    for disabled in (False, True):
+        trainer = RewardTrainer(
+            model, arguments(), processing_class=tokenizer, train_dataset=records,
+            disable_dropout=disabled,
+        )  # fmt: skip
+        batch = trainer.data_collator(records)
+        trainer.model.train()
+        losses = {trainer.compute_loss(trainer.model, batch).item() for _ in range(3)}
+        assert (len(losses) == 1) is disabled
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lora_bias=True), "peft_config: these adapters cannot be merged"),
+        (dict(trainable_token_indices=[1]), "peft_config: got trainable_token_indices"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused_before_training(
+    tokenizer, arguments, options, message
+):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match=message):
+        RewardTrainer(reward_model(), arguments(), processing_class=tokenizer, peft_config=config)

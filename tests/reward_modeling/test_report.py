@@ -1,4 +1,4 @@
-"""Reports: figures against numpy, files, pictures, and what PPO makes of the moments."""
+"""Reports: figures against numpy, files, plots, and the moments that PPO normalizes by."""
 
 import json
 
@@ -10,16 +10,16 @@ from preferences import pairs, reward_model
 
 from mossrlhf import RewardReport, RewardShaper, RewardTrainer, RunningMoments
 from mossrlhf.models import RewardModel
-from mossrlhf.reward_trainer.report import calibration
+from mossrlhf.reward_modeling.report import calibration
 
 
-def drawn(count=200):
+def random_rewards(count=200):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, 2, generator=generator) + torch.tensor([0.5, 0.0])
 
 
-def test_figures_are_those_of_numpy():
-    scores = drawn()
+def test_figures_equal_numpys():
+    scores = random_rewards()
     report = RewardReport.of(scores)
     table = scores.double().numpy()
     margins = table[:, 0] - table[:, 1]
@@ -34,11 +34,11 @@ def test_figures_are_those_of_numpy():
     assert np.allclose(report.scores, table)
 
 
-def test_ties_count_half():
+def test_accuracy_counts_ties_as_half_right():
     assert RewardReport.of(torch.tensor([[1.0, 1.0], [2.0, 1.0]])).accuracy == 0.75
 
 
-def test_calibration_sorts_pairs_by_how_sure_the_model_is():
+def test_calibration_sorts_pairs_by_confidence():
     margins = torch.tensor([-3.0, 0.1, 2.0, -0.2, 0.0, 4.0]).double()
     low, high = calibration(margins, 2)
     sigmoid = lambda x: 1 / (1 + np.exp(-np.array(x)))  # noqa: E731
@@ -49,7 +49,7 @@ def test_calibration_sorts_pairs_by_how_sure_the_model_is():
     assert high.accuracy == pytest.approx(2 / 3)
 
 
-def test_calibration_error_tells_a_judge_that_is_sure_of_itself():
+def test_calibration_error_shows_an_overconfident_model():
     generator = torch.Generator().manual_seed(0)
     margins = 2 * torch.randn(20000, generator=generator)
     coin = torch.rand(20000, generator=generator) < torch.sigmoid(margins)
@@ -59,13 +59,13 @@ def test_calibration_error_tells_a_judge_that_is_sure_of_itself():
     assert RewardReport.of(torch.stack([4 * honest, zero], 1)).calibration_error > 0.1
 
 
-def test_scores_that_are_none_or_not_finite_are_refused():
+def test_empty_and_non_finite_rewards_are_refused():
     for scores in (torch.zeros(0, 2), torch.tensor([[1.0, torch.nan]])):
         with pytest.raises(ValueError, match="expected finite scores of one pair at least"):
             RewardReport.of(scores)
 
 
-def test_a_trainer_reports_and_keeps_the_moments(tokenizer, arguments, tmp_path):
+def test_trainer_reports_and_keeps_the_moments(tokenizer, arguments, tmp_path):
     records = pairs(24)
     trainer = RewardTrainer(
         reward_model(),
@@ -95,28 +95,28 @@ def test_a_trainer_reports_and_keeps_the_moments(tokenizer, arguments, tmp_path)
     assert moments.std == pytest.approx(metrics["eval_score_std"])
     shaper = RewardShaper(normalize=True, moments=moments)
     first = shaper.shape(torch.full((4,), metrics["eval_score_mean"]))
-    assert first.abs().max() < 1e-5  # alone they would have no scale at all
+    assert first.abs().max() < 1e-5  # their own standard deviation is 0
 
 
-def test_there_must_be_something_to_report_on(tokenizer, arguments):
+def test_report_refuses_no_dataset_and_several(tokenizer, arguments):
     trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
     for dataset in (None, {"one": pairs(2)}):
         with pytest.raises(ValueError, match="pass one: report"):
             trainer.report(dataset)
 
 
-def test_pictures_have_what_there_is(tmp_path):
+def test_plots_show_the_steps_if_there_are_any(tmp_path):
     history = [{"step": 5, "eval_accuracy": 0.6}, {"step": 10, "eval_accuracy": 0.7}, {"loss": 1}]
-    report = RewardReport.of(drawn(), history)
+    report = RewardReport.of(random_rewards(), history)
     assert [axes.get_title("left")[:8] for axes in report.plot().axes] == [
-        "Margins ", "Scores (", "Right (s", "Accuracy",
+        "Margins ", "Rewards ", "Accuracy", "Accuracy",
     ]  # fmt: skip
-    assert len(RewardReport.of(drawn(3)).plot(tmp_path / "new" / "r.svg").axes) == 3
+    assert len(RewardReport.of(random_rewards(3)).plot(tmp_path / "new" / "r.svg").axes) == 3
     same = torch.ones(4, 2)  # an untrained head
     assert RewardReport.of(same).plot(tmp_path / "r.png").axes
 
 
-def test_of_several_sets_the_first_gives_the_moments(tokenizer, arguments):
+def test_moments_are_those_of_the_first_of_several_sets(tokenizer, arguments):
     trainer = RewardTrainer(
         reward_model(), arguments(), processing_class=tokenizer,
         eval_dataset={"one": pairs(6), "two": pairs(3)},
@@ -127,10 +127,10 @@ def test_of_several_sets_the_first_gives_the_moments(tokenizer, arguments):
     assert trainer.reward_model.config.score_std == metrics["eval_one_score_std"]
 
 
-def test_the_best_model_has_its_own_moments_where_only_weights_are_loaded(
+def test_best_model_gets_its_moments_from_the_log_if_only_weights_are_loaded(
     tokenizer, arguments, monkeypatch
 ):
-    """FSDP and DeepSpeed load weights alone; the log knows the rest."""
+    """FSDP and DeepSpeed load weights only."""
     trainer = RewardTrainer(reward_model(), arguments(), processing_class=tokenizer)
     trainer.state.log_history = [
         {"step": step, "eval_score_mean": float(step), "eval_score_std": 2.0 * step}
@@ -144,7 +144,7 @@ def test_the_best_model_has_its_own_moments_where_only_weights_are_loaded(
     assert (config.score_mean, config.score_std) == (2.0, 4.0)
 
 
-def test_the_curve_is_that_of_the_first_of_several_sets(tokenizer, arguments):
+def test_accuracy_by_step_is_that_of_the_first_of_several_sets(tokenizer, arguments):
     trainer = RewardTrainer(
         reward_model(), arguments(eval_strategy="steps", eval_steps=1, num_train_epochs=1),
         processing_class=tokenizer, train_dataset=pairs(4),
@@ -157,7 +157,7 @@ def test_the_curve_is_that_of_the_first_of_several_sets(tokenizer, arguments):
     assert curve
 
 
-def test_moments_of_an_untrained_model_are_forgotten(tokenizer, arguments):
+def test_training_clears_the_moments_of_the_untrained_model(tokenizer, arguments):
     trainer = RewardTrainer(
         reward_model(), arguments(num_train_epochs=1), processing_class=tokenizer,
         train_dataset=pairs(4), eval_dataset=pairs(3),

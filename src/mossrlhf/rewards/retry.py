@@ -1,4 +1,4 @@
-"""A reward function that may fail now and then, or not answer at all."""
+"""Retries and a timeout for a reward function."""
 
 import inspect
 import queue
@@ -14,37 +14,32 @@ import torch
 
 from mossrlhf.options import check_range
 from mossrlhf.randomness import random_state, set_random_state
-from mossrlhf.rewards.model import ModelReward
-from mossrlhf.rewards.together import reward_name
+from mossrlhf.rewards.model_reward import ModelReward
+from mossrlhf.rewards.reward_set import reward_name
 
 
 class PatientReward:
-    """Asks a reward function again where it raises or does not answer, and then gives up.
+    """A reward function that is called again if it raises or does not return in time.
 
-    It stands wherever the function would: alone, in a list, with a weight. Each attempt begins
-    with the random numbers of the first (Python's, NumPy's, torch's on every device), so that one
-    which fails changes nothing of the run. Once
-    it gives up, what the function raised last (a `TimeoutError` where it did not answer) stops
-    the run, and the checkpoint it leaves begins the iteration anew.
+    Each attempt begins with the random state of the first (Python's, NumPy's, torch's on every
+    device), so that a failed attempt does not change the run. The error of the last attempt stops
+    the run; resumed from the checkpoint it writes then, the run repeats the iteration.
 
-    A thread cannot be killed: a call that does not answer goes on in the background, its answer
-    is not listened to any more, and as a daemon thread it does not keep the process alive. What it
-    does meanwhile, to files or to random numbers, it does. At most ``retries + 1`` of them are
-    left behind by the call that ends the run. Under several processes ``ddp_timeout`` must be
-    longer than all attempts together.
+    A thread cannot be killed: a call that timed out goes on in a daemon thread, with its side
+    effects on files and random state, and its result is discarded. The run ends with at most
+    ``retries + 1`` such threads. With several processes ``ddp_timeout`` must be longer than all
+    attempts together.
 
     Args:
         reward: ``reward(*, prompts, completions, completion_ids, **columns)``.
-        timeout: seconds an attempt may take, at most `threading.TIMEOUT_MAX`; None for no bound, in
-            the caller's own thread.
-        retries: further attempts, a whole number.
-        wait: seconds before the second attempt; twice as long before each one after it.
+        timeout: seconds per attempt, at most `threading.TIMEOUT_MAX`; None for no limit, in the
+            caller's thread.
+        retries: further attempts, an integer.
+        wait: seconds before the second attempt; doubled before each one after it.
 
     Raises:
-        TypeError: where `reward` is a model, which is local and does not get better by waiting.
-        ValueError: where a number is out of range, or the last wait would be.
-
-    Source: ours.
+        TypeError: if `reward` is a model, which fails in the same way each time.
+        ValueError: if a number is out of range, or the last wait would be.
     """
 
     def __init__(
@@ -60,7 +55,7 @@ class PatientReward:
                 f"reward: got {type(reward).__name__}, expected a function reward(*, prompts, "
                 "completions, completion_ids, **columns); pass models as they are"
             )
-        longest = threading.TIMEOUT_MAX  # what the system can wait for at all
+        longest = threading.TIMEOUT_MAX
         check_range("PatientReward", "timeout", timeout, 0, longest, above=True)
         check_range("PatientReward", "retries", retries, 0)
         if isinstance(retries, bool) or not isinstance(retries, int):
@@ -74,21 +69,18 @@ class PatientReward:
                 f"the last would exceed {longest:g} s; lower one of them, or set wait=0"
             )
         self.reward, self.timeout, self.retries, self.wait = reward, timeout, retries, wait
-        # What metrics call it, and what it is called with, are the function's.
+        # Metrics show the function's name, and `RewardSet` passes what its signature asks for.
         self.__name__ = reward_name(reward)
         self.__signature__ = inspect.signature(reward)
 
     def __call__(self, **arguments: Any) -> Any:
-        """Return what the function does, of its first attempt that succeeds.
-
-        Args:
-            arguments: the function's.
+        """Return the function's result for ``arguments``, from the first attempt that succeeds.
 
         Raises:
-            TimeoutError: where the last attempt did not answer in time.
+            TimeoutError: if the last attempt did not return in time.
             Exception: whatever the last attempt raised.
         """
-        numbers = random_state()
+        state = random_state()
         for attempt in range(self.retries + 1):
             try:
                 return self._attempt(arguments)
@@ -103,40 +95,39 @@ class PatientReward:
                     stacklevel=2,
                 )
                 time.sleep(pause)
-                set_random_state(*numbers)
+                set_random_state(*state)
 
     def _attempt(self, arguments: dict[str, Any]) -> Any:
         if self.timeout is None:
             return self.reward(**arguments)
-        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        modes = _modes()
+        results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        modes = _torch_modes()
 
-        def ask() -> None:
+        def call() -> None:
             try:
-                with ExitStack() as here:
+                with ExitStack() as stack:
                     for mode in modes:
-                        here.enter_context(mode())
-                    answers.put((self.reward(**arguments), None))
+                        stack.enter_context(mode())
+                    results.put((self.reward(**arguments), None))
             except BaseException as error:
-                answers.put((None, error))
+                results.put((None, error))
 
-        name = f"reward {self.__name__}"
-        threading.Thread(target=ask, name=name, daemon=True).start()
+        threading.Thread(target=call, name=f"reward {self.__name__}", daemon=True).start()
         try:
-            answer, error = answers.get(timeout=self.timeout)
+            result, error = results.get(timeout=self.timeout)
         except queue.Empty:
             raise TimeoutError(
                 f"no answer within {self.timeout:g} s (PatientReward(timeout=))"
             ) from None
         if error is not None:
             raise error
-        return answer
+        return result
 
 
-def _modes() -> list[Callable[[], AbstractContextManager[None]]]:
-    """What torch keeps for each thread, and a reward that runs a model may count on."""
+def _torch_modes() -> list[Callable[[], AbstractContextManager[None]]]:
+    """Return torch's modes of this thread, which a function that runs a model may rely on."""
     modes: list[Any] = [
-        partial(torch.inference_mode, torch.is_inference_mode_enabled()),  # sets the next one too
+        partial(torch.inference_mode, torch.is_inference_mode_enabled()),  # first: sets grad too
         partial(torch.set_grad_enabled, torch.is_grad_enabled()),
     ]
     for kind in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, arguments of transformers that keep quiet."""
+"""A tokenizer of a few words, and quiet `TrainingArguments`."""
 
 import pytest
 from preferences import WORDS
@@ -33,5 +33,5 @@ def arguments(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _silence(monkeypatch):
-    """The trainer prints its logs where there is no progress bar."""
+    """Without a progress bar the trainer prints its logs."""
     monkeypatch.setattr("builtins.print", lambda *_, **__: None)
