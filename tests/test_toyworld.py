@@ -152,7 +152,7 @@ def test_well_formed_accepts_whole_sentences_only():
 
 
 def test_unknown_language_and_split_are_refused():
-    with pytest.raises(ValueError, match="lang is 'fr', expected one of"):
+    with pytest.raises(ValueError, match="lang: got 'fr', expected one of"):
         ToyWorld(lang="fr")
-    with pytest.raises(ValueError, match="split is 'test'"):
+    with pytest.raises(ValueError, match="split: got 'test'"):
         ToyWorld().prompts(1, split="test")
