@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> float:
         total = recover(args.raw, args.diff, args.tuned, "reward", check_sum=args.check_sum)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    print(f"check sum {total:.6f}")
+    print(f"checksum {total:.6f}")
     reward_model = RewardModel.from_pretrained(args.tuned)
     tokenizer = AutoTokenizer.from_pretrained(args.tuned)
     set_dialogue_template(tokenizer, args.lang)

@@ -1,4 +1,4 @@
-"""Collapse is named at any length, and only then; so is a policy that does not move."""
+"""Collapse is detected at any length, and a policy that does not move is reported."""
 
 import math
 import warnings
@@ -46,7 +46,7 @@ def watch():
 
 
 @pytest.mark.parametrize("name", COLLAPSED)
-def test_collapse_is_named_at_any_length(watch, name):
+def test_collapse_is_detected_at_any_length(watch, name):
     with pytest.warns(CollapseWarning, match=r"303.0 nats per sequence .bound 25"):
         assert watch(described(COLLAPSED[name], kl=303.0))
 
@@ -60,11 +60,11 @@ def test_collapse_is_named_at_any_length(watch, name):
         (COLLAPSED["two words"], 2.0),  # nor is monotony that the reference shares
     ],
 )
-def test_what_is_healthy_is_not_flagged(watch, responses, kl):
+def test_healthy_policy_is_not_flagged(watch, responses, kl):
     assert not watch(described(responses, kl))
 
 
-def test_collapse_is_told_again_only_after_it_was_over_for_long(watch):
+def test_collapse_warning_is_repeated_only_after_ten_healthy_iterations(watch):
     bad, good = described(COLLAPSED["two words"], 50.0), described(HEALTHY, 3.0)
     told = []
     for step, metrics in enumerate([bad, bad, *[good] * (LATELY - 1), bad, *[good] * LATELY, bad]):
@@ -85,7 +85,7 @@ def test_collapse_is_told_again_only_after_it_was_over_for_long(watch):
         described([[1, 1]], math.nan),
     ],
 )
-def test_without_numbers_nothing_is_said(watch, metrics):
+def test_collapse_needs_both_metrics(watch, metrics):
     assert not watch(metrics)
     assert not CollapseWatch(25.0, None)(described([[1, 1, 1]], 99.0))
 
@@ -94,7 +94,7 @@ def test_without_numbers_nothing_is_said(watch, metrics):
 
 
 def trained(dtype, rate, steps):
-    """Yield what the watch says of a language model's weights after each step of AdamW."""
+    """Yield the share of a language model's weights that changed, after each step of AdamW."""
     config = ToyWorld().model_config(hidden_size=16, num_layers=1)
     model = LlamaForCausalLM(config).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -107,22 +107,22 @@ def trained(dtype, rate, steps):
         yield watch(rate)
 
 
-def test_bfloat16_at_a_small_rate_stands_still():
+def test_still_watch_warns_in_bfloat16_at_a_small_learning_rate():
     with pytest.warns(StillPolicyWarning, match="float32") as caught:
         changed = list(trained(torch.bfloat16, 5e-7, steps=6))
     assert max(changed) < 0.05
     assert len(caught) == 1  # once, not at every step
 
 
-def test_float32_moves_at_the_same_rate():
+def test_float32_moves_at_the_same_learning_rate():
     assert min(trained(torch.float32, 5e-7, steps=6)) > 0.5
 
 
-def test_bfloat16_moves_at_a_large_rate():
+def test_bfloat16_moves_at_a_large_learning_rate():
     assert min(trained(torch.bfloat16, 1e-2, steps=6)) > 0.5
 
 
-def test_patience_is_for_steps_in_a_row():
+def test_still_watch_counts_iterations_in_a_row():
     model = nn.Linear(4, 4)
     watch = StillWatch(model.parameters(), patience=3)
     with warnings.catch_warnings():
@@ -136,12 +136,12 @@ def test_patience_is_for_steps_in_a_row():
         watch(1.0)
 
 
-def test_at_rate_zero_nothing_is_expected():
+def test_still_watch_expects_no_change_at_learning_rate_zero():
     watch = StillWatch(nn.Linear(4, 4).parameters(), patience=1)
     assert watch(0.0) == 0
 
 
-def test_frozen_parameters_are_not_looked_at():
+def test_still_watch_ignores_frozen_parameters():
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4))
     watch = StillWatch(model.parameters(), patience=1)
     with torch.no_grad():

@@ -1,7 +1,10 @@
-"""The console keeps to 80 columns whatever comes; completions come back as they were."""
+"""Console lines have at most 80 columns; completions are read back as they were written."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -24,13 +27,13 @@ def cells(line):
     return found
 
 
-def test_heading_names_every_column_and_stands_above_it():
+def test_console_heading_is_aligned_with_the_columns():
     heading = ConsoleTable.heading()
     assert len(heading) <= 80
     assert cells(heading) == [name for name, _, _, _ in COLUMNS]
 
 
-def test_an_evaluation_is_a_line_for_each_reward(capsys):
+def test_console_prints_one_line_per_evaluated_reward(capsys):
     metrics = {"eval/kl/ref_per_sequence": 1.0}
     for name in ("reward_model", "brevity"):
         rates = {"policy": 1.196, "ref": 0.3824, "win_rate": 0.95, "tie_rate": 0, "lose_rate": 0.04}
@@ -42,7 +45,7 @@ def test_an_evaluation_is_a_line_for_each_reward(capsys):
     ]
 
 
-def test_ordinary_numbers():
+def test_console_line_of_ordinary_numbers():
     expected = ["12", "2.861", "4.83", "18.2", "2.31", "3.07", "0.041", "0.083", "0.71"]
     assert cells(ConsoleTable.line(ORDINARY)) == expected
 
@@ -50,7 +53,7 @@ def test_ordinary_numbers():
 @pytest.mark.parametrize(
     "value", [1e9, -1e9, 123456.789, -99999.5, 1e300, -1e300, math.inf, -math.inf, math.nan, 0]
 )
-def test_huge_numbers_stay_in_their_columns(value):
+def test_console_keeps_huge_numbers_in_their_columns(value):
     line = ConsoleTable.line(dict.fromkeys(NAMES, value) | {"step": 100_000})
     assert len(line) <= 80
     shown = cells(line)
@@ -60,7 +63,7 @@ def test_huge_numbers_stay_in_their_columns(value):
 
 
 @given(st.lists(NUMBERS, min_size=8, max_size=8), st.integers(0, 999_999))
-def test_any_numbers_make_a_table(values, step):
+def test_console_line_of_any_numbers_is_aligned(values, step):
     line = ConsoleTable.line(dict(zip(NAMES, [step, *values], strict=True)))
     assert len(line) == len(ConsoleTable.heading())
     for text, value in zip(cells(line), [step, *values], strict=True):
@@ -68,12 +71,12 @@ def test_any_numbers_make_a_table(values, step):
         assert float(text) == pytest.approx(value, rel=0.35, abs=0.06, nan_ok=True)
 
 
-def test_what_is_missing_stays_blank():
+def test_console_leaves_missing_metrics_blank():
     line = ConsoleTable.line({"step": 3, "perplexity/ref": 2.5})
     assert cells(line) == ["3", "", "", "", "", "2.50", "", "", ""]
 
 
-def test_heading_comes_back_every_few_lines(capsys):
+def test_console_repeats_the_heading(capsys):
     table = ConsoleTable(every=2)
     for step in range(3):
         table({**ORDINARY, "step": step})
@@ -82,7 +85,7 @@ def test_heading_comes_back_every_few_lines(capsys):
     assert starts == ["step", "0", "1", "step", "2"]
 
 
-def test_completions_come_back(tmp_path):
+def test_completions_are_read_back_as_written(tmp_path):
     path = tmp_path / "new" / "completions.jsonl"
     write = Completions(path, limit=2)
     # What `str.splitlines` takes for ends of lines, and people write all the same.
@@ -99,7 +102,7 @@ def test_completions_come_back(tmp_path):
     assert "你好" in path.read_text(encoding="utf-8")  # readable without a parser
 
 
-def test_rewards_that_do_not_apply_are_null(tmp_path):
+def test_completions_write_non_finite_rewards_as_null(tmp_path):
     path = tmp_path / "completions.jsonl"
     Completions(path)(1, ["p", "q"], ["a", "b"], {"reward/a": [math.nan, math.inf]})
 
@@ -111,7 +114,22 @@ def test_rewards_that_do_not_apply_are_null(tmp_path):
     assert [row["reward/a"] for row in rows] == [None, None]
 
 
-def test_lines_that_are_no_records_are_passed_over(tmp_path):
+def test_completion_table_skips_lines_that_are_not_records(tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text('[1]\n2\nnull\n"text"\n{"step": 1}\n{"st\n{"step": 2}', encoding="utf-8")
     assert completion_table(path) == [{"step": 1}]
+
+
+def test_standard_logging_is_not_hidden(root):
+    """Imports are absolute: `import logging` in the package is the standard library's."""
+    code = """
+import logging, mossrlhf.logging
+from mossrlhf import Trainer
+assert logging is not mossrlhf.logging
+logging.getLogger("any").warning("written by the standard library")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "written by the standard library" in done.stderr

@@ -1,4 +1,4 @@
-"""Metrics against loops over the tokens, and means that do not depend on how they are split."""
+"""Metrics match loops over the tokens; means do not depend on how the tokens are split."""
 
 import math
 import threading
@@ -14,7 +14,7 @@ from mossrlhf.types import Rollout
 LENGTHS = [3, 1, 5]
 
 
-def filled(lengths=LENGTHS, **fields):
+def rollout_of(lengths=LENGTHS, **fields):
     """A rollout with random per-token fields, NaN wherever the mask does not reach."""
     count, width = len(lengths), max(lengths)
     response = torch.tensor(lengths)
@@ -22,8 +22,8 @@ def filled(lengths=LENGTHS, **fields):
     generator = torch.Generator().manual_seed(3)
 
     def noise(scale=1.0):
-        drawn = scale * torch.randn(count, width, generator=generator)
-        return torch.where(mask, drawn, torch.nan)
+        x = scale * torch.randn(count, width, generator=generator)
+        return torch.where(mask, x, torch.nan)
 
     values = dict(
         input_ids=torch.arange(count * (width + 2)).view(count, width + 2) % 7,
@@ -54,7 +54,7 @@ def tokens(rollout, x):
 
 @pytest.fixture
 def rollout():
-    return filled()
+    return rollout_of()
 
 
 @pytest.mark.parametrize("who", ["policy", "ref"])
@@ -78,9 +78,9 @@ def test_kl_per_token_and_per_sequence(rollout):
     assert metrics["kl/ref_k3_per_token"] == pytest.approx(k3 / 9, rel=1e-4)
 
 
-def test_k1_is_positive_where_the_policy_is_the_surer_one():
+def test_k1_is_positive_if_the_policy_is_more_certain():
     log_half, log_tenth = math.log(0.5), math.log(0.1)
-    rollout = filled(
+    rollout = rollout_of(
         logprobs=torch.full((3, 5), log_half), ref_logprobs=torch.full((3, 5), log_tenth)
     )
     metrics = rollout_metrics(rollout)
@@ -90,7 +90,7 @@ def test_k1_is_positive_where_the_policy_is_the_surer_one():
     assert metrics["perplexity/ref"] == pytest.approx(10, rel=1e-6)
 
 
-def test_responses_and_rewards(rollout):
+def test_response_and_reward_metrics_by_loops(rollout):
     metrics = rollout_metrics(rollout)
     assert metrics["response/length_tokens"] == 3
     assert metrics["response/truncated_fraction"] == pytest.approx(1 / 3)
@@ -105,33 +105,35 @@ def test_responses_and_rewards(rollout):
         assert metrics[f"{name}/std"] == pytest.approx(np.std(column), rel=1e-5)
 
 
-def test_rewards_that_do_not_apply_are_left_out():
+def test_moments_leave_non_finite_rewards_out():
     some = torch.tensor([1.0, torch.nan, 4.0])
-    metrics = rollout_metrics(filled(scores=some, extra={"reward/a": some, "other": some}))
+    metrics = rollout_metrics(rollout_of(scores=some, extra={"reward/a": some, "other": some}))
     for name in ("reward/score_", "reward/a/"):
         assert metrics[f"{name}mean"] == pytest.approx(2.5)
         assert metrics[f"{name}std"] == pytest.approx(1.5)
     assert not [name for name in metrics if "other" in name]
 
 
-def test_gap_to_the_sampler():
+def test_sampler_gap_and_ratio():
     gap = torch.tensor([0.05, 0.2, 0.0, 0.0, 0.0])  # exp(0.2) is off by more than a tenth
-    rollout = filled(lengths=[2, 5])
+    rollout = rollout_of(lengths=[2, 5])
     metrics = rollout_metrics(
-        filled(lengths=[2, 5], sampler_logprobs=rollout.logprobs - gap * torch.tensor([[1], [-1]]))
+        rollout_of(
+            lengths=[2, 5], sampler_logprobs=rollout.logprobs - gap * torch.tensor([[1], [-1]])
+        )
     )
     assert metrics["sampler/logprob_gap_nats"] == pytest.approx(0.5 / 7, rel=1e-5)
     assert metrics["sampler/ratio_off_fraction"] == pytest.approx(2 / 7, rel=1e-5)
 
 
-def test_what_is_not_there_is_left_out():
+def test_metrics_of_missing_tensors_are_left_out():
     annotated = ["logprobs", "ref_logprobs", "entropies", "values"]
     estimated = ["scores", "rewards", "advantages", "returns"]
-    rollout = filled(**dict.fromkeys([*annotated, *estimated]))
+    rollout = rollout_of(**dict.fromkeys([*annotated, *estimated]))
     assert {name.split("/")[0] for name in rollout_metrics(rollout)} == {"response"}
 
 
-def test_explained_variance_by_numpy(rollout):
+def test_explained_variance_matches_numpy(rollout):
     returns = np.array(tokens(rollout, rollout.returns))
     values = np.array(tokens(rollout, rollout.values))
     expected = 1 - np.var(returns - values) / np.var(returns)
@@ -143,26 +145,28 @@ def test_explained_variance_of_perfect_constant_and_inverted_critics(rollout):
     returns = torch.where(rollout.mask, rollout.returns, 0.0)
     cases = [(returns, 1.0), (returns + 5, 1.0), (torch.zeros(3, 5), 0.0), (-returns, -3.0)]
     for values, expected in cases:
-        critic = filled(returns=returns, values=values)
+        critic = rollout_of(returns=returns, values=values)
         assert float(explained_variance(critic)) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.7, 1e4])
-def test_explained_variance_is_zero_where_returns_do_not_vary(level):
+def test_explained_variance_is_zero_for_constant_returns(level):
     # At 0.1 the float32 mean of equal numbers is off in its last bit: no variance to explain.
     lengths = [7] * 29
-    rollout = filled(lengths, returns=torch.full((29, 7), level))
+    rollout = rollout_of(lengths, returns=torch.full((29, 7), level))
     assert float(explained_variance(rollout)) == 0
 
 
-def test_states_beyond_the_mask_count_for_the_critic():
+def test_explained_variance_counts_states_beyond_the_mask():
     returns, values = torch.tensor([[1.0, 3.0, 5.0]]), torch.tensor([[1.0, 3.0, 0.0]])
     states = torch.tensor([[True, True, True]])
-    rollout = filled([3], returns=returns, values=values)
-    short = filled([3], returns=returns, values=values, mask=torch.tensor([[True, True, False]]))
+    rollout = rollout_of([3], returns=returns, values=values)
+    short = rollout_of(
+        [3], returns=returns, values=values, mask=torch.tensor([[True, True, False]])
+    )
     assert float(explained_variance(short)) == 1
     assert float(explained_variance(rollout)) == pytest.approx(1 - (50 / 9) / (8 / 3))
-    widened = filled([3], returns=returns, values=values, mask=short.mask, state_mask=states)
+    widened = rollout_of([3], returns=returns, values=values, mask=short.mask, state_mask=states)
     assert float(explained_variance(widened)) == float(explained_variance(rollout))
 
 
@@ -182,7 +186,7 @@ def test_distinct_2(completions, expected):
     assert distinct_2(completions) == expected
 
 
-def test_meter_weighs():
+def test_meter_weights_means():
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0)}, torch.tensor(30.0))
     meter.add({"loss": torch.tensor(4.0), "rare": torch.tensor(7.0)}, torch.tensor(10.0))
@@ -197,7 +201,7 @@ def test_meter_is_exact_over_many_steps():
     assert meter.compute()["x"] == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
 
 
-def test_shares_of_processes_add_up():
+def test_meter_adds_the_shares_of_processes():
     # Two processes with 6 and 2 of a step's 8 tokens; each adds its share, weighed by all 8.
     full, ours, theirs = Meter(), Meter(), Meter()
     for mine, others in [(1.5, 0.25), (0.5, 1.0)]:
@@ -227,7 +231,7 @@ SCORES = np.random.default_rng(0).normal(3.0, 2.0, 61)
         np.arange(20.0),
     ],
 )
-def test_quantiles_are_those_of_numpy(scores):
+def test_quantiles_match_numpy(scores):
     shares = (0.05, 0.25, 0.5, 0.95)
     expected = np.quantile(scores, shares, method="inverted_cdf")
     mixed = torch.tensor([math.nan, *scores, math.inf], dtype=torch.float64)
@@ -237,17 +241,17 @@ def test_quantiles_are_those_of_numpy(scores):
 
 def test_quantiles_of_the_scores_are_logged():
     scores = torch.tensor([*range(100), math.nan])
-    metrics = rollout_metrics(filled(lengths=[1] * 101, scores=scores))
+    metrics = rollout_metrics(rollout_of(lengths=[1] * 101, scores=scores))
     names = [f"reward/score_p{percent}" for percent in ("05", "50", "95")]
     assert [metrics[name] for name in names] == pytest.approx([4.0, 49.0, 94.0])
 
 
-def test_of_no_scores_all_quantiles_are_zero():
+def test_quantiles_of_no_scores_are_zero():
     nothing = torch.full((3,), math.nan, dtype=torch.float64)
     assert quantiles(nothing, torch.isfinite(nothing), (0.5,)).tolist() == [0.0]
 
 
-def test_metrics_of_two_processes_are_those_of_the_whole(rollout):
+def test_metrics_of_two_processes_equal_those_of_one(rollout):
     parts = [rollout.select(torch.tensor([0])), rollout.select(torch.tensor([1, 2]))]
     ours, theirs = together(parts)
     assert ours == theirs
@@ -257,7 +261,7 @@ def test_metrics_of_two_processes_are_those_of_the_whole(rollout):
 
 
 def together(parts):
-    """Compute the metrics of each part in a thread of its own; their sums wait for each other."""
+    """Compute the metrics of each part in its own thread, as processes do."""
     barrier, sent = threading.Barrier(len(parts), timeout=60), [None] * len(parts)
 
     def process(rank):

@@ -236,8 +236,8 @@ def test_read_samples_returns_what_the_recipes_wrote(whole):
     assert len(samples) == 2
     prompt = "\n".join(NASTY.splitlines()).replace(" \n", "\n")
     assert samples[0].prompt == prompt
-    assert samples[0].answers["reference"] == "**theirs**\n## Prompt 9\n\nmore"
-    assert list(samples[0].answers) == ["policy", "reference"]
+    assert samples[0].responses["reference"] == "**theirs**\n## Prompt 9\n\nmore"
+    assert list(samples[0].responses) == ["policy", "reference"]
 
 
 def test_page_names_missing_files(tmp_path):
@@ -289,7 +289,7 @@ def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
 
 
 def test_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run: .*is no folder; pass a run's output_dir"):
+    with pytest.raises(FileNotFoundError, match=r"run: .*is not a folder; pass a run's output_dir"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

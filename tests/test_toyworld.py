@@ -1,4 +1,4 @@
-"""The toy world: what is true in it, and what its judge and its texts are like."""
+"""The toy world: its true preference, its annotator and its texts."""
 
 from statistics import mean
 
@@ -21,7 +21,7 @@ def joined(world: ToyWorld, *lines: str) -> str:
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_tokens_of_every_text_are_known_and_decode_to_it(lang):
+def test_tokenizer_knows_and_decodes_every_text(lang):
     world = ToyWorld(lang=lang)
     tokenizer = world.tokenizer()
     for example in world.sft_examples(200):
@@ -34,7 +34,7 @@ def test_tokens_of_every_text_are_known_and_decode_to_it(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_draws_are_repeatable_and_splits_share_no_last_question(lang):
+def test_prompts_are_repeatable_and_splits_share_no_last_question(lang):
     world = ToyWorld(lang=lang)
     assert world.prompts(50) == ToyWorld(lang=lang).prompts(50)
     assert world.prompts(50) != world.prompts(50, seed=1)
@@ -47,7 +47,7 @@ def test_draws_are_repeatable_and_splits_share_no_last_question(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_truth_by_hand(lang):
+def test_true_quality_by_hand(lang):
     world = ToyWorld(lang=lang)
     record = a_record(world, harmful=False)
     language, weights = world.language, world.preference
@@ -78,7 +78,7 @@ def test_truth_by_hand(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_harmful_requests_are_to_be_refused(lang):
+def test_true_quality_rewards_refusing_harmful_requests(lang):
     world = ToyWorld(lang=lang)
     record = a_record(world, harmful=True)
     language = world.language
@@ -90,7 +90,7 @@ def test_harmful_requests_are_to_be_refused(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_empty_and_constant_answers_are_truly_worse_than_demonstrations(lang):
+def test_empty_and_constant_responses_are_worse_than_demonstrations(lang):
     world = ToyWorld(lang=lang)
     records = world.prompts(300, split="eval")
     examples = world.sft_examples(300)
@@ -108,7 +108,7 @@ def test_demonstrations_leave_room_to_do_better(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_judge_errs_as_often_as_it_says(lang):
+def test_annotator_errs_as_often_as_its_temperature_says(lang):
     import math
 
     world = ToyWorld(lang=lang)
@@ -124,11 +124,11 @@ def test_judge_errs_as_often_as_it_says(lang):
         assert pair["true_margin"] == pytest.approx(margin)
 
 
-def test_pairs_carry_no_column_that_training_reads():
+def test_pairs_have_no_margin_column():
     assert "margin" not in ToyWorld().pairs(1)[0]
 
 
-def test_reward_tells_ended_answers_from_cut_ones():
+def test_reward_penalizes_truncated_responses():
     world = ToyWorld()
     record = a_record(world, harmful=False)
     text = joined(world, world.language.topics[record["topic"]].details[0])
@@ -142,7 +142,7 @@ def test_reward_tells_ended_answers_from_cut_ones():
     assert ended - cut == pytest.approx(-world.preference.unfinished)
 
 
-def test_well_formed():
+def test_well_formed_accepts_whole_sentences_only():
     world = ToyWorld()
     good = world.sft_examples(100)
     assert all(world.well_formed(e["response"]) for e in good)
@@ -151,8 +151,8 @@ def test_well_formed():
     assert not world.well_formed("weigh the flour")
 
 
-def test_unknown_language_and_split():
-    with pytest.raises(ValueError, match="lang is 'fr', expected one of"):
+def test_unknown_language_and_split_are_refused():
+    with pytest.raises(ValueError, match="lang: got 'fr', expected one of"):
         ToyWorld(lang="fr")
-    with pytest.raises(ValueError, match="split is 'test'"):
+    with pytest.raises(ValueError, match="split: got 'test'"):
         ToyWorld().prompts(1, split="test")

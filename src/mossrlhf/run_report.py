@@ -40,7 +40,7 @@ class Sample:
     """A prompt and the response of each model, by the model's name."""
 
     prompt: str
-    answers: Mapping[str, str]
+    responses: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +127,14 @@ def read_run(folder: str | Path) -> RunFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"run: {str(folder)!r} is no folder; pass a run's output_dir, which Trainer.train() "
+            f"run: {str(folder)!r} is not a folder; pass a run's output_dir, which Trainer.train() "
             "and the recipes write to"
         )
     runs = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
     if not _is_run(folder) and not runs and not (folder / "summary.json").is_file():
         raise FileNotFoundError(
-            f"run: {str(folder)!r} holds nothing that a run leaves (completions.jsonl, "
-            "checkpoint-<step>/, summary.json), nor do folders in it; pass the output_dir of a run "
+            f"run: {str(folder)!r} and the folders in it have no file of a run "
+            "(completions.jsonl, checkpoint-<step>/, summary.json); pass the output_dir of a run "
             "that has logged an iteration"
         )
     return _read(folder, runs)
@@ -161,7 +161,7 @@ def _read(folder: Path, runs: Sequence[Path], inside: bool = False) -> RunFolder
     )
     samples = read_samples(folder / "samples.md")
     if not samples and not inside:
-        missing.append("samples.md: no answers to held-out prompts")
+        missing.append("samples.md: no responses to held-out prompts")
     faults = folder / "faults"
     return RunFolder(
         name=folder.resolve().name,
@@ -230,15 +230,15 @@ def read_samples(path: Path) -> list[Sample]:
         elif samples and line.startswith("**") and line.endswith("**"):
             samples[-1][1][line.strip("*")] = []
         elif samples and line.startswith(">"):
-            prompt, answers = samples[-1]
-            lines = list(answers.values())[-1] if answers else prompt
+            prompt, responses = samples[-1]
+            lines = list(responses.values())[-1] if responses else prompt
             lines.append(line[1:].removeprefix(" "))
     return [
         Sample(
             prompt="\n".join(prompt),
-            answers={name: "\n".join(lines) for name, lines in answers.items()},
+            responses={name: "\n".join(lines) for name, lines in responses.items()},
         )
-        for prompt, answers in samples
+        for prompt, responses in samples
     ]
 
 

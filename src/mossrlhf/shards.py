@@ -63,7 +63,7 @@ class Shards:
         try:
             value = content.get_tensor(key) if path.suffix == ".safetensors" else content[key]
         except (KeyError, SafetensorError) as error:
-            raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
+            raise ShardError(f"{path}: there is no {key!r}, though the index names it") from error
         if not _is_plain(value):
             kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else "none"
             raise ShardError(
@@ -80,7 +80,7 @@ class Shards:
         try:
             return tuple(self._content(path).get_slice(key).get_shape())
         except SafetensorError as error:
-            raise ShardError(f"{path}: it holds no {key!r}, which its index says") from error
+            raise ShardError(f"{path}: there is no {key!r}, though the index names it") from error
 
     def others(self) -> Iterator[Path]:
         """Yield the files without weights, in subfolders too: configuration, tokenizer."""
@@ -110,8 +110,7 @@ class Shards:
                 keys = content.keys() if name.endswith(".safetensors") else content
                 return dict.fromkeys(keys, path)
         raise ShardError(
-            f"{self.folder}: no weights in it, expected {' or '.join(SINGLE)}, or shards with "
-            "their index"
+            f"{self.folder}: no weights, expected {' or '.join(SINGLE)}, or shards with their index"
         )
 
     def _beside(self, index: Path, name: str) -> Path:
@@ -130,9 +129,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{index}: no index of weights: {error!r}") from error
+        raise ShardError(f"{index}: not an index of weights: {error!r}") from error
     if not isinstance(found, dict) or not all(isinstance(f, str) for f in found.values()):
-        raise ShardError(f"{index}: its weight_map is not one of keys to files")
+        raise ShardError(f"{index}: weight_map: expected a mapping of keys to names of files")
     return found
 
 

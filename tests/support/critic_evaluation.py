@@ -1,4 +1,4 @@
-"""One process of `test_critic_evaluation`: hold a critic's values against continuations."""
+"""One process of `test_critic_evaluation`: evaluate a critic."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def main(folder: Path) -> None:
-    """Evaluate with this process's share of the prompts, and save what came of it."""
+    """Evaluate with this process's share of the prompts, and save the result."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     from transformers import GenerationConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A critic's values against returns known exactly: by plain loops over tokens, in another way."""
+"""A critic's values compared with returns that plain loops over tokens compute exactly."""
 
 import random
 import re
@@ -16,27 +16,26 @@ from mossrlhf.sampling import assemble
 
 LIMIT, GAMMA, ETA, PENALTY = 8, 0.8, 0.3, 0.75
 FIRST, SECOND, END = 10, 11, 2
-"""Words a scripted policy says, and the token that ends what it says."""
+"""Tokens of a scripted policy, and the token that ends its responses."""
 
 
 class Forked:
-    """Goes one of two ways from wherever it is asked, and is sure of each step from there on.
+    """Continues a prompt in one of two ways, deterministic from there on.
 
-    Every other row goes the second way, so that the mean over two rows is exactly the value. What
-    it says depends on all it has read, as a language model's words do. It knows nothing of a
-    shorter limit.
+    Every other row takes the second way, so that the mean over two rows is exactly the value.
+    Tokens depend on the whole prefix, as a language model's do. It ignores a shorter limit.
     """
 
     temperature = 1.0
     max_new_tokens = LIMIT
 
     def __call__(self, model, prompts) -> Rollout:
-        drawn = [said(list(prompt), way % 2) for way, prompt in enumerate(prompts)]
+        drawn = [continued(list(prompt), way % 2) for way, prompt in enumerate(prompts)]
         ended = [response[-1] == END for response in drawn]
         return assemble(prompts, drawn, ended, pad_token_id=0)
 
 
-def said(read: list[int], way: int) -> list[int]:
+def continued(read: list[int], way: int) -> list[int]:
     response = [SECOND if way else FIRST]
     while len(response) < LIMIT and response[-1] != END:
         sum_of_all = sum(read) + sum(response) + 7 * len(response)
@@ -44,8 +43,8 @@ def said(read: list[int], way: int) -> list[int]:
     return response
 
 
-def wordy(completion_ids, **columns) -> list[float]:
-    """How many different words, the end among them: not a sum over tokens."""
+def distinct_tokens(completion_ids, **columns) -> list[float]:
+    """The number of different tokens, the end included: not a sum over tokens."""
     return [float(len(set(ids))) for ids in completion_ids]
 
 
@@ -57,8 +56,8 @@ def log_probabilities(model, prompt, response) -> list[float]:
 
 
 def returned(trainer, prompt, prefix, way, gamma) -> float:
-    """Σ γ^i r_i from a state on, one of the two ways, from the rewards' definition."""
-    rest = said(prompt + prefix, way)[: LIMIT - len(prefix)]
+    """Σ γ^i r_i from a state on, in one of the two ways, by the definition of the rewards."""
+    rest = continued(prompt + prefix, way)[: LIMIT - len(prefix)]
     response = prefix + rest
     ours, theirs = (
         log_probabilities(model, prompt, response) for model in (trainer.policy, trainer.ref_model)
@@ -80,10 +79,10 @@ def exact(trainer, prompt, prefix, gamma=GAMMA) -> float:
 
 @pytest.fixture
 def forked(make, policy):
-    """A trainer of such a policy; its critic is put in place by `install`."""
+    """A trainer with the scripted policy; `install` gives it a critic."""
     return make(
         sampler=Forked(),
-        reward=wordy,
+        reward=distinct_tokens,
         ref_model=policy(5),
         shaper=RewardShaper(kl_coef=ETA, missing_eos_penalty=PENALTY),
         advantage=AdvantageEstimator(gamma=GAMMA, lam=0.5),
@@ -91,12 +90,12 @@ def forked(make, policy):
 
 
 def install(trainer, monkeypatch, error=lambda prefix: 0.0, gamma=GAMMA):
-    """Let the critic say the exact value, and an error with it, of every state of a response."""
+    """Let the critic return the exact value of every state, plus an error."""
     longest = trainer.max_prompt_length
     known = {tuple(ids): ids for ids in trainer._encode(trainer.prompts.dataset).ids}
 
     def token_values(input_ids, attention_mask, right_padded=None):
-        values = torch.full(input_ids.shape, 1e6)  # wrong states do not go unnoticed
+        values = torch.full(input_ids.shape, 1e6)  # makes the use of a wrong state visible
         for row, ids in enumerate(input_ids.tolist()):
             size = int(attention_mask[row].sum())
             prompt = next(p for n in range(longest) if (p := known.get(tuple(ids[: n + 1]))))
@@ -111,7 +110,7 @@ def install(trainer, monkeypatch, error=lambda prefix: 0.0, gamma=GAMMA):
 SMALL = dict(prompts=5, positions=3, continuations=2)
 
 
-def test_the_exact_value_has_no_error(forked, monkeypatch):
+def test_exact_critic_has_no_error(forked, monkeypatch):
     install(forked, monkeypatch)
     found = forked.evaluate_critic(**SMALL)
     assert found.overall.mean_absolute_error == pytest.approx(0, abs=1e-5)
@@ -128,7 +127,7 @@ def test_the_exact_value_has_no_error(forked, monkeypatch):
         assert (part.start, part.end) == (number / 3, (number + 1) / 3)
 
 
-def test_a_shifted_critic_has_the_shift(forked, monkeypatch):
+def test_error_of_a_shifted_critic_is_the_shift(forked, monkeypatch):
     install(forked, monkeypatch, lambda prefix: -0.5)
     overall = forked.evaluate_critic(**SMALL).overall
     assert overall.mean_absolute_error == pytest.approx(0.5, abs=1e-5)
@@ -137,8 +136,8 @@ def test_a_shifted_critic_has_the_shift(forked, monkeypatch):
     assert overall.explained_variance == pytest.approx(1)
 
 
-def test_parts_of_the_response_are_told_apart(forked, monkeypatch):
-    """An error that grows with the position is found where it is."""
+def test_errors_are_reported_by_position(forked, monkeypatch):
+    """An error that grows with the position is reported where it is."""
     install(forked, monkeypatch, lambda prefix: float(len(prefix)))
     found = forked.evaluate_critic(**SMALL)
     for number, part in enumerate(found.by_position):
@@ -146,7 +145,7 @@ def test_parts_of_the_response_are_told_apart(forked, monkeypatch):
         assert part.mean_error == pytest.approx(float(found.positions[at].double().mean()))
 
 
-def test_a_discount_of_ones_own(forked, monkeypatch):
+def test_gamma_replaces_the_estimator_s(forked, monkeypatch):
     install(forked, monkeypatch, gamma=1.0)
     assert forked.evaluate_critic(**SMALL).overall.mean_absolute_error > 0.05
     found = forked.evaluate_critic(**SMALL, gamma=1.0)
@@ -156,7 +155,7 @@ def test_a_discount_of_ones_own(forked, monkeypatch):
         forked.evaluate_critic(**SMALL)
 
 
-def test_the_score_after_the_end_comes_a_step_later(forked, monkeypatch):
+def test_score_after_end_is_discounted_by_one_more_step(forked, monkeypatch):
     forked.shaper.score_after_end = True
     install(forked, monkeypatch)
     found = forked.evaluate_critic(**SMALL)
@@ -167,8 +166,8 @@ def test_the_score_after_the_end_comes_a_step_later(forked, monkeypatch):
     assert not torch.allclose(at_once.returns, found.returns)
 
 
-def test_a_truncated_continuation_ends_in_the_value_after_it(make, policy):
-    """With `bootstrap_truncated` the critic learns of γ^n V(s_n) beyond the limit."""
+def test_truncated_continuation_ends_in_the_bootstrapped_value(make, policy):
+    """With `bootstrap_truncated` the target includes γ^n V(s_n) beyond the limit."""
     trainer = make(
         reward=lambda completion_ids, **columns: [0.0] * len(completion_ids),
         shaper=RewardShaper(kl_coef=None),
@@ -190,10 +189,10 @@ def test_a_truncated_continuation_ends_in_the_value_after_it(make, policy):
     assert found.returns.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_greedy_policy_has_no_noise(make, policy):
-    """Every continuation is the response itself; the returns are what `estimate` makes of it."""
+def test_greedy_policy_has_no_noise(make, policy):
+    """Every continuation is the response itself; its returns are those of `estimate`."""
     trainer = make(
-        reward=wordy,
+        reward=distinct_tokens,
         ref_model=policy(5),
         generation_config=GenerationConfig(max_new_tokens=LIMIT, do_sample=False),
         advantage=AdvantageEstimator(gamma=GAMMA, lam=1.0),
@@ -208,7 +207,7 @@ def test_a_greedy_policy_has_no_noise(make, policy):
     assert len(found.values) == int(rollout.mask.sum())
 
 
-def test_nothing_of_training_is_changed(make, parameters):
+def test_evaluation_changes_nothing_of_the_run(make, parameters):
     def draws(completion_ids, **columns):
         return [np.random.rand() + float(torch.rand(())) for _ in completion_ids]
 
@@ -234,8 +233,8 @@ def test_nothing_of_training_is_changed(make, parameters):
     assert state() == before
 
 
-def test_python_draws_as_if_nothing_had_been():
-    """Not part of the test above: the checker of annotations draws from there as well."""
+def test_own_randomness_restores_python_s_generator():
+    """Not part of the test above: the checker of annotations uses this generator too."""
     before = random.getstate()
     drawn = []
     for _ in range(2):
@@ -245,9 +244,9 @@ def test_python_draws_as_if_nothing_had_been():
     assert drawn[0] == drawn[1]
 
 
-def test_moments_are_taken_as_they_are(make):
-    """However many continuations: what a score is worth is what the last iteration made of it."""
-    trainer = make(reward=wordy, shaper=RewardShaper(kl_coef=None, normalize=True))
+def test_evaluation_does_not_update_the_moments(make):
+    """Scores are normalized by the moments of the last iteration, whatever is evaluated."""
+    trainer = make(reward=distinct_tokens, shaper=RewardShaper(kl_coef=None, normalize=True))
     trainer.shaper.moments.update(torch.tensor([2.0, 4.0, 9.0]))
     mean, std = trainer.shaper.moments.mean, trainer.shaper.moments.std
     normalized = trainer.evaluate_critic(prompts=4, continuations=3)
@@ -256,11 +255,11 @@ def test_moments_are_taken_as_they_are(make):
     assert torch.allclose(normalized.returns, (plain.returns - mean) / std, atol=1e-5)
 
 
-def test_the_noise_is_the_standard_error_of_the_mean(forked):
+def test_noise_is_the_standard_error_of_the_mean(forked):
     """Of two numbers a and b: half their distance."""
     found = forked.evaluate_critic(**SMALL)
     prompts = forked._encode(forked.prompts.dataset).ids
-    first = [said(prompts[i], 0) for i in found.prompts.tolist()]
+    first = [continued(prompts[i], 0) for i in found.prompts.tolist()]
     expected = []
     for place, record in enumerate(found.prompts.tolist()):
         prefix = first[place][: found.positions[place]]
@@ -270,7 +269,7 @@ def test_the_noise_is_the_standard_error_of_the_mean(forked):
     assert found.overall.noise == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
-def test_what_cannot_be_evaluated_is_refused(make):
+def test_critics_that_cannot_be_evaluated_are_refused(make):
     with pytest.raises(ValueError, match=r"critic: this trainer has none \(critic=False\)"):
         make("none", critic=False).evaluate_critic()
     counting = GenerationConfig(max_new_tokens=8, min_new_tokens=2)
@@ -311,7 +310,7 @@ def test_rank_correlation_by_hand():
     assert np.isnan(rank_correlation(x, torch.ones(4)))
 
 
-def test_agreement_by_hand_and_where_there_is_nothing():
+def test_agreement_by_hand_and_of_no_states():
     v, g = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([2.0, 2.0, 5.0]).double()
     found = agreement(v, g, torch.tensor([0.1, 0.2, 0.3]).double(), 0.25, 0.5)
     off = np.array([1.0, 0.0, 1.0])
@@ -326,18 +325,18 @@ def test_agreement_by_hand_and_where_there_is_nothing():
     assert np.isnan(agreement(v, torch.full((3,), 0.1).double(), v, 0.0, 1.0).explained_variance)
 
 
-def test_the_example_of_the_docs(make, root, capsys):
+def test_example_of_the_docs_runs(make, root, capsys):
     names = {}
     (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "critic.md").read_text(), re.S)
     exec(block, names)
-    metrics = names["check"](make(reward=wordy))
+    metrics = names["check"](make(reward=distinct_tokens))
     assert "critic_eval/mean_absolute_error" in metrics
     assert "critic_eval/mean_absolute_error/1" in metrics
     assert "rank corr." in capsys.readouterr().out
 
 
-def test_it_is_said_in_a_table_and_in_numbers(make):
-    found = make(reward=wordy).evaluate_critic(prompts=4, continuations=2)
+def test_evaluation_prints_a_table_and_returns_metrics(make):
+    found = make(reward=distinct_tokens).evaluate_critic(prompts=4, continuations=2)
     metrics = found.metrics()
     assert metrics["critic_eval/mean_absolute_error"] == found.overall.mean_absolute_error
     assert metrics["critic_eval/states/1"] == found.by_position[0].states

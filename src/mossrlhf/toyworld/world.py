@@ -65,7 +65,7 @@ class ToyWorld:
 
     def __post_init__(self) -> None:
         if self.lang not in LANGUAGES:
-            raise ValueError(f"lang is {self.lang!r}, expected one of {sorted(LANGUAGES)}")
+            raise ValueError(f"lang: got {self.lang!r}, expected one of {sorted(LANGUAGES)}")
 
     @property
     def language(self) -> Language:
@@ -94,7 +94,7 @@ class ToyWorld:
             ValueError: if `split` is neither.
         """
         if split not in ("train", "eval"):
-            raise ValueError(f"split is {split!r}, expected 'train' or 'eval'")
+            raise ValueError(f"split: got {split!r}, expected 'train' or 'eval'")
         rng = self._random(f"prompts/{split}", seed)
         return [self.speaker.dialogue(self.language, split == "eval", rng) for _ in range(n)]
 

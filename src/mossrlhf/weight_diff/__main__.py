@@ -1,4 +1,4 @@
-r"""Weights published as differences from raw ones: made, and recovered.
+r"""Weights published as differences from raw ones: make a diff, or recover the weights.
 
 python -m mossrlhf.weight_diff recover --path_raw llama-7b --path_diff diff \
         --path_tuned reward-en --model_type reward --check_sum en-reward
@@ -17,12 +17,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "make_diff":
             notes = make_diff(args.path_raw, args.path_tuned, args.path_diff, args.model_type)
-            print(f"{len(notes['whole'])} of {len(notes['dtypes'])} tensors had to be stored whole")
+            print(f"{len(notes['whole'])} of {len(notes['dtypes'])} tensors are stored whole")
             print(f"written to {args.path_diff}")
             return 0
         total = recover(
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
-    print(f"check sum {total:.6f}; written to {args.path_tuned}")
+    print(f"checksum {total:.6f}; written to {args.path_tuned}")
     return 0
 
 
@@ -54,16 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, made in (("recover", "path_tuned"), ("make_diff", "path_diff")):
-        command = commands.add_parser(name, help=f"write the folder --{made}")
+    for name, created in (("recover", "path_tuned"), ("make_diff", "path_diff")):
+        command = commands.add_parser(name, help=f"write the folder --{created}")
         for path in ("path_raw", "path_diff", "path_tuned"):
-            to_be_made = ", to be made" if path == made else ""
-            command.add_argument(f"--{path}", required=True, help=f"folder{to_be_made}")
+            new = ", to be created" if path == created else ""
+            command.add_argument(f"--{path}", required=True, help=f"folder{new}")
         command.add_argument("--model_type", required=True, choices=("reward", "sft", "policy"))
         if name == "recover":
             known = ", ".join(CHECK_SUMS)
             command.add_argument("--check_sum", metavar="SUM", help=f"a number, or one of {known}")
-            where = "of the result, where the diff does not say [float32]"
+            where = "of the result, if the diff has no notes [float32]"
             command.add_argument(
                 "--dtype",
                 choices=DTYPES,

@@ -181,12 +181,12 @@ def recover(
         if dtypes and _hash_of_all(hashes) != notes["digest"]:
             raise DiffError(
                 f"{raw.folder}: with these raw weights the diff in {diff.folder} gives other "
-                "weights than it was made of; they are not those it was made from, or a file is "
-                "damaged"
+                "weights than those it was made from; the raw weights are not the right ones, or "
+                "a file is damaged"
             )
         if expected is not None and not abs(total - expected) <= TOLERANCE * abs(expected):
             raise DiffError(
-                f"{target}: the check sum is {total:.6f}, expected {expected:.6f}; the raw weights "
+                f"{target}: the checksum is {total:.6f}, expected {expected:.6f}; the raw weights "
                 f"in {raw.folder} or the diff in {diff.folder} are not the right ones"
             )
     return total
@@ -207,13 +207,13 @@ def require_kind(shards: Shards, model_type: str) -> None:
     heads = [name for name in HEADS if name in shards]
     if model_type == "reward" and not heads:
         raise DiffError(
-            f"{shards.folder}: it has no {HEADS[0]!r} and no {HEADS[1]!r}, so it is not the reward "
-            "model that model_type='reward' says"
+            f"{shards.folder}: got no {HEADS[0]!r} and no {HEADS[1]!r}, expected one of them in a "
+            "reward model; pass another model_type than 'reward'"
         )
     if model_type != "reward" and heads:
         raise DiffError(
-            f"{shards.folder}: it has a {heads[0]!r}, so it is a reward model, and not what "
-            f"model_type={model_type!r} says"
+            f"{shards.folder}: got a {heads[0]!r}, so it is a reward model, expected none with "
+            f"model_type={model_type!r}; pass model_type='reward'"
         )
 
 
@@ -223,14 +223,14 @@ def require_fit(raw: Shards, other: Shards, model_type: str) -> None:
         if key in raw:
             _require_shape(raw, other, key)
         elif _is_difference(key) and not key.endswith(FREQUENCIES):
-            raise DiffError(f"{raw.folder}: it has no {key!r}, which {other.folder} has")
+            raise DiffError(f"{raw.folder}: there is no {key!r}, which {other.folder} has")
     for key in raw:
         # A classifier has no output head.
         spare = key.endswith(FREQUENCIES) or (model_type == "reward" and key == VOCABULARY[1])
         if key not in other and not spare:
             raise DiffError(
-                f"{other.folder}: it has no {key!r}, which {raw.folder} has; what is made of it "
-                "would lack it"
+                f"{other.folder}: there is no {key!r}, which {raw.folder} has; the result would "
+                "lack it"
             )
 
 
@@ -248,7 +248,7 @@ def _require_shape(raw: Shards, other: Shards, key: str) -> None:
         )
     if key == VOCABULARY[0]:
         warnings.warn(
-            f"{other.folder}: {new[0] - old[0]} tokens more than in {raw.folder}; right where "
+            f"{other.folder}: {new[0] - old[0]} tokens more than in {raw.folder}; correct if "
             "tokens were added to the tuned model",
             UserWarning,
             stacklevel=4,
@@ -267,13 +267,13 @@ def _notes(diff: Shards, model_type: str) -> dict[str, Any]:
             if not isinstance(getattr(torch, value, None), torch.dtype):
                 raise ValueError(f"the type of {name!r} is {value!r}")
         if not isinstance(notes["digest"], str) or not set(notes["whole"]) <= set(diff):
-            raise ValueError("its digest is no text, or its list of whole tensors has others")
+            raise ValueError("its digest is not a string, or its list of whole tensors is wrong")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DiffError(f"{path}: damaged ({error!r})") from error
     if known != (FORMAT, model_type):
-        raise DiffError(f"{path}: says {known}, expected {(FORMAT, model_type)}")
+        raise DiffError(f"{path}: got {known}, expected {(FORMAT, model_type)}")
     if odd:
-        raise DiffError(f"{path}: it and the weights beside it differ in {odd}")
+        raise DiffError(f"{path}: its tensors differ from those in the folder, in {odd}")
     return notes
 
 
@@ -303,7 +303,7 @@ def _raw(raw: Shards, key: str, shape: torch.Size) -> Tensor:
     if key not in raw and key.endswith(FREQUENCIES):
         found = frequencies(raw.folder)
     elif key not in raw:
-        raise DiffError(f"{raw.folder}: it has no {key!r}, so there is nothing to add to")
+        raise DiffError(f"{raw.folder}: there is no {key!r} to add to")
     else:
         found = raw[key]
     if found.shape != shape:
@@ -343,7 +343,7 @@ def frequencies(folder: Path) -> Tensor:
     if not _has_heads(config):
         raise ValueError(
             f"{folder / 'config.json'}: expected head_dim, or hidden_size and num_attention_heads, "
-            "as layers here keep no rotary frequencies"
+            "since the layers store no rotary frequencies"
         )
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return 1.0 / THETA ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -369,9 +369,9 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: no JSON of a configuration, but a {type(found).__name__}")
+        raise ValueError(f"{path}: got a {type(found).__name__}, expected a JSON object")
     return found
 
 
@@ -388,7 +388,7 @@ def _created(
 ) -> Iterator[tuple[Path, "ShardWriter"]]:
     """Yield a folder and its writer; the folder gets its final name when everything is in it."""
     if target.exists():
-        raise FileExistsError(f"{target}: there is something there already; choose another folder")
+        raise FileExistsError(f"{target}: already exists; choose another folder")
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -396,8 +396,8 @@ def _created(
     try:
         if free < size:
             raise OSError(
-                f"{target}: up to {size / 2**30:.1f} GiB are needed there, and {free / 2**30:.1f} "
-                "are free"
+                f"{target}: up to {size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are "
+                "free; choose another disk"
             )
         # Files are memory-mapped while they are read: pages of two of them count as well.
         largest = max(source.largest for source in sources)

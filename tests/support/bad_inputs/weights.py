@@ -53,7 +53,7 @@ row(
 )
 row(
     "a folder without weights",
-    "ShardError: …no weights in it, expected model.safetensors or pytorch_model.bin, or shards",
+    "ShardError: …no weights, expected model.safetensors or pytorch_model.bin, or shards",
     lambda shop: Shards(shop.folder),
 )
 row(
@@ -70,7 +70,7 @@ row(
 
 row(
     "an index that is no JSON",
-    "ShardError: …model.safetensors.index.json: no index of weights: ",
+    "ShardError: …model.safetensors.index.json: not an index of weights: ",
     lambda shop: Shards(shop.file("model/model.safetensors.index.json", "{").parent),
 )
 row(
@@ -106,7 +106,7 @@ row(
 )
 row(
     "a diff of another kind",
-    "DiffError: …says ('mossrlhf.weight_diff/1', 'sft'), expected ('mossrlhf.weight_diff/1', 'poli",
+    "DiffError: …got ('mossrlhf.weight_diff/1', 'sft'), expected ('mossrlhf.weight_diff/1', 'poli",
     lambda shop: again(shop, "policy"),
 )
 
@@ -123,7 +123,7 @@ def another(shop):
 
 @row(
     "raw weights that are not those the diff was made of",
-    "DiffError: …with these raw weights the diff in …gives other weights than it was made of",
+    "DiffError: …with these raw weights the diff in …gives other weights than those",
 )
 def not_those(shop):
     made(shop)
@@ -133,7 +133,7 @@ def not_those(shop):
 
 row(
     "a check sum that does not hold",
-    "DiffError: …the check sum is …, expected 1.000000; the raw weights in …or the diff in …are "
+    "DiffError: …the checksum is …, expected 1.000000; the raw weights in …or the diff in …are "
     "not "
     "the right ones",
     lambda shop: again(shop, check_sum=1.0),
@@ -147,7 +147,7 @@ row(
 
 @row(
     "a folder to write to that is there already",
-    "FileExistsError: …out: there is something there already; choose another folder",
+    "FileExistsError: …out: already exists; choose another folder",
 )
 def taken(shop):
     made(shop)
