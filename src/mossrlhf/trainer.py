@@ -340,7 +340,7 @@ class Trainer:
         """Compute log-probs of policy and reference, and values, before any model is updated.
 
         Args:
-            rollout: B responses.
+            rollout: B responses; what it holds of these already is replaced.
 
         Returns:
             the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
