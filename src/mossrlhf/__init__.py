@@ -6,6 +6,7 @@ Names are imported when first used, so that ``import mossrlhf`` costs next to no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mossrlhf._moved import MOVED, register
 from mossrlhf.version import __version__
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "toyworld": ("ToyWorld",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+register()
 _MODULES = ("data", "functional", "kernels", "presets", "toyworld")
 
 __all__ = [
@@ -129,7 +131,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"mossrlhf.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _MODULES or name in MOVED:
         return import_module(f"mossrlhf.{name}")
     raise AttributeError(f"module 'mossrlhf' has no attribute {name!r}")
 

@@ -8,6 +8,76 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "agreement": ("critic_evaluation",),
+    "buffer": ("minibatches",),
+    "charts": ("plotting",),
+    "continuations": ("critic_evaluation",),
+    "drawing": ("plotting",),
+    "engine": ("optimization",),
+    "evaluation": (
+        "metrics",
+        "randomness",
+        "trainer",
+    ),
+    "faults": ("nan_debug",),
+    "fitting": ("validation",),
+    "flow": ("run",),
+    "frozen": ("distributed.offload",),
+    "functional.advantages": ("functional",),
+    "functional.logprobs": ("functional",),
+    "functional.losses": ("functional",),
+    "functional.reduce": ("functional",),
+    "interrupts": ("shutdown",),
+    "judging": ("reward_modeling.scoring",),
+    "kernels.dispatch": ("kernels.row_stats",),
+    "kernels.head": ("kernels.chunked_head",),
+    "kernels.linear": ("kernels.chunked_head",),
+    "kernels.modules": ("kernels.chunked_head",),
+    "kernels.rows": ("kernels.row_stats",),
+    "leaving": ("shutdown",),
+    "loss.ppo_max": ("loss",),
+    "loss.rows": ("loss",),
+    "loss.separable": ("loss",),
+    "loss.statistics": ("loss",),
+    "monitor": ("callbacks",),
+    "preference": ("reward_modeling.preference_strength",),
+    "processes": ("distributed.processes",),
+    "recipes.bookkeeping": ("demo",),
+    "recipes.toy": ("demo",),
+    "recipes.toy_stages": ("demo",),
+    "resume": ("checkpoint.save_load",),
+    "retention": ("checkpoint.folders",),
+    "returned": ("validation",),
+    "reward_trainer": ("reward_modeling",),
+    "reward_trainer.loader": (
+        "reward_modeling.pairs",
+        "reward_modeling.trainer",
+    ),
+    "reward_trainer.pairs": ("reward_modeling.pairs",),
+    "reward_trainer.parts": (
+        "reward_modeling.trainer",
+        "reward_modeling.pairs",
+    ),
+    "reward_trainer.report": ("reward_modeling.report",),
+    "reward_trainer.storage": ("reward_modeling.trainer",),
+    "reward_trainer.trainer": ("reward_modeling.trainer",),
+    "rewards.model": ("rewards.model_reward",),
+    "rewards.patient": ("rewards.retry",),
+    "rewards.together": ("rewards.reward_set",),
+    "rewinding": ("checkpoint.state",),
+    "run_report.concerns": ("run_report",),
+    "run_report.html": ("run_report",),
+    "run_report.page": ("run_report",),
+    "run_report.reading": ("run_report",),
+    "saved_state": ("checkpoint.state",),
+    "settings": ("checkpoint.state",),
+    "shaping": ("reward_shaping",),
+    "sharding": ("distributed.sharding",),
+    "signature": ("options",),
+    "stages": ("trainer",),
+    "strict": ("options",),
+    "suspects": ("nan_debug",),
+    "tracking": ("logging",),
+    "zero": ("distributed.deepspeed",),
 }
 """Old module → the modules that its public names are in now."""
 
@@ -35,7 +105,7 @@ class MovedModule(ModuleType):
         raise AttributeError(f"module 'mossrlhf.{old}' has no attribute {name!r}")
 
 
-def install() -> None:
+def register() -> None:
     """Register the old modules with Python's import system; nothing is imported."""
     for old, new in MOVED.items():
         sys.modules.setdefault(f"mossrlhf.{old}", MovedModule(old, new))

@@ -1,0 +1,60 @@
+"""Module names of the first edition: importable for one release, with a warning."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import mossrlhf
+from mossrlhf._moved import MOVED
+
+DOCUMENTED = {
+    "buffer": ["RolloutBuffer", "micro_batches"],
+    "charts": ["plot_critic", "plot_reward_histograms"],
+    "engine": ["Engine"],
+    "faults": ["Fault", "NonFiniteError", "Suspect", "read_fault"],
+    "functional.advantages": ["gae"],
+    "functional.reduce": ["Reduce", "masked_mean", "whiten"],
+    "judging": ["score_responses"],
+    "kernels.dispatch": ["backend", "use_backend"],
+    "loss.ppo_max": ["PPOMaxLoss"],
+    "monitor": ["CollapseWatch", "StillWatch"],
+    "preference": ["AdaptiveMargin", "PreferenceStrength"],
+    "reward_trainer": ["RankingLoss", "RewardReport", "RewardTrainer"],
+    "retention": ["last_checkpoint"],
+    "shaping": ["RewardShaper", "RunningMoments", "add_at_last"],
+}
+"""Names that the first edition's pages, tutorials and error messages gave, by module."""
+
+
+@pytest.mark.parametrize("old", DOCUMENTED)
+def test_a_documented_name_keeps_its_old_import(old):
+    module = import_module(f"mossrlhf.{old}")
+    for name in DOCUMENTED[old]:
+        with pytest.warns(DeprecationWarning, match=rf"mossrlhf\.{old}\.{name} is now mossrlhf\."):
+            found = getattr(module, name)
+        assert found is getattr(import_module(f"mossrlhf.{MOVED[old][0]}"), name, found)
+        assert found.__name__ == name or name == "Reduce"
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_every_old_module_leads_to_existing_ones(old):
+    with pytest.raises(ModuleNotFoundError):
+        import_module(f"mossrlhf.{old}.nothing")
+    for new in MOVED[old]:
+        assert import_module(f"mossrlhf.{new}").__name__ == f"mossrlhf.{new}"
+    with pytest.raises(AttributeError, match=old):
+        import_module(f"mossrlhf.{old}").no_such_name  # noqa: B018
+
+
+def test_an_old_module_is_found_from_the_package():
+    with pytest.warns(DeprecationWarning, match="now mossrlhf.reward_shaping.RewardShaper"):
+        assert mossrlhf.shaping.RewardShaper is mossrlhf.RewardShaper
+
+
+def test_no_module_of_ours_uses_an_old_name(root):
+    code = "import mossrlhf\nfor name in mossrlhf.__all__: getattr(mossrlhf, name)"
+    command = [sys.executable, "-W", "error:mossrlhf:DeprecationWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root / "src")
+    assert done.returncode == 0, done.stderr
