@@ -24,9 +24,9 @@ ROUNDS = 21
 
 
 def drawn(rows: int, words: int) -> dict[str, Pass]:
-    """Return the drawing of a token for each row: as `generate` does, and as `HFSampler` has it.
+    """Return passes that sample a token for each row: `generate`'s way, and `HFSampler`'s.
 
-    The second also notes log-probability and entropy of what it draws.
+    The second also records the token's log-probability.
     """
     scores, ids = 3 * torch.randn(rows, words), torch.zeros(rows, 1, dtype=torch.long)
     uniform = torch.rand(rows, 1)

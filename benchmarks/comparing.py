@@ -40,8 +40,7 @@ RUNS: dict[str, Sequence[str]] = {
     "tiny": [OURS, *TINY],
     "tiny, 896 tokens at a time": [OURS, *TINY, "--max-tokens", "896"],
     "log-normal lengths": RAGGED,
-    # Their mean; and as there, where answers are made to end, all is scored anew.
-    "one length": [OURS, *MANY, "--response", "49", "--without", "reuse"],
+    "one length": [OURS, *MANY, "--response", "49"],  # their mean
 }
 """What is run, by which words."""
 
@@ -49,7 +48,6 @@ ROUNDS = {"log-normal lengths": 3, "one length": 3}
 """Rounds that those take part in which last long; what an option is worth is asked in one."""
 
 WORTH = {
-    "log-probabilities as drawn": ("wide", [OURS, "--without", "reuse"]),
     "no padding": ("log-normal lengths", [*RAGGED, "--without", "packing"]),
     "finished responses leave": ("log-normal lengths", [*RAGGED, "--without", "segments"]),
 }
@@ -146,7 +144,7 @@ def lengths(runs: Mapping[str, Sequence[Any]]) -> list[str]:
     more, alone = (c["log-normal lengths"] / c["one length"] - 1 for c in (cost, of_responses))
     return [
         "Response lengths drawn log-normal (median 32, at most 256) in place of one length, their "
-        'mean; 128 responses, all scored anew, otherwise "wide": '
+        'mean; 128 responses, otherwise "wide": '
         f"{1e3 * cost['log-normal lengths']:.3g} ms a token of prompt or response against "
         f"{1e3 * cost['one length']:.3g}, that is {more:+.0%} ({alone:+.0%} by tokens of responses "
         f"alone). Medians of {len(runs['one length'])} rounds; of what is left out below, one."

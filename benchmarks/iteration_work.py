@@ -15,9 +15,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(vocab=512, hidden=128, layers=2, prompt=24, response=32, rollouts=64),
 }
 MINIBATCHES = dict(minibatches=2, epochs=2, iters=3)
-OPTIONS = ("reuse", "packing", "segments")
-"""What may be left out: the sampler's log-probabilities, sequences read end to end, letting go of
-finished responses."""
+OPTIONS = ("packing", "segments")
+"""What may be left out: sequences read end to end, letting go of finished responses."""
 
 MEDIAN_LENGTH, SPREAD = 32, 1.0
 """Of log-normal response lengths: the median, in tokens, and the standard deviation of the log."""

@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -155,13 +154,6 @@ def without(option: str | None, trainer: Trainer) -> Iterator[None]:
     """Leave an option of speed out."""
     if option == "segments":
         object.__setattr__(trainer.sampler, "segment", None)
-    if option == "reuse":
-        drawn = trainer.collect
-
-        def collect() -> Any:
-            return replace(drawn(), logprobs=None, entropies=None)
-
-        trainer.collect = collect
     known = packing.packs
     if option == "packing":
         packing.packs = lambda backbone: False
@@ -198,9 +190,9 @@ class Ending(LlamaForCausalLM):
 def arithmetic(args: argparse.Namespace, response: float) -> float:
     """Count the floating-point operations of an iteration, of one process, that must be done.
 
-    Multiplications and additions of matrix products and causal attention; every token is drawn
-    once, read once by reference, critic and reward model, and learned from in every epoch by
-    policy and critic. The policy's log-probabilities are those it drew by.
+    Multiplications and additions of matrix products and causal attention; every token is sampled
+    once, read once by policy, reference, critic and reward model, and learned from in every epoch
+    by policy and critic.
 
     Args:
         args: shape of the work.
@@ -211,7 +203,8 @@ def arithmetic(args: argparse.Namespace, response: float) -> float:
     attention = args.layers * 4 * d * (both / 2)
     backbone = both * (layers + attention)
     head = response * 2 * d * args.vocab
-    forward = 2 * (backbone + head) + 2 * backbone  # drawn; reference, critic, reward model
+    # Sampled, and read by policy and reference; read by critic and reward model.
+    forward = 3 * (backbone + head) + 2 * backbone
     learned = 3 * args.epochs * (2 * backbone + head)
     return args.rollouts * (forward + learned)
 

@@ -3,9 +3,7 @@
 A wrong shape would otherwise be broadcast in silence, or raise where nobody knows whose it is.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from mossrlhf.functional.reduce import Reduce
 from mossrlhf.signature import call_with
-from mossrlhf.types import Advantages, Rollout, TokenStats
+from mossrlhf.types import Advantages, Rollout
 
 
 def responses(sampler: Any, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
@@ -43,47 +41,6 @@ def responses(sampler: Any, model: nn.Module, prompts: Sequence[Sequence[int]]) 
             "expected one to each, in their order"
         )
     return rollout
-
-
-AGREEMENT = 1e-3
-"""Nats by which log-probabilities by a cache and by a whole sequence may differ, in float32."""
-
-
-def confirmed(
-    rollout: Rollout, score: Callable[[Rollout], TokenStats], *, lenient: bool = False
-) -> Rollout:
-    """Let two responses be scored anew, to confirm what a sampler has noted of all of them.
-
-    Args:
-        rollout: B responses.
-        score: what the policy says of the N tokens of some.
-        lenient: whether to go on with what is not confirmed, as processes must that score together.
-
-    Returns:
-        the rollout, without `logprobs` and `entropies` where these are not both there and right.
-
-    Warns:
-        UserWarning: where they are wrong.
-
-    Source: ours.
-    """
-    if rollout.logprobs is None or rollout.entropies is None:
-        return replace(rollout, logprobs=None, entropies=None)
-    lengths = rollout.prompt_lengths  # with most and with least padding while they were drawn
-    part = rollout.select(torch.stack([lengths.argmin(), lengths.argmax()]))
-    assert part.logprobs is not None
-    gap = (score(part).logprob - part.logprobs[part.mask]).abs()
-    if not gap.numel() or float(gap.max()) <= AGREEMENT:
-        return rollout
-    warnings.warn(
-        f"rollout: its logprobs are off by up to {float(gap.max()):.2g} nats from what the policy "
-        "says of its tokens; was it drawn by another policy, or changed since? "
-        + ("They are kept" if lenient else "They are replaced")
-        + "; replace(rollout, logprobs=None) has them computed, and spares this warning",
-        UserWarning,
-        stacklevel=3,
-    )
-    return rollout if lenient else replace(rollout, logprobs=None, entropies=None)
 
 
 def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tensor:

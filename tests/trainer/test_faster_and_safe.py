@@ -38,35 +38,13 @@ def test_processes_draw_at_their_own_pace():
     assert asked == [False]
 
 
-class Ones(LlamaForCausalLM):
-    """Draws from something else than what it says of tokens."""
+def test_a_generate_that_ignores_our_logits_processor_is_refused():
+    class Deaf(LlamaForCausalLM):
+        def generate(self, ids, logits_processor=None, **kwargs):
+            return super().generate(ids, **kwargs)
 
-    def generate(self, *args, **kwargs):
-        return super().generate(*args, **kwargs)
-
-
-class TestOnlyWhatIsExactIsReused:
-    def test_plain(self):
-        assert drawn(llama()).logprobs is not None
-
-    def test_a_generate_of_the_users(self):
-        rollout = drawn(llama(Ones))
-        assert rollout.logprobs is None
-        assert rollout.sampler_logprobs is not None
-
-    @pytest.mark.parametrize("kind", ["dynamic", "default"])
-    def test_angles_that_depend_on_the_length(self, kind):
-        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-        rollout = drawn(llama(rope_parameters=rope if kind != "default" else None))
-        assert (rollout.logprobs is None) == (kind == "dynamic")
-
-    def test_a_generate_that_passes_over_the_draws(self):
-        class Deaf(LlamaForCausalLM):
-            def generate(self, ids, logits_processor=None, **kwargs):
-                return super().generate(ids, **kwargs)
-
-        with pytest.raises(ValueError, match="has passed over logits_processor="):
-            drawn(llama(Deaf))
+    with pytest.raises(ValueError, match="has passed over logits_processor="):
+        drawn(llama(Deaf))
 
 
 def test_a_checkpoint_says_nothing_of_how_steps_are_computed():

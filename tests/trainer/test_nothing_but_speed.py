@@ -1,7 +1,7 @@
 """Learning curves are unchanged by every option of speed: three seeds, three iterations each."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,24 +24,10 @@ SETTINGS = dict(
 
 
 class Plain(Trainer):
-    """Scores what the sampler has scored already; keeps the completions."""
-
-    reuses = False
+    """Keeps the completions."""
 
     def annotate(self, rollout):
         self.said = [*getattr(self, "said", []), rollout.completions()]
-        if not self.reuses:
-            rollout = replace(rollout, logprobs=None, entropies=None)
-        return super().annotate(rollout)
-
-
-class Reusing(Plain):
-    """Takes the sampler's word."""
-
-    reuses = True
-
-    def annotate(self, rollout):
-        assert rollout.logprobs is not None
         return super().annotate(rollout)
 
 
@@ -66,14 +52,14 @@ class Run:
     shapes: list
 
 
-def trained(folder, seed, kind=Plain, segment=None, batch_size=None, **args):
+def trained(folder, seed, segment=None, batch_size=None, **args):
     """Train for three iterations."""
     policy, shapes = talker(seed), []
     critic = RewardModel.from_language_model(policy)
     note = functools.partial(_note, shapes)
     policy.model.register_forward_pre_hook(note, with_kwargs=True)
     config = TrainerConfig(**{**SETTINGS, **args}, output_dir=str(folder), seed=seed)
-    trainer = kind(
+    trainer = Plain(
         policy,
         reward=WORLD.reward,
         critic=critic,
@@ -138,7 +124,6 @@ OPTIONS = {
     "prompts at a time": dict(batch_size=5),
     "responses at a time": dict(micro_batch_size=2),
     "tokens at a time": dict(max_tokens=100),
-    "the sampler's log-probabilities": dict(kind=Reusing),
 }
 every_seed = pytest.mark.parametrize("seed", SEEDS)
 
@@ -160,5 +145,5 @@ def test_sequences_end_to_end(seed, plain, tmp_path):
 
 @every_seed
 def test_all_together(seed, plain, tmp_path):
-    options = dict(kind=Reusing, segment=4, batch_size=5, micro_batch_size=4, max_tokens=150)
+    options = dict(segment=4, batch_size=5, micro_batch_size=4, max_tokens=150)
     require_same(trained(tmp_path, seed, **options), plain[seed])

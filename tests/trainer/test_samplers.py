@@ -89,6 +89,24 @@ def test_truncated_importance_weights_of_an_engine_that_is_off(trainer, monkeypa
     assert all(torch.isfinite(torch.tensor(row["policy/loss"])) for row in run.train())
 
 
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.7}, {"top_p": 0.5}], ids=str)
+def test_the_gap_of_hf_sampler_is_logged(make, config):
+    """0 but for rounding where tokens come from the policy itself, at whatever temperature."""
+    settings = GenerationConfig(max_new_tokens=8, do_sample=True, **config)
+    history = make(generation_config=settings, args={"total_steps": 2}).train()
+    for row in history:
+        assert (row[GAP] > 0.1) if "top_p" in config else (row[GAP] < 1e-5)
+        assert (row[OFF] > 0) == ("top_p" in config)
+
+
+def test_a_cap_changes_nothing_where_the_sampler_is_the_policy(make):
+    run = make(loss=PPOMaxLoss(sampler_ratio_cap=1.2))
+    rollout = run.estimate(run.annotate(run.score(run.collect())))
+    stats = policy_stats(run.policy, rollout)
+    plain = run.loss.policy(stats, replace(rollout, sampler_logprobs=None)).loss
+    torch.testing.assert_close(run.loss.policy(stats, rollout).loss, plain, atol=1e-5, rtol=1e-4)
+
+
 def test_continuous_batching(trainer, world):
     config = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=0.8)
     run = trainer(ContinuousSampler.for_tokenizer(world.tokenizer(), config))

@@ -166,3 +166,14 @@ def test_pre_training_data_wait_for_the_policy(make, world):
     trainer.loss = replace(trainer.loss, ptx_coef=None)
     assert "ptx/loss" not in trainer.step(trainer.collect())
     assert trainer.ptx.position == 8
+
+
+def test_annotate_computes_what_a_rollout_holds_already_again(make):
+    """Of another policy, or of tokens that have changed since, it would be wrong."""
+    trainer = make()
+    rollout = trainer.collect()
+    expected = trainer.annotate(rollout)
+    wrong = torch.full_like(expected.logprobs, -9.0)
+    found = trainer.annotate(replace(expected, logprobs=wrong, entropies=wrong, values=wrong))
+    for name in ("logprobs", "entropies", "values"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))

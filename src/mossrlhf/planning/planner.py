@@ -204,7 +204,6 @@ def _work(
         bf16=args.bf16,
         fused=coupling(loss or PPOMaxLoss()) is None,
         warped=drawing and any(warps(sampler.effective, name) for name in WARPERS),
-        noted=drawing and not sampler.departures and not args.bf16,
     )
 
 

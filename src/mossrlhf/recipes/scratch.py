@@ -5,7 +5,7 @@ The last pairs of the file are held out: neither the tokenizer nor any model eve
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,6 @@ def measure(trainer: Trainer) -> dict[str, dict[str, Any]]:
     found = trainer.evaluate()
     after = {name.removeprefix("eval/"): value for name, value in found.items()}
     answers = trainer.answer(trainer.eval_dataset, reference=True)
-    answers = replace(answers, logprobs=None)  # as the reference said it
     before = {**after, **rollout_metrics(trainer.annotate(answers), trainer.engine.reduce)}
     answered = _figures(before, "ref")
     del answered["perplexity_policy"]  # would be the trained policy's, of answers not its own

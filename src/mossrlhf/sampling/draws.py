@@ -21,8 +21,6 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from mossrlhf.kernels import token_stats
-
 WARPERS: dict[str, tuple[Any, Callable[[Any], LogitsProcessor]]] = {
     "temperature": (1.0, TemperatureLogitsWarper),
     "top_h": (None, TopHLogitsWarper),
@@ -64,7 +62,7 @@ class Draws(LogitsProcessor):
                 placed = {"device": uniform.device} if name == "eta_cutoff" else {}
                 self.warpers.append(warper(getattr(config, name), **placed))
         self._uniform = uniform
-        self._noted: list[tuple[Tensor, Tensor]] = []
+        self._noted: list[Tensor] = []
 
     def __call__(
         self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]
@@ -79,13 +77,9 @@ class Draws(LogitsProcessor):
             ``[B, V]``: 0 at the token, −∞ elsewhere.
         """
         scores = self.warpers(input_ids, scores.float())
-        nothing = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        stats = token_stats(scores, nothing)
-        assert stats.logsumexp is not None
-        assert stats.entropy is not None
-        logprobs = scores.sub_(stats.logsumexp[:, None])
+        logprobs = scores.sub_(scores.logsumexp(-1, keepdim=True))
         tokens = inverse(logprobs.exp(), self._uniform[:, len(self._noted)])[:, None]
-        self._noted.append((logprobs.gather(1, tokens).squeeze(1), stats.entropy))
+        self._noted.append(logprobs.gather(1, tokens).squeeze(1))
         return logprobs.fill_(-torch.inf).scatter_(1, tokens, 0.0)
 
     @property
@@ -96,12 +90,7 @@ class Draws(LogitsProcessor):
                 "model: its generate has passed over logits_processor=, by which tokens are drawn; "
                 "hand it on, or pass Trainer(sampler=) a sampler of your own"
             )
-        return torch.stack([logprob for logprob, _ in self._noted], dim=1)
-
-    @property
-    def entropies(self) -> Float[Tensor, "B T"]:
-        """``[B, T]``: the entropy of the distribution each was drawn from, nats."""
-        return torch.stack([entropy for _, entropy in self._noted], dim=1)
+        return torch.stack(self._noted, dim=1)
 
 
 BLOCK = 256

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.sampling.configured import Configured, effective_config, special_tokens
 from mossrlhf.sampling.draws import undrawn
-from mossrlhf.sampling.segments import drawn, learns_prompt
+from mossrlhf.sampling.segments import drawn
 from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
@@ -126,18 +126,13 @@ class HFSampler(Configured):
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         attended = torch.arange(width, device=device) >= (width - lengths)[:, None]
         config, uniform = self.effective, uniform.to(device)
-        found = drawn(model, ids, attended, config, uniform, self.segment)
-        rollout = self._assemble(ids, lengths, found.tokens)
-        if found.logprobs is None or found.entropies is None:
+        tokens, logprobs = drawn(model, ids, attended, config, uniform, self.segment)
+        rollout = self._assemble(ids, lengths, tokens)
+        if logprobs is None:
             return rollout
         mask = rollout.mask
-        logprobs, entropies = (
-            torch.where(mask, noted[:, : mask.shape[1]], 0.0)
-            for noted in (found.logprobs, found.entropies)
-        )
-        if self.departures or not _says_the_same_twice(model):
-            return replace(rollout, sampler_logprobs=logprobs)
-        return replace(rollout, logprobs=logprobs, entropies=entropies)
+        logprobs = torch.where(mask, logprobs[:, : mask.shape[1]], 0.0)
+        return replace(rollout, sampler_logprobs=logprobs)
 
     def _assemble(self, ids: Tensor, prompt_lengths: Tensor, responses: Tensor) -> Rollout:
         """Turn left-padded prompts and their continuations into ``[prompt][response][pad]``."""
@@ -166,8 +161,9 @@ class HFSampler(Configured):
 
 def _require_numbers(rollout: Rollout) -> None:
     """Refuse what a policy of broken weights draws: nobody else would notice."""
-    noted = (rollout.logprobs, rollout.sampler_logprobs)
-    logprobs = next((given for given in noted if given is not None), torch.zeros(1, 1))
+    logprobs = rollout.sampler_logprobs
+    if logprobs is None:
+        return
     broken = (~torch.isfinite(logprobs)).any(dim=1).nonzero().flatten().tolist()
     if broken:
         raise FloatingPointError(
@@ -175,33 +171,6 @@ def _require_numbers(rollout: Rollout) -> None:
             f"prompts, the first of them number {broken[0]}; its weights are broken, or too large "
             "for their type"
         )
-
-
-def _says_the_same_twice(model: nn.Module) -> bool:
-    """Whether a token's log-probability is the same by a cache and by a whole sequence.
-
-    To rounding that is; in half precision the two are a hundredth of a nat apart, and float64
-    logits become float32 in `generate`. A learned prompt stands before the padding on the left;
-    some positions are turned by angles that depend on the length; and a `generate` of the user's
-    may draw from anything.
-    """
-    inner = inside(model)
-    own = getattr(type(inner), "generate", None) is not GenerationMixin.generate
-    if own or learns_prompt(model) or _turns_by_length(inner):
-        return False
-    devices = {parameter.device.type for parameter in model.parameters()}
-    rough = "cuda" in devices and torch.get_float32_matmul_precision() != "highest"
-    cast = any(torch.is_autocast_enabled(device) for device in devices)
-    return not rough and not cast and {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def _turns_by_length(model: nn.Module) -> bool:
-    """Whether the angles of rotary positions depend on how long a sequence is."""
-    given: Any = getattr(model, "config", None)
-    text = given.get_text_config() if hasattr(given, "get_text_config") else given
-    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
-    return any(part.get("rope_type") in ("dynamic", "longrope") for part in parts)
 
 
 @contextmanager

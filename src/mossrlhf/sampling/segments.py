@@ -1,7 +1,6 @@
 """`generate` in segments: between them, rows that have ended are let go."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +14,6 @@ from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
 from mossrlhf.signature import accepts, inside
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What has been drawn for B prompts.
-
-    Args:
-        tokens: ``[B, T]``; what follows a row's first end token means nothing.
-        logprobs: ``[B, T]`` of each under the distribution it was drawn from, nats; None where
-            the likeliest was taken.
-        entropies: ``[B, T]`` of those distributions, nats; None likewise.
-
-    Source: ours.
-    """
-
-    tokens: Int[Tensor, "B T"]
-    logprobs: Float[Tensor, "B T"] | None = None
-    entropies: Float[Tensor, "B T"] | None = None
-
-
 @torch.no_grad()
 def drawn(
     model: nn.Module,
@@ -41,7 +22,7 @@ def drawn(
     config: GenerationConfig,
     uniform: Float[Tensor, "B T"],
     segment: int | None = None,
-) -> Drawn:
+) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"] | None]:
     """Go on with prompts until each has come to an end token, or to T tokens.
 
     Args:
@@ -53,6 +34,11 @@ def drawn(
         segment: tokens after which rows that have ended are let go; None for never. The answers
             are the same.
 
+    Returns:
+        ``[B, T]`` tokens, of which those after a row's first end token mean nothing, and the
+        log-probability of each under the distribution it was drawn from, nats; None where the
+        likeliest was taken.
+
     Source: ours.
     """
     sampling = bool(config.do_sample)
@@ -61,7 +47,7 @@ def drawn(
     ends = torch.tensor(config.eos_token_id, device=ids.device).view(-1)
     size, limit = uniform.shape
     tokens = ids.new_full((size, limit), config.pad_token_id)
-    noted = torch.zeros(2, size, limit, dtype=torch.float32, device=ids.device)
+    logprobs = torch.zeros(size, limit, dtype=torch.float32, device=ids.device)
     rows, cache, done = torch.arange(size, device=ids.device), None, 0
     if segment is None or not _goes_on(model, config):
         segment = limit
@@ -72,7 +58,8 @@ def drawn(
         reached = done + ids.shape[1] - attended.shape[1]
         tokens[rows, done:reached] = ids[:, attended.shape[1] :]
         if draws is not None:
-            noted[:, rows, done:reached] = torch.stack([draws.logprobs, draws.entropies])
+            # A stopping check that transformers reads late has drawn more than it returns.
+            logprobs[rows, done:reached] = draws.logprobs[:, : reached - done]
         attended = nn.functional.pad(attended, (0, reached - done), value=True)
         done = reached
         going = ~torch.isin(tokens[rows, :done], ends).any(dim=1)
@@ -85,7 +72,7 @@ def drawn(
             ids, attended, rows = ids[kept], attended[kept], rows[kept]
             cache.batch_select_indices(kept)
         make_room(cache, min(segment, limit - done))
-    return Drawn(tokens, *noted) if sampling else Drawn(tokens)
+    return tokens, logprobs if sampling else None
 
 
 def _continued(
@@ -121,17 +108,6 @@ def _goes_on(model: nn.Module, config: GenerationConfig) -> bool:
         and config.use_cache is not False
         and accepts(inside(model), "past_key_values")  # Mamba's state goes by another name
         and departures(config).keys() <= FROM_ROWS
-        and not learns_prompt(model)  # which would come again
+        # A learned prompt would be put in again.
+        and not any(a.is_prompt_learning for a in getattr(model, "peft_config", {}).values())
     )
-
-
-def learns_prompt(model: nn.Module) -> bool:
-    """Whether an adapter puts tokens of its own before every prompt.
-
-    Args:
-        model: a transformers model, with or without adapters.
-
-    Source: ours.
-    """
-    kinds = getattr(model, "peft_config", {}).values()
-    return any(kind.is_prompt_learning for kind in kinds)
