@@ -17,7 +17,7 @@ SECTIONS = {
     "Rewards": ("rewards", "shaping", "judging"),
     "Advantages and loss": ("advantage", "loss"),
     "Reward modeling": ("reward_trainer", "preference"),
-    "Drawing responses": ("sampling",),
+    "Samplers": ("sampling",),
     "Models, containers": ("models", "types", "buffer", "toyworld"),
 }
 """The names of the package, by the modules they are at home in."""
