@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import mossrlhf
-from mossrlhf.sampling.draws import Draws
+from mossrlhf.sampling.draws import SamplingProcessor
 
 FIGURES = Path(__file__).resolve().parent / "results" / "choices.json"
 ROWS, WORDS = 16, 32000
@@ -35,7 +35,7 @@ def drawn(rows: int, words: int) -> dict[str, Pass]:
         return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
     def by_sums() -> Tensor:
-        return Draws(GenerationConfig(), uniform)(ids, scores.clone()).argmax(-1)
+        return SamplingProcessor(GenerationConfig(), uniform)(ids, scores.clone()).argmax(-1)
 
     return {"by noise": Pass(forward=by_noise), "by sums": Pass(forward=by_sums)}
 

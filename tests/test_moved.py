@@ -52,7 +52,7 @@ def test_every_old_module_leads_to_existing_ones(old):
 
 def test_an_old_module_is_found_from_the_package():
     with pytest.warns(DeprecationWarning, match="now mossrlhf.reward_shaping.RewardShaper"):
-        assert mossrlhf.shaping.RewardShaper is mossrlhf.RewardShaper
+        assert mossrlhf.reward_shaping.RewardShaper is mossrlhf.RewardShaper
 
 
 def test_no_module_of_ours_uses_an_old_name(root):

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mossrlhf.sampling.cache import RoomyLayer, has_rows, make_room
+from mossrlhf.sampling.cache import PreallocatedLayer, can_drop_rows, preallocate
 
 
 def states(count, rows=3, wide=5):
@@ -22,7 +22,7 @@ def pair():
     torch.manual_seed(0)
     plain = DynamicLayer()
     plain.update(*states(6))
-    return plain, RoomyLayer.of(plain, room=3)
+    return plain, PreallocatedLayer.of(plain, room=3)
 
 
 def same(pair):
@@ -99,25 +99,29 @@ def test_plain_layers_alone_get_room():
     cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(8), DynamicLayer()]
     for layer in cache.layers[:2]:
         layer.update(*states(2))
-    make_room(cache, 4)
-    assert [type(x) for x in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer, DynamicLayer]
-    assert has_rows(cache)
+    preallocate(cache, 4)
+    assert [type(x) for x in cache.layers] == [
+        PreallocatedLayer,
+        DynamicSlidingWindowLayer,
+        DynamicLayer,
+    ]
+    assert can_drop_rows(cache)
     cache.layers[0].update(*states(1))
     held = cache.layers[0]
-    make_room(cache, 2)  # again, as after every segment
+    preallocate(cache, 2)  # again, as after every segment
     assert cache.layers[0] is held
     assert held.room == 2
 
 
 @pytest.mark.parametrize("cache", [None, (), "recurrent state"])
 def test_other_caches_are_left_alone(cache):
-    make_room(cache, 4)
-    assert not has_rows(cache)
+    preallocate(cache, 4)
+    assert not can_drop_rows(cache)
 
 
 def test_a_cache_that_is_off_the_device_is_left_alone():
     cache = DynamicCache()
     cache.layers, cache.offloading = [DynamicLayer()], True
     cache.layers[0].update(*states(2))
-    make_room(cache, 4)
+    preallocate(cache, 4)
     assert type(cache.layers[0]) is DynamicLayer

@@ -199,7 +199,7 @@ class TestRefused:
         ("config", "message"),
         [
             ({"repetition_penalty": 1.1}, r"repetition_penalty = 1.1, expected 1.0: continuous .*"
-             "would pass over it; leave it out, or draw with HFSampler"),
+             "would pass over it; leave it out, or use HFSampler"),
             ({"min_p": 0.1}, "min_p = 0.1, expected 0.0"),
             ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size = 2, expected 0"),
             ({"max_new_tokens": None}, "max_new_tokens is None"),

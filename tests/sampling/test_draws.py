@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import logger as generation_log
 
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
+from mossrlhf.sampling.draws import WARPERS, SamplingProcessor, greedy_config
 
 V, END = 30, 2
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]] * 4
@@ -180,7 +180,7 @@ def test_transformers_has_nothing_to_say(model, monkeypatch):
 
 
 def given(config, rows=1, steps=1):
-    return Draws(config, torch.rand(rows, steps, dtype=torch.float64))
+    return SamplingProcessor(config, torch.rand(rows, steps, dtype=torch.float64))
 
 
 def test_nothing_comes_after_the_draw(model):
@@ -195,7 +195,7 @@ def test_nothing_comes_after_the_draw(model):
     assert list(EVERY) == list(WARPERS)
     theirs = after(GenerationConfig(**EVERY))
     assert theirs == [type(p) for p in given(GenerationConfig(**EVERY)).warpers]
-    bare = undrawn(GenerationConfig(**EVERY))
+    bare = greedy_config(GenerationConfig(**EVERY))
     assert bare.do_sample is False
     listed = model._get_logits_processor(bare, 3, logits_processor=[mine := given(bare)])
     assert listed[-1] is mine
@@ -246,11 +246,11 @@ def test_every_warper_works_on_a_gpu(model):
     check(model, rollout.to("cpu"), EVERY)
 
 
-def test_undrawn_leaves_the_rest():
+def test_greedy_config_leaves_other_fields():
     config = GenerationConfig(
         **EVERY | {"top_k": 3}, do_sample=True, repetition_penalty=1.2, max_new_tokens=9,
     )  # fmt: skip
-    bare = undrawn(config)
+    bare = greedy_config(config)
     assert [getattr(bare, name) for name in WARPERS] == [None] * len(WARPERS)
     assert (bare.do_sample, bare.repetition_penalty, bare.max_new_tokens) == (False, 1.2, 9)
     assert (config.top_k, config.do_sample) == (3, True)
@@ -265,7 +265,7 @@ def test_frequencies_are_the_distribution(config):
     torch.manual_seed(0)
     count, scores = 20_000, torch.randn(V) * 2
     uniform = (torch.arange(count, dtype=torch.float64) / count)[:, None]
-    draws = Draws(GenerationConfig(**config), uniform)
+    draws = SamplingProcessor(GenerationConfig(**config), uniform)
     said = draws(torch.zeros(count, 1, dtype=torch.long), scores.expand(count, V).clone())
     tokens = said.argmax(-1)
     assert said.gather(1, tokens[:, None]).eq(0).all()
@@ -280,7 +280,7 @@ def test_frequencies_are_the_distribution(config):
 def test_each_step_has_its_own_numbers():
     """Row by row, and step by step: 0.1 takes the first of two tokens, 0.9 the second."""
     wanted = torch.tensor([[0, 1, 1], [1, 0, 1]])
-    draws = Draws(GenerationConfig(), torch.where(wanted.bool(), 0.9, 0.1).double())
+    draws = SamplingProcessor(GenerationConfig(), torch.where(wanted.bool(), 0.9, 0.1).double())
     steps = [draws(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 2)) for _ in range(3)]
     assert torch.equal(torch.stack([s.argmax(-1) for s in steps], 1), wanted)
     assert draws.logprobs.shape == (2, 3)

@@ -397,7 +397,7 @@ class TestForTokenizer:
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens = 3, .*one prompt at a time"),
         ({"assistant_early_exit": 1}, "assistant_early_exit = 1"),
         ({"is_assistant": True}, "is_assistant = True"),
-        ({"force_words_ids": [[4]]}, r"force_words_ids = \[\[4\]\].*drawn one by one"),
+        ({"force_words_ids": [[4]]}, r"force_words_ids = \[\[4\]\].*sampled one by one"),
         ({"penalty_alpha": 0.6, "top_k": 4}, r"penalty_alpha = 0\.6"),
     ],
 )

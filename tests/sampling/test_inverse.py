@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mossrlhf.sampling.draws import inverse
+from mossrlhf.sampling.draws import inverse_cdf
 
 SIZES = [1, 255, 256, 257, 1000]
 
@@ -31,7 +31,7 @@ def test_inverse_is_a_search_in_the_sums(size):
         logits[:, size // 2] = 0.0
         p = logits.softmax(-1)
         uniform = torch.rand(32, dtype=torch.float64)
-        got, expected = inverse(p, uniform), searched(p, uniform)
+        got, expected = inverse_cdf(p, uniform), searched(p, uniform)
         assert (p.gather(1, got[:, None]) > 0).all()
         # A sum in float32 may miss a number that falls within its rounding of an edge.
         for b in (got != expected).nonzero().flatten().tolist():
@@ -50,7 +50,7 @@ def test_inverse_at_the_ends(size, u):
             continue
         p = torch.zeros(3, size)
         p[:, first : last + 1] = torch.rand(3, last + 1 - first) + 0.01
-        got = inverse(p, torch.full((3,), u, dtype=torch.float64))
+        got = inverse_cdf(p, torch.full((3,), u, dtype=torch.float64))
         assert got.tolist() == [first if u == 0 else last] * 3
 
 
@@ -69,7 +69,7 @@ def test_rare_tokens_get_their_share(place):
     start, total = sum(sums[:block], exact[256 * block : place].sum()), sum(sums)
     shares = torch.tensor([-0.5, 0.01, 0.5, 0.99, 1.5], dtype=torch.float64)
     uniform = ((start + exact[place] * shares) / total).clamp(0, 1 - 2**-53)
-    got = inverse(p.expand(5, -1), uniform)
+    got = inverse_cdf(p.expand(5, -1), uniform)
     assert got[1:4].tolist() == [place] * 3
     assert within == 0 or got[0] == place - 1
     assert got[4] == place + 1
@@ -79,11 +79,11 @@ def test_inverse_over_many_even_numbers_gives_each_its_share():
     torch.manual_seed(0)
     p, count = (torch.randn(1, 1000) * 2).softmax(-1), 200_000
     uniform = torch.arange(count, dtype=torch.float64) / count
-    got = inverse(p.expand(count, -1), uniform).bincount(minlength=1000).double() / count
+    got = inverse_cdf(p.expand(count, -1), uniform).bincount(minlength=1000).double() / count
     torch.testing.assert_close(got, p[0].double(), rtol=0, atol=2 / count)
 
 
 def test_inverse_takes_sums_other_than_one():
     p = torch.tensor([[0.5, 0.0, 1.5, 2.0]])
     uniform = torch.tensor([0.0, 0.124, 0.126, 0.49, 0.51, 0.99], dtype=torch.float64)
-    assert inverse(p.expand(6, -1), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+    assert inverse_cdf(p.expand(6, -1), uniform).tolist() == [0, 0, 2, 2, 3, 3]

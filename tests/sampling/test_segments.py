@@ -21,7 +21,7 @@ from transformers.generation import utils as generation_utils
 
 from mossrlhf import ToyWorld
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.cache import RoomyLayer
+from mossrlhf.sampling.cache import PreallocatedLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -301,4 +301,4 @@ def test_keys_get_room_after_the_first_segment(monkeypatch):
         with_kwargs=True,
     )
     draw(model, 8, ends=[79])
-    assert seen == [{DynamicLayer}] * 8 + [{RoomyLayer}] * (LIMIT - 8)
+    assert seen == [{DynamicLayer}] * 8 + [{PreallocatedLayer}] * (LIMIT - 8)

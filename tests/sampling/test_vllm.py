@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mixtra
 
 from mossrlhf import Sampler, ToyWorld, VLLMSampler
 from mossrlhf.models import policy_stats
-from mossrlhf.sampling import Drawn, Engine, HFSampler, VLLMEngine, vllm_engine
-from mossrlhf.sampling.engines import Synchronizer, checkpoint_weights, fingerprint
+from mossrlhf.sampling import Completion, Engine, HFSampler, VLLMEngine, vllm_engine
+from mossrlhf.sampling.engines import Synchronizer, checkpoint_weights, weight_checksums
 from mossrlhf.sampling.vllm_engine import WeightReceiver
 
 V, END, LIMIT = 40, 2, 6
@@ -185,9 +185,9 @@ class TestSynchronization:
     def test_inference_tensors_have_no_counter(self):
         with torch.inference_mode():
             model = llama()
-            first = fingerprint(model)
+            first = weight_checksums(model)
             model.lm_head.weight.mul_(2)
-            assert fingerprint(model) != first
+            assert weight_checksums(model) != first
 
     def test_weights_travel_in_files_that_are_removed(self, monkeypatch, tmp_path):
         monkeypatch.setattr(vllm_engine, "CHUNK_BYTES", 3000)
@@ -233,7 +233,7 @@ class TestDrawing:
         end = self.greedy(model, PROMPTS[0], [])[0]
         subject = sampler(eos=end, do_sample=False, max_new_tokens=1)
         assert not subject(model, PROMPTS[:1]).truncated.any()
-        drawn = Drawn(token_ids=[end], logprobs=[0.0], finish_reason="length")
+        drawn = Completion(token_ids=[end], logprobs=[0.0], finish_reason="length")
         assert not sampler(Fixed([drawn]), eos=end, max_new_tokens=1)(
             model, PROMPTS[:1]
         ).truncated.any()
@@ -297,7 +297,7 @@ class Fixed:
 
 def answer(tokens=(4, END), logprobs=(-1.0, -2.0), reason="stop"):
     known = None if logprobs is None else list(logprobs)
-    return Drawn(token_ids=list(tokens), logprobs=known, finish_reason=reason)
+    return Completion(token_ids=list(tokens), logprobs=known, finish_reason=reason)
 
 
 class TestRawLogprobs:
@@ -383,7 +383,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"adapter \(PROMPT_TUNING\) acts outside of layers"):
             sampler()(prompted, PROMPTS)
         monkeypatch.setitem(sys.modules, "vllm", None)
-        with pytest.raises(ImportError, match=r'pip install "mossrlhf\[vllm\]"; or draw with HFS'):
+        with pytest.raises(ImportError, match=r'pip install "mossrlhf\[vllm\]"; or use HFS'):
             VLLMEngine.load("org/model")
 
 

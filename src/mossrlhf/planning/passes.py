@@ -202,7 +202,7 @@ class Passes:
         return {**asked, "position_ids": positions, "logits_to_keep": 1}
 
     def _drawn(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """What ``generate`` makes of the logits of one position, and `Draws` of those.
+        """What ``generate`` makes of the logits of one position, and `SamplingProcessor` of those.
 
         Returns what is still there while it is made anew, a token later.
         """
@@ -307,7 +307,7 @@ class Passes:
 
 
 def _drawn_from(logprobs: Tensor) -> None:
-    """What `Draws` makes of the log-probabilities: probabilities, in whole blocks."""
+    """What `SamplingProcessor` makes of the log-probabilities: probabilities, in whole blocks."""
     p = logprobs.exp()
     if short := -p.shape[-1] % draws.BLOCK:
         nn.functional.pad(p, (0, short))

@@ -1,9 +1,12 @@
-"""Drawing responses: the sampler protocol, and what stands behind it."""
+"""Samplers: `Sampler` is their protocol, `HFSampler` the default."""
+
+import warnings
+from typing import Any
 
 from mossrlhf.sampling.assembling import assemble
 from mossrlhf.sampling.continuous import ContinuousSampler
 from mossrlhf.sampling.distribution import FREE, NEUTRAL, REFUSED
-from mossrlhf.sampling.engines import Asked, Drawn, Engine
+from mossrlhf.sampling.engines import Completion, Engine, SamplingSettings
 from mossrlhf.sampling.hf import HFSampler
 from mossrlhf.sampling.protocol import Sampler
 from mossrlhf.sampling.vllm import VLLMSampler
@@ -13,13 +16,24 @@ __all__ = [
     "FREE",
     "NEUTRAL",
     "REFUSED",
-    "Asked",
+    "Completion",
     "ContinuousSampler",
-    "Drawn",
     "Engine",
     "HFSampler",
     "Sampler",
+    "SamplingSettings",
     "VLLMEngine",
     "VLLMSampler",
     "assemble",
 ]
+
+_RENAMED = {"Asked": "SamplingSettings", "Drawn": "Completion"}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve names of the last release."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"{__name__}.{name} is now {new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]

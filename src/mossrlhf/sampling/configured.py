@@ -1,13 +1,13 @@
-"""The config in force of a sampler: every field set here, none taken from the checkpoint."""
+"""The base class of samplers that follow a `GenerationConfig`."""
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.models.beneath import bare_module
 from mossrlhf.options import inside
 from mossrlhf.sampling.distribution import (
     FREE,
@@ -17,20 +17,45 @@ from mossrlhf.sampling.distribution import (
     require_plain,
 )
 
+S = TypeVar("S", bound="ConfiguredSampler")
 
-class Configured:
-    """What all samplers say of themselves that draw by a `GenerationConfig`. Source: ours."""
 
-    effective: GenerationConfig
+@dataclass(frozen=True, kw_only=True)
+class ConfiguredSampler:
+    """What all samplers share that follow a `GenerationConfig`; see `HFSampler`."""
+
+    generation_config: GenerationConfig
+    eos_token_id: int | Sequence[int]
+    pad_token_id: int
+    effective: GenerationConfig = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        config = effective_config(self.generation_config, self.eos_token_id, self.pad_token_id)
+        object.__setattr__(self, "effective", config)
+
+    @classmethod
+    def _for_tokenizer(
+        cls: type[S], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, **options: Any
+    ) -> S:
+        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(
+                "processing_class: has no eos token, so no response can end; set "
+                "tokenizer.eos_token or GenerationConfig(eos_token_id=)"
+            )
+        pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+        if pad is None:
+            pad = eos if isinstance(eos, int) else eos[0]
+        return cls(generation_config=config, eos_token_id=eos, pad_token_id=pad, **options)
 
     @property
     def temperature(self) -> float:
-        """Temperature τ of the distribution the responses come from; 1 where greedy."""
+        """Temperature τ of the sampled distribution; 1 for greedy decoding."""
         return float(self.effective.temperature) if self.effective.do_sample else 1.0
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest response possible, in tokens."""
+        """Longest possible response, in tokens."""
         return int(self.effective.max_new_tokens)
 
     @property
@@ -41,36 +66,23 @@ class Configured:
 
     @property
     def departures(self) -> list[str]:
-        """What makes the drawn distribution differ from the scored one, temperature apart."""
+        """What makes the sampled distribution differ from the policy's, temperature apart."""
         given = departures(self.effective).items()
         return [f"{name}={value}" for name, value in given if name != "temperature"]
 
 
 def effective_config(
-    asked: GenerationConfig, eos_token_id: int | Sequence[int], pad_token_id: int
+    given: GenerationConfig, eos_token_id: int | Sequence[int], pad_token_id: int
 ) -> GenerationConfig:
-    """Return a config with every field set that shapes the distribution.
-
-    Args:
-        asked: ``max_new_tokens`` must be set; unset temperature, top-k, top-p and penalty mean
-            the policy's own distribution.
-        eos_token_id: token(s) that end a response.
-        pad_token_id: any id of the vocabulary.
-
-    Raises:
-        ValueError: where ``max_new_tokens`` is missing, no token ends a response, or what is asked
-            for is no distribution, or no sampling of one response per prompt, token by token.
-
-    Source: ours.
-    """
-    config = copy.deepcopy(asked)
+    """Return a copy of a config in which every field is set that shapes the distribution."""
+    config = copy.deepcopy(given)
     if config.max_new_tokens is None:
         raise ValueError(
             "generation_config: max_new_tokens is None; say how long a response may become, "
             "e.g. GenerationConfig(max_new_tokens=512)"
         )
     require_plain(config)
-    greedy = config.do_sample is False  # then transformers warns of what concerns sampling
+    greedy = config.do_sample is False  # transformers warns of unused sampling fields
     for name, value in FREE.items():
         if getattr(config, name) is None and not (greedy and name != "repetition_penalty"):
             setattr(config, name, value)
@@ -78,7 +90,7 @@ def effective_config(
     if not isinstance(eos_token_id, int) and len(eos_token_id) == 0:
         raise ValueError(
             "eos_token_id: got none, expected at least one token that ends a response; to let "
-            "all run to the limit, name one the policy never says"
+            "all run to the limit, name one that the policy never generates"
         )
     config.eos_token_id = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
     config.pad_token_id = pad_token_id
@@ -86,83 +98,28 @@ def effective_config(
     return config
 
 
-def require_known(config: GenerationConfig, known: Collection[str], drawn_by: str) -> None:
-    """Refuse what would be passed over in silence.
-
-    Args:
-        config: the one in force.
-        known: fields that are heeded.
-        drawn_by: what the error calls whoever draws.
-
-    Raises:
-        ValueError: with the first field that is not heeded.
-
-    Source: ours.
-    """
+def require_supported(config: GenerationConfig, supported: Collection[str], backend: str) -> None:
+    """Raise ValueError for a field that changes the distribution and that a backend ignores."""
     for name, value in departures(config).items():
-        if name not in known:
+        if name not in supported:
             raise ValueError(
-                f"generation_config: {name} = {value!r}, expected {NEUTRAL[name]!r}: {drawn_by} "
-                "would pass over it; leave it out, or draw with HFSampler"
+                f"generation_config: {name} = {value!r}, expected {NEUTRAL[name]!r}: {backend} "
+                "would pass over it; leave it out, or use HFSampler"
             )
 
 
-def special_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
-) -> tuple[int | Sequence[int], int]:
-    """Return the tokens that end and pad, the config's before the tokenizer's.
-
-    Args:
-        tokenizer: needs an eos token; without a padding token, eos pads.
-        config: its own ``eos_token_id`` and ``pad_token_id`` go first.
+def unwrap_layer_adapters(model: nn.Module, backend: str) -> nn.Module:
+    """Return the base model, whose layers hold the adapters.
 
     Raises:
-        ValueError: where neither names an end token.
-
-    Source: ours.
+        ValueError: for adapters that act outside of layers, which a backend would ignore.
     """
-    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(
-            "processing_class: has no eos token, so no response can end; set "
-            "tokenizer.eos_token or GenerationConfig(eos_token_id=)"
-        )
-    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-    if pad is None:
-        pad = eos if isinstance(eos, int) else eos[0]
-    return eos, pad
-
-
-def within_layers(model: nn.Module, drawn_by: str) -> nn.Module:
-    """Return the transformers model inside of adapters, where it says all that they say.
-
-    Args:
-        model: a transformers model, with or without adapters.
-        drawn_by: what the error calls whoever draws.
-
-    Raises:
-        ValueError: where adapters act outside of layers too.
-
-    Source: ours.
-    """
-    found = inside(model)
-    for config in getattr(model, "peft_config", {}).values() if found is not model else ():
+    base = inside(model)
+    for config in getattr(model, "peft_config", {}).values() if base is not model else ():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
-                f"model: its adapter ({kind}) acts outside of layers, which {drawn_by} would not "
-                "see; draw with HFSampler"
+                f"model: its adapter ({kind}) acts outside of layers, which {backend} would not "
+                "see; use HFSampler"
             )
-    return found
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Return the number of tokens a model embeds.
-
-    Args:
-        model: a transformers model.
-
-    Source: ours.
-    """
-    table: Any = bare_module(model.get_input_embeddings())  # type: ignore[operator]
-    return int(table.num_embeddings)
+    return base

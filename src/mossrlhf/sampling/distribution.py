@@ -1,14 +1,12 @@
-"""What a generation config may ask for, where what is drawn is scored afterwards."""
+"""The fields of a generation config that shape the sampled distribution."""
 
 import math
 from typing import Any
 
 from transformers import GenerationConfig
 
-from mossrlhf.sampling.draws import require_recordable
-
 FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Sampling from the policy's own distribution; what a config leaves unset becomes this."""
+"""Values for fields that a config leaves unset: they sample from the policy's own distribution."""
 
 NEUTRAL = {
     **FREE,
@@ -32,10 +30,10 @@ NEUTRAL = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
-"""The values, besides None, at which a field of a config leaves the distribution alone."""
+"""The value, besides None, at which each field leaves the distribution unchanged."""
 
-_SEARCH = "tokens would not be drawn one by one from a distribution that can be scored"
-_ASSISTED = "assisted decoding takes one prompt at a time and draws several tokens at once"
+_SEARCH = "tokens would not be sampled one by one from a distribution with known log-probs"
+_ASSISTED = "assisted decoding takes one prompt at a time and samples several tokens at once"
 
 REFUSED = {
     "stop_strings": "a response ends with a token here; name it by eos_token_id=",
@@ -51,28 +49,22 @@ REFUSED = {
     "force_words_ids": _SEARCH,
     "penalty_alpha": _SEARCH,
 }
-"""Fields of a config that no sampling of one response per prompt knows, and what to do instead."""
+"""Fields that no sampler supports, and what to do instead."""
 
 
 def departures(config: GenerationConfig) -> dict[str, Any]:
-    """Return the fields of a config that do not leave the distribution alone, with their values.
-
-    Args:
-        config: the one in force.
-
-    Source: ours.
-    """
+    """Return the fields that change the distribution, with their values."""
     given = {name: getattr(config, name, None) for name in NEUTRAL}
     return {n: v for n, v in given.items() if v is not None and v != NEUTRAL[n]}
 
 
 def require_distribution(config: GenerationConfig) -> None:
-    """Refuse numbers that make no distribution, which `generate` would find out, or not."""
+    """Raise ValueError for numbers that define no distribution; `generate` misses some of them."""
     if not config.do_sample:
         return
     ranges = {
         "temperature": (0 < config.temperature < math.inf, "above 0"),
-        "top_p": (0 <= config.top_p <= 1, "in [0, 1]"),  # 95 would be passed over in silence
+        "top_p": (0 <= config.top_p <= 1, "in [0, 1]"),  # `generate` would ignore 95
         "top_k": (0 <= config.top_k < math.inf, "of at least 0 (0 for all tokens)"),
         "repetition_penalty": (0 < config.repetition_penalty < math.inf, "above 0 (1 for none)"),
     }
@@ -85,7 +77,7 @@ def require_distribution(config: GenerationConfig) -> None:
 
 
 def require_plain(config: GenerationConfig) -> None:
-    """Refuse what is not the sampling of one response per prompt, token by token."""
+    """Raise ValueError for anything but one response per prompt, sampled token by token."""
     for name in ("num_beams", "num_return_sequences"):
         if (getattr(config, name) or 1) != 1:
             raise ValueError(
@@ -98,4 +90,14 @@ def require_plain(config: GenerationConfig) -> None:
         off = value is None or value is False or (name == "penalty_alpha" and value == 0)
         if not off:
             raise ValueError(f"generation_config: {name} = {value!r}, expected None: {instead}")
-    require_recordable(config)
+    require_no_watermark(config)
+
+
+def require_no_watermark(config: GenerationConfig) -> None:
+    """Raise ValueError for a watermark: `generate` adds it after all other processors."""
+    if config.do_sample is not False and config.watermarking_config is not None:
+        raise ValueError(
+            f"generation_config: watermarking_config = {config.watermarking_config}, expected "
+            "None: a watermark is put on after everything else, so the log-probabilities of what "
+            "was sampled could not be recorded; watermark the trained policy's responses instead"
+        )

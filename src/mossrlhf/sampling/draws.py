@@ -1,4 +1,4 @@
-"""Tokens drawn inside `generate`, with what is known of each as it is drawn."""
+"""Sampling inside `generate`, with the log-prob of each sampled token."""
 
 import copy
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from mossrlhf.sampling.distribution import require_no_watermark
+
 WARPERS: dict[str, tuple[Any, Callable[[Any], LogitsProcessor]]] = {
     "temperature": (1.0, TemperatureLogitsWarper),
     "top_h": (None, TopHLogitsWarper),
@@ -31,30 +33,24 @@ WARPERS: dict[str, tuple[Any, Callable[[Any], LogitsProcessor]]] = {
     "epsilon_cutoff": (0.0, EpsilonLogitsWarper),
     "eta_cutoff": (0.0, EtaLogitsWarper),
 }
-"""Fields of a config that `generate` applies after every custom processor, in its order: the value
-at which each does nothing, and what it applies otherwise."""
+"""Fields that `generate` applies after every custom processor, in its order (transformers 5.23):
+the value at which each does nothing, and the processor it applies otherwise."""
 
 
-class Draws(LogitsProcessor):
-    """Warps and draws in place of `generate`, so as to see what tokens come from and how likely.
+class SamplingProcessor(LogitsProcessor):
+    """Warps and samples in place of `generate`, and records the log-prob of each token.
 
-    Pass it as a logits processor beside `undrawn`, which has `generate` take the likeliest token:
-    all but the one drawn here are at −∞ then. Penalties have been applied before it, and nothing
-    comes after it. What a row draws depends on its own scores and numbers alone, whichever rows
-    stand beside it; and it takes no exponential noise of V numbers a token, as `generate` does.
+    Use it with `greedy_config`, under which `generate` takes the only token left above −∞.
+    Penalties are applied before it, nothing after it. A row's tokens depend on its own logits and
+    numbers alone, not on the other rows.
 
     Args:
-        config: with the fields of `WARPERS` to apply.
-        uniform: ``[B, T]`` numbers in [0, 1), one for each token to be drawn.
-
-    Raises:
-        ValueError: where the config has a watermark, which `generate` puts on after everything.
-
-    Source: ours; order and conditions as in ``generate`` of transformers 5.23.
+        config: the effective one.
+        uniform: ``[B, T]`` numbers in [0, 1), one for each token to sample.
     """
 
     def __init__(self, config: GenerationConfig, uniform: Float[Tensor, "B T"]) -> None:
-        require_recordable(config)
+        require_no_watermark(config)
         self.warpers = LogitsProcessorList()
         for name, (_, warper) in WARPERS.items():
             if warps(config, name):
@@ -62,49 +58,41 @@ class Draws(LogitsProcessor):
                 placed = {"device": uniform.device} if name == "eta_cutoff" else {}
                 self.warpers.append(warper(getattr(config, name), **placed))
         self._uniform = uniform
-        self._noted: list[Tensor] = []
+        self._logprobs: list[Tensor] = []
 
     def __call__(
         self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]
     ) -> Float[Tensor, "B V"]:
-        """Draw the next token of each row.
-
-        Args:
-            input_ids: ``[B, L]`` prompt and what has been drawn so far.
-            scores: ``[B, V]``.
-
-        Returns:
-            ``[B, V]``: 0 at the token, −∞ elsewhere.
-        """
+        """Sample the next token of each row; return 0 at that token and −∞ elsewhere."""
         scores = self.warpers(input_ids, scores.float())
         logprobs = scores.sub_(scores.logsumexp(-1, keepdim=True))
-        tokens = inverse(logprobs.exp(), self._uniform[:, len(self._noted)])[:, None]
-        self._noted.append(logprobs.gather(1, tokens).squeeze(1))
+        tokens = inverse_cdf(logprobs.exp(), self._uniform[:, len(self._logprobs)])[:, None]
+        self._logprobs.append(logprobs.gather(1, tokens).squeeze(1))
         return logprobs.fill_(-torch.inf).scatter_(1, tokens, 0.0)
 
     @property
     def logprobs(self) -> Float[Tensor, "B T"]:
-        """``[B, T]``: the log-probability of each token drawn, nats."""
-        if not self._noted:
+        """``[B, T]`` log-probs of the sampled tokens, nats."""
+        if not self._logprobs:
             raise ValueError(
-                "model: its generate has passed over logits_processor=, by which tokens are drawn; "
+                "model: its generate has passed over logits_processor=, which samples the tokens; "
                 "hand it on, or pass Trainer(sampler=) a sampler of your own"
             )
-        return torch.stack(self._noted, dim=1)
+        return torch.stack(self._logprobs, dim=1)
 
 
 BLOCK = 256
-"""Probabilities added up together by `inverse`: a vocabulary is then some hundred numbers."""
+"""Probabilities that `inverse_cdf` sums as one block: a vocabulary is then some hundred numbers."""
 
 
-def inverse(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Return the first token up to which the probabilities add up to more than a number.
+def inverse_cdf(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Return the first token whose cumulative probability exceeds a number.
 
-    Blocks are summed in float32 and all else in float64, so that tokens of 1e-8 get their share;
-    what a block's sum misses, a ten-millionth of it, its last token goes without or has beside.
+    Blocks are summed in float32 and everything else in float64, so that a token of 1e-8 keeps its
+    share; the rounding of a block's sum, about 1e-7 of it, goes to its last token.
 
     Args:
-        p: ``[B, V]`` probabilities; they need not add up to 1.
+        p: ``[B, V]`` probabilities; they need not sum to 1.
         uniform: ``[B]`` in [0, 1).
 
     Returns:
@@ -126,20 +114,13 @@ def inverse(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor
 
 
 def _first_beyond(total: Tensor, wanted: Tensor) -> Tensor:
-    """Where a rising sum first exceeds a number; where rounding keeps it below, its last rise."""
+    """Return where a cumulative sum first exceeds a number, at most where it last rises."""
     last_rise = (total < total[:, -1:]).sum(-1, keepdim=True)
     return torch.searchsorted(total, wanted, right=True).minimum(last_rise)
 
 
 def warps(config: GenerationConfig, name: str) -> bool:
-    """Whether a field of `WARPERS` changes the distribution; out of its range it does nothing.
-
-    Args:
-        config: the one in force.
-        name: the field.
-
-    Source: ours, after ``generate`` of transformers.
-    """
+    """Whether `generate` acts on a field of `WARPERS`; it ignores values out of range."""
     value, neutral = getattr(config, name), WARPERS[name][0]
     if value is None:
         return False
@@ -151,35 +132,10 @@ def warps(config: GenerationConfig, name: str) -> bool:
     return bool(value != neutral)
 
 
-def require_recordable(config: GenerationConfig) -> None:
-    """Refuse what changes the distribution where `Draws` cannot see it.
-
-    Args:
-        config: the one in force.
-
-    Raises:
-        ValueError: where the config has a watermark.
-
-    Source: ours.
-    """
-    if config.do_sample is not False and config.watermarking_config is not None:
-        raise ValueError(
-            f"generation_config: watermarking_config = {config.watermarking_config}, expected "
-            "None: a watermark is put on after everything else, so the log-probabilities of what "
-            "was sampled could not be recorded; watermark the trained policy's responses instead"
-        )
-
-
-def undrawn(config: GenerationConfig) -> GenerationConfig:
-    """Return a config that leaves warping and drawing to `Draws`.
-
-    Args:
-        config: the one in force.
-
-    Source: ours.
-    """
-    bare = copy.deepcopy(config)
+def greedy_config(config: GenerationConfig) -> GenerationConfig:
+    """Return a copy that leaves warping and sampling to a `SamplingProcessor`."""
+    greedy = copy.deepcopy(config)
     for name in WARPERS:
-        setattr(bare, name, None)  # of anything else `generate` says that it goes unused
-    bare.do_sample = False
-    return bare
+        setattr(greedy, name, None)  # `generate` warns of any other value that it goes unused
+    greedy.do_sample = False
+    return greedy

@@ -1,10 +1,12 @@
-"""What a sampler asks of an engine that holds weights of its own, and how it keeps them current."""
+"""Engines that generate with weights of their own, and the synchronization of those weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from mossrlhf.models.adapters import adapter_layers, merged_state_dict
 from mossrlhf.models.beneath import checksums
@@ -12,8 +14,8 @@ from mossrlhf.options import inside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """How an engine shall draw: nothing of it is left to the engine's or a checkpoint's defaults.
+class SamplingSettings:
+    """How an engine shall sample; neither its own nor a checkpoint's defaults apply.
 
     Args:
         temperature: 0 for the likeliest token each time.
@@ -22,9 +24,7 @@ class Asked:
         min_p: 0 for all tokens.
         repetition_penalty: 1 for none.
         max_new_tokens: length limit, in tokens.
-        ends: ids that end a response, and no others do; the one drawn belongs to the response.
-
-    Source: ours.
+        ends: the only token ids that end a response, of which they are the last.
     """
 
     temperature: float
@@ -37,15 +37,13 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class Completion:
     """One response of an engine.
 
     Args:
-        token_ids: the one that ends it included.
-        logprobs: of each token, nats; None where the engine returned none.
-        finish_reason: "stop" where it ended, "length" at the limit; anything else is a fault.
-
-    Source: ours.
+        token_ids: up to and including the end token.
+        logprobs: of each token, nats; None if the engine returned none.
+        finish_reason: "stop" for an end token, "length" for the limit; anything else is an error.
     """
 
     token_ids: list[int]
@@ -55,80 +53,65 @@ class Drawn:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Draws responses with weights of its own.
-
-    Source: ours.
-    """
+    """Generates responses with weights of its own."""
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens it chooses among; None where that is not known."""
+        """Vocabulary size; None if unknown."""
 
     @property
     def processed_logprobs(self) -> bool:
-        """Whether log-probabilities are of what was drawn from, after temperature, top-p …"""
+        """Whether log-probs are of the sampled distribution, after temperature, top-p …"""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take all weights of a policy, by the names they have in its checkpoint."""
+        """Load all weights of a policy, named as in its checkpoint."""
 
     def reset_prefix_cache(self) -> None:
-        """Forget keys and values of earlier weights."""
+        """Drop keys and values of earlier weights."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], asked: Asked, seeds: Sequence[int]
-    ) -> list[Drawn]:
-        """Draw one response for each of B prompts (token ids), each with a seed of its own."""
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Generate one response for each of B prompts (token ids), each with its own seed."""
 
 
 class Synchronizer:
-    """Gives an engine a policy's weights, where they are not those it was given last.
+    """Sends a policy's weights to an engine whenever they differ from those sent last.
 
-    Whether they are is told by the sum of each weight's bits, read on the weight's own device, and
-    by torch's counters of changes in place: optimizers that write past these (DeepSpeed) are seen
-    by the one, changes that leave a sum as it was by the other. Adapters that are switched on or
-    off are seen too. Reading all weights takes about as long as decoding one token.
+    Changes are detected by the sum of each weight's bits, computed on its device, and by torch's
+    counters of in-place changes: the first sees optimizers that bypass the counters (DeepSpeed),
+    the second sees changes that keep the sum. Adapters that were switched on or off are seen too.
+    Reading all weights takes about as long as decoding one token.
 
     Args:
-        engine: whose weights are kept current.
-
-    Source: ours.
+        engine: that receives the weights; `times` counts how often.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.times = 0
-        self._given: dict[str, Any] | None = None
+        self._sent: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.engine!r}, times={self.times})"
 
     def __call__(self, model: nn.Module) -> bool:
-        """Make the engine's weights the model's.
-
-        Args:
-            model: a transformers model, with or without adapters.
-
-        Returns:
-            whether anything had to be sent.
-        """
-        current = fingerprint(model)
-        if current == self._given:
+        """Send the weights of a model, with or without adapters; return whether that was needed."""
+        current = weight_checksums(model)
+        if current == self._sent:
             return False
-        self._given = None  # where sending breaks off, the engine has neither
+        self._sent = None  # if sending fails, the engine may hold some of both
         self.engine.load_weights(checkpoint_weights(model).items())
         self.engine.reset_prefix_cache()
-        self._given, self.times = current, self.times + 1
+        self._sent, self.times = current, self.times + 1
         return True
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Tell a model's weights, and which of its adapters speak, from earlier ones.
-
-    Args:
-        model: a transformers model, with or without adapters.
-
-    Source: ours.
-    """
+def weight_checksums(model: nn.Module) -> dict[str, Any]:
+    """Return what changes along with a model's weights or its active adapters, by name."""
     state: dict[str, Tensor] = inside(model).state_dict()
     sums = checksums(state)
     found: dict[str, Any] = {
@@ -142,35 +125,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
-    """Return a model's weights as its checkpoint has them: adapters merged in, tied ones once.
+    """Return weights as ``save_pretrained`` names them: adapters merged, tied ones once.
 
-    Args:
-        model: a transformers model, with or without adapters; it is left as it is.
-
-    Source: LoRA §4.1: W + (α/r) B A; names: ``save_pretrained`` of transformers.
+    Source: LoRA §4.1: W + (α/r) B A.
     """
-    bare: Any = inside(model)
-    state: Mapping[str, Tensor] = merged_state_dict(bare)
-    taken: set[tuple[Any, ...]] = set()
-    once = {}
-    for name, weight in state.items():
+    base: Any = inside(model)
+    seen: set[tuple[Any, ...]] = set()
+    state: dict[str, Tensor] = {}
+    for name, weight in merged_state_dict(base).items():
         place = (weight.device, weight.data_ptr(), weight.shape)
-        if weight.numel() and place in taken:
+        if weight.numel() and place in seen:
             continue
-        taken.add(place)
-        once[name] = weight
-    return _as_saved(bare, once)
-
-
-def _as_saved(model: Any, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """Undo what transformers does to names and shapes as it loads (experts, for one)."""
-    from transformers import PreTrainedModel
-
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
+        seen.add(place)
+        state[name] = weight
+    if not isinstance(base, PreTrainedModel):
         return state
-    if not isinstance(model, PreTrainedModel):
-        return state
-    saved: dict[str, Tensor] = revert_weight_conversion(model, state)
-    return saved
+    reverted: dict[str, Tensor] = revert_weight_conversion(base, state)  # of experts, for one
+    return reverted

@@ -1,8 +1,9 @@
-"""`generate` of transformers behind the sampler protocol."""
+"""The default sampler: `generate` of transformers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,20 +11,21 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.options import check_range, inside, strict
-from mossrlhf.sampling.configured import Configured, effective_config, special_tokens
-from mossrlhf.sampling.draws import undrawn
-from mossrlhf.sampling.segments import drawn
+from mossrlhf.sampling.assembling import assemble, require_prompts
+from mossrlhf.sampling.configured import ConfiguredSampler
+from mossrlhf.sampling.draws import greedy_config
+from mossrlhf.sampling.segments import generate_in_segments
 from mossrlhf.types import Rollout
 
 
 @strict
 @dataclass(frozen=True, kw_only=True)
-class HFSampler(Configured):
-    """Draws responses with transformers' ``generate``.
+class HFSampler(ConfiguredSampler):
+    """Generates responses with transformers' ``generate``.
 
-    Every field that shapes the distribution is set here: ``generate`` would fill unset ones from
-    the checkpoint (a top-k of 50, its own temperature or penalty), which the log-probabilities
-    of training know nothing of. `effective` shows what is in force.
+    Every field that shapes the distribution is set here. ``generate`` would fill unset ones from
+    the checkpoint (a top-k of 50, its own temperature or penalty), which training would not know
+    of. `effective` is the resulting config.
 
     Args:
         generation_config: ``max_new_tokens`` must be set; unset temperature, top-k, top-p and
@@ -31,30 +33,25 @@ class HFSampler(Configured):
         eos_token_id: token(s) that end a response.
         pad_token_id: any id of the vocabulary; masks come from lengths.
         batch_size: prompts at a time; None for all at once.
-        segment: tokens after which responses that have ended are let go; None to wait for the
-            last. Like `batch_size` it changes speed and memory alone.
+        segment: tokens after which finished responses leave the batch; None to wait for the last.
+            Like `batch_size` it changes speed and memory alone.
 
     Raises:
-        ValueError: where ``max_new_tokens`` is missing or a number makes no distribution (a
+        ValueError: if ``max_new_tokens`` is missing, a number defines no distribution (a
             temperature of 0), or the config asks for beams, for several sequences per prompt
-            (that is `TrainerConfig.samples_per_prompt`), for anything in `REFUSED`, or, sampling,
-            for a watermark.
+            (that is `TrainerConfig.samples_per_prompt`), for a field in `REFUSED`, or, while
+            sampling, for a watermark.
 
-    Source: ours; C: temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens.
+    Source: C: temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens.
     """
 
-    generation_config: GenerationConfig
-    eos_token_id: int | Sequence[int]
-    pad_token_id: int
     batch_size: int | None = None
     segment: int | None = 16
-    effective: GenerationConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_range("HFSampler", "batch_size", self.batch_size, 1)
         check_range("HFSampler", "segment", self.segment, 1)
-        config = effective_config(self.generation_config, self.eos_token_id, self.pad_token_id)
-        object.__setattr__(self, "effective", config)
+        super().__post_init__()
 
     @classmethod
     def for_tokenizer(
@@ -63,107 +60,85 @@ class HFSampler(Configured):
         generation_config: GenerationConfig,
         batch_size: int | None = None,
     ) -> "HFSampler":
-        """Take end and padding tokens from a tokenizer, where the config does not name them.
+        """Take the end and padding tokens that the config leaves open from a tokenizer.
 
         Args:
             tokenizer: needs an eos token; without a padding token, eos pads.
-            generation_config: as above; its own ``eos_token_id`` and ``pad_token_id`` go first.
+            generation_config: its own ``eos_token_id`` and ``pad_token_id`` take precedence.
             batch_size: prompts at a time.
 
         Raises:
-            ValueError: where neither names an end token.
+            ValueError: if neither names an end token.
         """
-        eos, pad = special_tokens(tokenizer, generation_config)
-        return cls(
-            generation_config=generation_config,
-            eos_token_id=eos,
-            pad_token_id=pad,
-            batch_size=batch_size,
-        )
+        return cls._for_tokenizer(tokenizer, generation_config, batch_size=batch_size)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Draw one response for each prompt.
+        """Generate one response for each prompt.
 
         Args:
             model: a transformers model with ``generate``.
             prompts: B lists of token ids, none empty.
 
         Returns:
-            a `Rollout` of B sequences on the model's device, nothing scored yet.
+            a `Rollout` of B sequences on the model's device, with `sampler_logprobs` of the
+            sampled distribution; without them for greedy decoding.
 
         Raises:
-            ValueError: where there is no prompt, or an empty one.
+            ValueError: if there is no prompt, or an empty one.
+            FloatingPointError: if the model's logits are not finite.
         """
-        empty = [index for index, prompt in enumerate(prompts) if len(prompt) == 0]
-        if empty or not prompts:
-            raise ValueError(
-                f"prompts: got {len(prompts)}, of which {empty} are empty; expected at least one, "
-                "and at least one token in each"
-            )
-        # All that is random, so that no way to split the work changes an answer.
+        require_prompts(prompts)
+        # All random numbers at once, so that no way to split the work changes a response.
         uniform = torch.rand(len(prompts), self.max_new_tokens, dtype=torch.float64)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        order = lengths.argsort(stable=True)  # prompts of like length together: little padding
-        asked = undrawn(self.effective) if self.effective.do_sample else self.effective
-        with _only(model, asked):
-            parts = [
-                self._draw(model, [prompts[row] for row in rows], uniform[rows])
-                for rows in order.split(self.batch_size or len(prompts))
-            ]
-        rollout = Rollout.concat(parts).select(order.argsort())
-        _require_numbers(rollout)
-        return rollout
+        order = lengths.argsort(stable=True)  # prompts of similar length together: little padding
+        sampling = bool(self.effective.do_sample)
+        defaults = greedy_config(self.effective) if sampling else self.effective
+        generated: dict[int, tuple[list[int], list[float]]] = {}
+        with _generation_config(model, defaults):
+            for rows in order.split(self.batch_size or len(prompts)):
+                batch = [prompts[row] for row in rows]
+                responses = self._generate(model, batch, uniform[rows])
+                generated.update(zip(rows.tolist(), responses, strict=True))
+        completions, logprobs = zip(*(generated[row] for row in range(len(prompts))), strict=True)
+        _require_finite(logprobs)
+        return assemble(
+            prompts,
+            completions,
+            [response[-1] in self.ends for response in completions],
+            pad_token_id=self.pad_token_id,
+            device=next(model.parameters()).device,
+            logprobs=logprobs if sampling else None,
+        )
 
-    def _draw(self, model: nn.Module, prompts: Sequence[Sequence[int]], uniform: Tensor) -> Rollout:
+    def _generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], uniform: Tensor
+    ) -> list[tuple[list[int], list[float]]]:
+        """Return the tokens of each response, up to its end token, and their log-probs."""
         device = next(model.parameters()).device
         width = max(len(prompt) for prompt in prompts)
-        # Padding on the left lives in this method alone: `generate` continues the last column.
-        ids = torch.tensor(
-            [[self.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device
+        # `generate` continues the last column, so here alone padding is on the left.
+        ids = [[self.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+        mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+        tokens, logprobs = generate_in_segments(
+            model,
+            torch.tensor(ids, device=device),
+            torch.tensor(mask, device=device),
+            self.effective,
+            uniform.to(device),
+            self.segment,
         )
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        attended = torch.arange(width, device=device) >= (width - lengths)[:, None]
-        config, uniform = self.effective, uniform.to(device)
-        tokens, logprobs = drawn(model, ids, attended, config, uniform, self.segment)
-        rollout = self._assemble(ids, lengths, tokens)
-        if logprobs is None:
-            return rollout
-        mask = rollout.mask
-        logprobs = torch.where(mask, logprobs[:, : mask.shape[1]], 0.0)
-        return replace(rollout, sampler_logprobs=logprobs)
-
-    def _assemble(self, ids: Tensor, prompt_lengths: Tensor, responses: Tensor) -> Rollout:
-        """Turn left-padded prompts and their continuations into ``[prompt][response][pad]``."""
-        eos = torch.tensor(self.effective.eos_token_id, device=ids.device).view(-1)
-        is_end = torch.isin(responses, eos)
-        ended = is_end.any(dim=1)
-        limit = responses.shape[1]
-        first_end = is_end.to(torch.int8).argmax(dim=1) + 1
-        response_lengths = torch.where(ended, first_end, limit)
-        rows = torch.cat([ids, responses], dim=1)
-        offset = ids.shape[1] - prompt_lengths
-        positions = torch.arange(rows.shape[1], device=ids.device)
-        total = prompt_lengths + response_lengths
-        shifted = rows.gather(1, (positions + offset[:, None]).clamp(max=rows.shape[1] - 1))
-        shifted = torch.where(positions < total[:, None], shifted, self.pad_token_id)
-        length = int(response_lengths.max())
-        mask = torch.arange(length, device=ids.device) < response_lengths[:, None]
-        return Rollout(
-            input_ids=shifted[:, : int(total.max())],
-            prompt_lengths=prompt_lengths,
-            response_lengths=response_lengths,
-            truncated=~ended,
-            mask=mask,
-        )
+        is_end = torch.isin(tokens, torch.tensor(self.ends, device=device))
+        first_end = is_end.int().argmax(dim=1) + 1
+        lengths = torch.where(is_end.any(dim=1), first_end, tokens.shape[1]).tolist()
+        rows = zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True)
+        return [(response[:length], known[:length]) for response, known, length in rows]
 
 
-def _require_numbers(rollout: Rollout) -> None:
-    """Refuse what a policy of broken weights draws: nobody else would notice."""
-    logprobs = rollout.sampler_logprobs
-    if logprobs is None:
-        return
-    broken = (~torch.isfinite(logprobs)).any(dim=1).nonzero().flatten().tolist()
+def _require_finite(logprobs: Sequence[Sequence[float]]) -> None:
+    """Raise FloatingPointError where a policy's logits were not finite."""
+    broken = [row for row, known in enumerate(logprobs) if not math.isfinite(sum(known))]
     if broken:
         raise FloatingPointError(
             f"model: its logits are not finite in responses to {len(broken)} of {len(logprobs)} "
@@ -173,9 +148,9 @@ def _require_numbers(rollout: Rollout) -> None:
 
 
 @contextmanager
-def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let `generate` fill what a config leaves open from that config, not from the checkpoint."""
-    # An adapted model may hold one of its own, which PEFT hands on to the model inside.
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Have `generate` take unset fields from a config, not from the checkpoint's."""
+    # An adapted model may hold one of its own, which PEFT hands on to the base model.
     held = [
         (holder, holder.generation_config)
         for holder in (model, inside(model))

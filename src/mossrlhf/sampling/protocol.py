@@ -1,4 +1,4 @@
-"""What draws responses."""
+"""The protocol of samplers."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -10,18 +10,15 @@ from mossrlhf.types import Rollout
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws one response for each prompt. `temperature` is the one they are scored at.
-
-    Source: ours.
-    """
+    """Generates one response for each prompt; log-probs are computed at its `temperature`."""
 
     @property
     def temperature(self) -> float:
-        """Temperature τ of the distribution the responses come from."""
+        """Temperature τ of the sampled distribution."""
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest response possible, in tokens."""
+        """Longest possible response, in tokens."""
 
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Draw one response for each of B prompts (token ids)."""
+        """Generate one response for each of B prompts (token ids)."""

@@ -1,4 +1,4 @@
-"""All that is known here of vLLM's interface. Nothing of it has been run against vLLM itself."""
+"""The vLLM engine. None of it has been run against vLLM itself."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,45 +8,45 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mossrlhf.sampling.engines import Asked, Drawn
+from mossrlhf.sampling.engines import Completion, SamplingSettings
 
 RECEIVER = "mossrlhf.sampling.vllm_engine.WeightReceiver"
-"""What ``vllm.LLM(worker_extension_cls=)`` must be, for weights to reach its workers."""
+"""Value of ``vllm.LLM(worker_extension_cls=)`` by which weights reach its workers."""
 
 CHUNK_BYTES = 2**30
-"""Weights are handed over in files of about this size."""
+"""Approximate size of the files that weights are sent in."""
 
 
 class WeightReceiver:
-    """Mixed into vLLM's workers, each of which takes its share of every weight.
+    """Extension of vLLM's workers, each of which takes its share of every weight.
 
-    Source: vLLM's ``worker_extension_cls``, as its examples of RLHF use it.
+    Source: ``worker_extension_cls`` in vLLM's examples of RLHF.
     """
 
     model_runner: Any
 
     def load_policy_weights(self, file: str) -> int:
-        """Put the weights of a safetensors file into the worker's model; return how many."""
+        """Load a safetensors file into the worker's model; return the number of weights."""
         weights = load_file(file)
         self.model_runner.model.load_weights(list(weights.items()))
         return len(weights)
 
 
 class VLLMEngine:
-    """Asks a ``vllm.LLM`` for responses, and gives it weights.
+    """Generates with a ``vllm.LLM``, and sends it weights.
 
-    **Tested against a stand-in only, never against vLLM itself.** Of vLLM it takes ``generate``,
+    **Tested against a stand-in only, never against vLLM itself.** It uses vLLM's ``generate``,
     ``collective_rpc`` with a method's name, ``reset_prefix_cache``, ``SamplingParams``, and in the
-    workers ``model_runner.model.load_weights``. Weights travel as safetensors files, so nothing is
-    pickled and workers may be processes; on several machines `folder` must be shared by them.
-    Engines of quantized weights cannot take new ones so.
+    workers ``model_runner.model.load_weights``. Weights are sent as safetensors files: nothing is
+    pickled, and workers may be processes. Workers on several machines must share `folder`.
+    Engines with quantized weights cannot take new ones this way.
 
     Args:
         llm: a ``vllm.LLM(worker_extension_cls=RECEIVER, logprobs_mode="processed_logprobs", …)``.
-        folder: where weights are handed over; None for the system's temporary one. In memory
-            (``/dev/shm``, where it is large enough) it is faster.
+        folder: for those files; None for the system's temporary one. In memory (``/dev/shm``, if
+            it is large enough) it is faster.
 
-    Source: ours; vLLM's documentation of RLHF.
+    Source: vLLM's documentation of RLHF.
     """
 
     def __init__(self, llm: Any, folder: str | Path | None = None) -> None:
@@ -66,7 +66,7 @@ class VLLMEngine:
             options: of ``vllm.LLM``: ``gpu_memory_utilization``, ``max_model_len`` …
 
         Raises:
-            ImportError: where vLLM is not installed.
+            ImportError: if vLLM is not installed.
         """
         needed = {
             "worker_extension_cls": RECEIVER,
@@ -77,13 +77,13 @@ class VLLMEngine:
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens it chooses among; None where vLLM does not say."""
+        """Vocabulary size; None if vLLM does not report it."""
         size = getattr(self._model_config, "get_vocab_size", None)
         return None if size is None else int(size())
 
     @property
     def processed_logprobs(self) -> bool:
-        """Whether log-probabilities are of what was drawn from; vLLM's default is of raw logits."""
+        """Whether log-probs are of the sampled distribution; vLLM's default is of raw logits."""
         mode = getattr(self._model_config, "logprobs_mode", None)
         return str(getattr(mode, "value", mode)) == "processed_logprobs"
 
@@ -94,13 +94,13 @@ class VLLMEngine:
         return own or getattr(getattr(engine, "vllm_config", None), "model_config", None)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Give all workers weights by their names in the checkpoint.
+        """Send all workers the weights of a policy.
 
         Args:
-            weights: name and tensor, whole, on any device.
+            weights: name in the checkpoint and whole tensor, on any device.
 
         Raises:
-            RuntimeError: where the workers cannot take them.
+            RuntimeError: if the workers cannot load them.
         """
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="mossrlhf-weights-") as folder:
             for index, chunk in enumerate(_chunks(weights)):
@@ -108,7 +108,7 @@ class VLLMEngine:
                 save_file(chunk, file)
                 try:
                     self.llm.collective_rpc("load_policy_weights", args=(str(file),))
-                except Exception as error:  # of whatever kind vLLM makes of it
+                except Exception as error:  # vLLM documents no type
                     raise RuntimeError(
                         f"engine: its workers did not take the policy's weights ({error!r:.300}); "
                         "build it by VLLMEngine.load, or as "
@@ -118,68 +118,62 @@ class VLLMEngine:
                 file.unlink()
 
     def reset_prefix_cache(self) -> None:
-        """Forget keys and values of earlier weights."""
+        """Drop keys and values of earlier weights."""
         self.llm.reset_prefix_cache()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], asked: Asked, seeds: Sequence[int]
-    ) -> list[Drawn]:
-        """Draw one response for each prompt.
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Generate one response for each prompt.
 
         Args:
             prompts: B lists of token ids.
-            asked: how to draw.
+            settings: how to sample.
             seeds: B, since equal prompts would have equal responses otherwise.
         """
         make = _vllm().SamplingParams
-        params = [make(**sampling_params(asked), seed=seed) for seed in seeds]
-        texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self.llm.generate(texts, params, use_tqdm=False)
-        return [_drawn(output.outputs[0]) for output in outputs]
+        params = [make(**sampling_params(settings), seed=seed) for seed in seeds]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
 
 
-def sampling_params(asked: Asked) -> dict[str, Any]:
-    """Return vLLM's ``SamplingParams`` in full, seed apart.
-
-    Args:
-        asked: how to draw.
-
-    Raises:
-        ValueError: where vLLM would draw at another temperature than the one asked for.
-
-    Source: vLLM's documentation.
-    """
-    if 0 < asked.temperature < 0.01:
+def sampling_params(settings: SamplingSettings) -> dict[str, Any]:
+    """Return all arguments of vLLM's ``SamplingParams`` but the seed."""
+    if 0 < settings.temperature < 0.01:
         raise ValueError(
-            f"generation_config: temperature = {asked.temperature}, expected at least 0.01, to "
+            f"generation_config: temperature = {settings.temperature}, expected at least 0.01, to "
             "which vLLM raises it; for the likeliest token each time set do_sample=False"
         )
     return {
         "n": 1,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": asked.top_k or -1,  # releases differ in whether 0 is taken for all; -1 is by each
-        "min_p": asked.min_p,
-        "repetition_penalty": asked.repetition_penalty,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k or -1,  # all tokens: some releases take 0 for that too, some do not
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "max_tokens": asked.max_new_tokens,
+        "max_tokens": settings.max_new_tokens,
         "min_tokens": 0,
         "stop": None,
-        "stop_token_ids": list(asked.ends),
-        "ignore_eos": True,  # or the checkpoint's own ends would join those asked for
-        "logprobs": 0,  # of the drawn token alone
+        "stop_token_ids": list(settings.ends),
+        "ignore_eos": True,  # or the checkpoint's own end tokens would be added
+        "logprobs": 0,  # of the sampled token alone
         "prompt_logprobs": None,
         "detokenize": False,
     }
 
 
-def _drawn(completion: Any) -> Drawn:
-    tokens, logprobs = [int(token) for token in completion.token_ids], None
-    if completion.logprobs is not None:
-        pairs = zip(tokens, completion.logprobs, strict=True)
+def _completion(output: Any) -> Completion:
+    tokens, logprobs = [int(token) for token in output.token_ids], None
+    if output.logprobs is not None:
+        pairs = zip(tokens, output.logprobs, strict=True)
         logprobs = [float(known[token].logprob) for token, known in pairs]
-    return Drawn(token_ids=tokens, logprobs=logprobs, finish_reason=completion.finish_reason)
+    return Completion(token_ids=tokens, logprobs=logprobs, finish_reason=output.finish_reason)
 
 
 def _chunks(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -200,7 +194,7 @@ def _vllm() -> Any:
         import vllm
     except ImportError as error:
         raise ImportError(
-            'VLLMEngine needs vLLM: pip install "mossrlhf[vllm]"; or draw with HFSampler or '
-            "ContinuousSampler, which do without"
+            'VLLMEngine needs vLLM: pip install "mossrlhf[vllm]"; or use HFSampler or '
+            "ContinuousSampler, which need no extra package"
         ) from error
     return vllm

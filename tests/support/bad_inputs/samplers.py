@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from bad_inputs.room import Room
 from bad_inputs.shop import WORLD
 from mossrlhf import ContinuousSampler, HFSampler, VLLMSampler
-from mossrlhf.sampling import Drawn, assemble
+from mossrlhf.sampling import Completion, assemble
 from mossrlhf.types import Rollout
 
 room = Room("Samplers")
@@ -66,7 +66,7 @@ def continuous(**options):
 
 
 def drawn(tokens, logprobs=None, finish_reason="length"):
-    return Drawn(token_ids=tokens, logprobs=logprobs, finish_reason=finish_reason)
+    return Completion(token_ids=tokens, logprobs=logprobs, finish_reason=finish_reason)
 
 
 def joined(shop):
@@ -190,7 +190,7 @@ row(
 row(
     "a repetition penalty for continuous batching",
     "ValueError: generation_config: repetition_penalty = 1.2, expected 1.0: continuous batching "
-    "would pass over it; leave it out, or draw with HFSampler",
+    "would pass over it; leave it out, or use HFSampler",
     lambda shop: continuous(repetition_penalty=1.2),
 )
 row(
