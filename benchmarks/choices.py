@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import mossrlhf
-from mossrlhf.sampling.draws import SamplingProcessor
+from mossrlhf.sampling.hf import SamplingProcessor
 
 FIGURES = Path(__file__).resolve().parent / "results" / "choices.json"
 ROWS, WORDS = 16, 32000

@@ -12,7 +12,6 @@ from mossrlhf._moved import MOVED
 DOCUMENTED = {
     "buffer": ["RolloutBuffer", "micro_batches"],
     "charts": ["plot_critic", "plot_reward_histograms"],
-    "engine": ["Engine"],
     "faults": ["Fault", "NonFiniteError", "Suspect", "read_fault"],
     "functional.advantages": ["gae"],
     "functional.reduce": ["Reduce", "masked_mean", "whiten"],

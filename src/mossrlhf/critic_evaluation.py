@@ -22,8 +22,8 @@ from mossrlhf.options import check_range
 from mossrlhf.randomness import temporary_seed
 from mossrlhf.reward_shaping import RunningMoments
 from mossrlhf.sampling import assemble
-from mossrlhf.sampling.distribution import departures
-from mossrlhf.sampling.segments import FROM_ROWS
+from mossrlhf.sampling.base import departures
+from mossrlhf.sampling.hf import FROM_ROWS
 from mossrlhf.types import Rollout
 from mossrlhf.validation import shaped
 

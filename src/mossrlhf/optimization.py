@@ -41,7 +41,7 @@ class StepOutput:
     weights: dict[str, Tensor]
 
 
-class Engine:
+class TrainingEngine:
     """The trained models with their optimizers and schedules; `step` updates them.
 
     Args:

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import logger as generation_log
 
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.draws import WARPERS, SamplingProcessor, greedy_config
+from mossrlhf.sampling.hf import WARPERS, SamplingProcessor, greedy_config
 
 V, END = 30, 2
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]] * 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mossrlhf.sampling.draws import inverse_cdf
+from mossrlhf.sampling.hf import inverse_cdf
 
 SIZES = [1, 255, 256, 257, 1000]
 

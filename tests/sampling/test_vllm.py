@@ -13,9 +13,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mixtra
 
 from mossrlhf import Sampler, ToyWorld, VLLMSampler
 from mossrlhf.models import policy_stats
-from mossrlhf.sampling import Completion, Engine, HFSampler, VLLMEngine, vllm_engine
-from mossrlhf.sampling.engines import Synchronizer, checkpoint_weights, weight_checksums
-from mossrlhf.sampling.vllm_engine import WeightReceiver
+from mossrlhf.sampling import Completion, Engine, HFSampler, VLLMEngine
+from mossrlhf.sampling import vllm as vllm_engine
+from mossrlhf.sampling.vllm import (
+    Synchronizer,
+    WeightReceiver,
+    checkpoint_weights,
+    weight_checksums,
+)
 
 V, END, LIMIT = 40, 2, 6
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [10]]
@@ -395,7 +400,7 @@ def test_load_asks_vllm_for_what_is_needed(monkeypatch):
     subject = VLLMSampler.load("org/model", tokenizer, config, max_model_len=64)
     assert made == {
         "model": "org/model",
-        "worker_extension_cls": "mossrlhf.sampling.vllm_engine.WeightReceiver",
+        "worker_extension_cls": "mossrlhf.sampling.vllm.WeightReceiver",
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "max_model_len": 64,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mossrlhf.sampling.vllm_engine import WeightReceiver
+from mossrlhf.sampling.vllm import WeightReceiver
 
 
 @dataclass(kw_only=True)

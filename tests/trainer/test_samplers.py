@@ -14,7 +14,7 @@ from mossrlhf import ContinuousSampler, PPOMaxLoss, VLLMSampler
 from mossrlhf.functional import clipped_policy_loss
 from mossrlhf.models import policy_stats
 from mossrlhf.sampling import VLLMEngine
-from mossrlhf.sampling.engines import Synchronizer
+from mossrlhf.sampling.vllm import Synchronizer
 
 GAP, OFF = "sampler/logprob_gap_nats", "sampler/ratio_off_fraction"
 

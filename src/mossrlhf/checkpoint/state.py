@@ -16,7 +16,7 @@ from mossrlhf.checkpoint.folders import STATE, checkpoints
 from mossrlhf.config import TrainerConfig
 from mossrlhf.data import Shuffled
 from mossrlhf.models import RewardModel, weights_digest
-from mossrlhf.optimization import Engine
+from mossrlhf.optimization import TrainingEngine
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.roles import is_adapted
 from mossrlhf.serialization import CHECKSUM, read_json, require_checksums, with_checksum
@@ -77,7 +77,7 @@ class RunState:
 
     args: TrainerConfig
     accelerator: Accelerator
-    engine: Engine
+    engine: TrainingEngine
     ref_model: nn.Module | None
     reward_models: Sequence[nn.Module]
     shaper: Any

@@ -14,19 +14,21 @@ from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.sharding import note_hooks
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ActorCritic
-from mossrlhf.optimization import Engine, StepOutput, unpack_optimizer
+from mossrlhf.optimization import StepOutput, TrainingEngine, unpack_optimizer
 from mossrlhf.types import Rollout
 
 
-def make_engine(model: ActorCritic, args: TrainerConfig, accelerator: Accelerator) -> Engine:
-    """Return an `Engine`, or under DeepSpeed a `ZeroEngine`.
+def make_engine(
+    model: ActorCritic, args: TrainerConfig, accelerator: Accelerator
+) -> TrainingEngine:
+    """Return an `TrainingEngine`, or under DeepSpeed a `ZeroEngine`.
 
     Raises:
         ValueError: where DeepSpeed is to run at another stage than 2 or 3, to offload at stage 2,
             to compute in float16, or has partitioned the models already.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return Engine(model, args, accelerator)
+        return TrainingEngine(model, args, accelerator)
     zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
     stage, offload = zero.get("stage"), (zero.get("offload_optimizer") or {}).get("device", "none")
     if stage not in (2, 3):
@@ -57,8 +59,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
 
 
-class ZeroEngine(Engine):
-    """`Engine` under DeepSpeed: one optimizer with a group of parameters for each role.
+class ZeroEngine(TrainingEngine):
+    """`TrainingEngine` under DeepSpeed: one optimizer with a group of parameters for each role.
 
     The schedules change the learning rates of optimizers that never step; DeepSpeed's optimizer
     copies them. Norms are clipped here, role by role: DeepSpeed would clip all at once, inside the
@@ -67,7 +69,7 @@ class ZeroEngine(Engine):
 
     def _prepare(self) -> None:
         config = self.accelerator.deepspeed_plugin.deepspeed_config
-        # DeepSpeed requires these numbers; `Engine` makes the micro-batches itself.
+        # DeepSpeed requires these numbers; `TrainingEngine` makes the micro-batches itself.
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_accumulation_steps"] = 1
         config["gradient_clipping"] = 0.0
@@ -90,7 +92,7 @@ class ZeroEngine(Engine):
         roles: Sequence[str] = ("critic", "policy"),
         ptx: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        """Take one optimizer step, as `Engine.step` does."""
+        """Take one optimizer step, as `TrainingEngine.step` does."""
         stale: Tensor | None = getattr(self.zero, "grad_partitions_flat_buffer", None)
         if stale is not None:
             # ZeRO-3 overwrites it in a step's first backward, and only where that one reaches.
@@ -157,7 +159,7 @@ class ZeroEngine(Engine):
             self.schedulers[role].step()
 
     def pack(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Split a role's optimizer state as `Engine.pack` does, with the same names."""
+        """Split a role's optimizer state as `TrainingEngine.pack` does, with the same names."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         carrier, tensors = self.optimizers[role], {}
@@ -172,7 +174,7 @@ class ZeroEngine(Engine):
         return tensors, {"slots": {}, "groups": carrier.state_dict()["param_groups"]}
 
     def unpack(self, role: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Load what `pack`, or `Engine.pack`, returned."""
+        """Load what `pack`, or `TrainingEngine.pack`, returned."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         carrier = self.optimizers[role]

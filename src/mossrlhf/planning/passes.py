@@ -17,7 +17,7 @@ from mossrlhf.planning.dry import Dry, backward
 from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 from mossrlhf.planning.parts import Parts
 from mossrlhf.roles import as_reference
-from mossrlhf.sampling import draws
+from mossrlhf.sampling import hf as draws
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mossrlhf.roles import (
     vocabulary_size,
 )
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.draws import WARPERS, warps
+from mossrlhf.sampling.hf import WARPERS, warps
 
 TOKEN_BYTES = 28
 """Of a response token in a rollout: seven float32 numbers."""

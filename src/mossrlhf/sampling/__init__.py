@@ -3,14 +3,10 @@
 import warnings
 from typing import Any
 
-from mossrlhf.sampling.assembling import assemble
+from mossrlhf.sampling.base import FREE, NEUTRAL, REFUSED, Sampler, assemble
 from mossrlhf.sampling.continuous import ContinuousSampler
-from mossrlhf.sampling.distribution import FREE, NEUTRAL, REFUSED
-from mossrlhf.sampling.engines import Completion, Engine, SamplingSettings
 from mossrlhf.sampling.hf import HFSampler
-from mossrlhf.sampling.protocol import Sampler
-from mossrlhf.sampling.vllm import VLLMSampler
-from mossrlhf.sampling.vllm_engine import VLLMEngine
+from mossrlhf.sampling.vllm import Completion, Engine, SamplingSettings, VLLMEngine, VLLMSampler
 
 __all__ = [
     "FREE",

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from mossrlhf.options import strict
-from mossrlhf.sampling.assembling import assemble, require_prompts
-from mossrlhf.sampling.configured import (
+from mossrlhf.sampling.base import (
     ConfiguredSampler,
+    assemble,
+    require_prompts,
     require_supported,
     unwrap_layer_adapters,
 )

@@ -1,21 +1,257 @@
-"""The default sampler: `generate` of transformers."""
+"""`HFSampler`: transformers' `generate`, with finished rows removed from the batch."""
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
-from mossrlhf.options import check_range, inside, strict
-from mossrlhf.sampling.assembling import assemble, require_prompts
-from mossrlhf.sampling.configured import ConfiguredSampler
-from mossrlhf.sampling.draws import greedy_config
-from mossrlhf.sampling.segments import generate_in_segments
+from mossrlhf.options import accepts, check_range, inside, strict
+from mossrlhf.sampling.base import (
+    ConfiguredSampler,
+    assemble,
+    departures,
+    require_no_watermark,
+    require_prompts,
+)
+from mossrlhf.sampling.kv_cache import can_drop_rows, preallocate
 from mossrlhf.types import Rollout
+
+WARPERS: dict[str, tuple[Any, Callable[[Any], LogitsProcessor]]] = {
+    "temperature": (1.0, TemperatureLogitsWarper),
+    "top_h": (None, TopHLogitsWarper),
+    "top_k": (0, TopKLogitsWarper),
+    "top_p": (1.0, TopPLogitsWarper),
+    "min_p": (None, MinPLogitsWarper),
+    "typical_p": (1.0, TypicalLogitsWarper),
+    "epsilon_cutoff": (0.0, EpsilonLogitsWarper),
+    "eta_cutoff": (0.0, EtaLogitsWarper),
+}
+"""Fields that `generate` applies after every custom processor, in its order (transformers 5.23):
+the value at which each does nothing, and the processor it applies otherwise."""
+
+
+class SamplingProcessor(LogitsProcessor):
+    """Warps and samples in place of `generate`, and records the log-prob of each token.
+
+    Use it with `greedy_config`, under which `generate` takes the only token left above −∞.
+    Penalties are applied before it, nothing after it. A row's tokens depend on its own logits and
+    numbers alone, not on the other rows.
+
+    Args:
+        config: the effective one.
+        uniform: ``[B, T]`` numbers in [0, 1), one for each token to sample.
+    """
+
+    def __init__(self, config: GenerationConfig, uniform: Float[Tensor, "B T"]) -> None:
+        require_no_watermark(config)
+        self.warpers = LogitsProcessorList()
+        for name, (_, warper) in WARPERS.items():
+            if warps(config, name):
+                # Of all warpers this one alone holds a tensor.
+                placed = {"device": uniform.device} if name == "eta_cutoff" else {}
+                self.warpers.append(warper(getattr(config, name), **placed))
+        self._uniform = uniform
+        self._logprobs: list[Tensor] = []
+
+    def __call__(
+        self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]
+    ) -> Float[Tensor, "B V"]:
+        """Sample the next token of each row; return 0 at that token and −∞ elsewhere."""
+        scores = self.warpers(input_ids, scores.float())
+        logprobs = scores.sub_(scores.logsumexp(-1, keepdim=True))
+        tokens = inverse_cdf(logprobs.exp(), self._uniform[:, len(self._logprobs)])[:, None]
+        self._logprobs.append(logprobs.gather(1, tokens).squeeze(1))
+        return logprobs.fill_(-torch.inf).scatter_(1, tokens, 0.0)
+
+    @property
+    def logprobs(self) -> Float[Tensor, "B T"]:
+        """``[B, T]`` log-probs of the sampled tokens, nats."""
+        if not self._logprobs:
+            raise ValueError(
+                "model: its generate has passed over logits_processor=, which samples the tokens; "
+                "hand it on, or pass Trainer(sampler=) a sampler of your own"
+            )
+        return torch.stack(self._logprobs, dim=1)
+
+
+BLOCK = 256
+"""Probabilities that `inverse_cdf` sums as one block: a vocabulary is then some hundred numbers."""
+
+
+def inverse_cdf(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Return the first token whose cumulative probability exceeds a number.
+
+    Blocks are summed in float32 and everything else in float64, so that a token of 1e-8 keeps its
+    share; the rounding of a block's sum, about 1e-7 of it, goes to its last token.
+
+    Args:
+        p: ``[B, V]`` probabilities; they need not sum to 1.
+        uniform: ``[B]`` in [0, 1).
+
+    Returns:
+        ``[B]`` tokens, of probability above 0.
+
+    Source: inverse transform sampling (Devroye, 1986, ch. II.2).
+    """
+    rows, size = p.shape
+    if short := -size % BLOCK:
+        p = torch.nn.functional.pad(p, (0, short))
+    blocks = p.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).double()
+    total = sums.cumsum(-1)
+    wanted = uniform.double()[:, None] * total[:, -1:]
+    block = _first_beyond(total, wanted)
+    inner = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
+    wanted = wanted - (total.gather(1, block) - sums.gather(1, block))
+    return (block * BLOCK + _first_beyond(inner, wanted)).squeeze(1)
+
+
+def _first_beyond(total: Tensor, wanted: Tensor) -> Tensor:
+    """Return where a cumulative sum first exceeds a number, at most where it last rises."""
+    last_rise = (total < total[:, -1:]).sum(-1, keepdim=True)
+    return torch.searchsorted(total, wanted, right=True).minimum(last_rise)
+
+
+def warps(config: GenerationConfig, name: str) -> bool:
+    """Whether `generate` acts on a field of `WARPERS`; it ignores values out of range."""
+    value, neutral = getattr(config, name), WARPERS[name][0]
+    if value is None:
+        return False
+    match name:
+        case "top_p" | "typical_p":
+            return bool(value < 1)
+        case "epsilon_cutoff" | "eta_cutoff":
+            return bool(0 < value < 1)
+    return bool(value != neutral)
+
+
+def greedy_config(config: GenerationConfig) -> GenerationConfig:
+    """Return a copy that leaves warping and sampling to a `SamplingProcessor`."""
+    greedy = copy.deepcopy(config)
+    for name in WARPERS:
+        setattr(greedy, name, None)  # `generate` warns of any other value that it goes unused
+    greedy.do_sample = False
+    return greedy
+
+
+FROM_ROWS = frozenset([*WARPERS, "do_sample", "repetition_penalty"])
+"""Fields whose effect depends on a row's tokens alone, not on where the prompt ended."""
+
+
+@torch.no_grad()
+def generate_in_segments(
+    model: nn.Module,
+    ids: Int[Tensor, "B P"],
+    attention_mask: Bool[Tensor, "B P"],
+    config: GenerationConfig,
+    uniform: Float[Tensor, "B T"],
+    segment: int | None = None,
+) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generate until each row has an end token, or T tokens.
+
+    Args:
+        model: with ``generate``.
+        ids: ``[B, P]`` prompts, padded on the left.
+        attention_mask: ``[B, P]`` False on that padding.
+        config: the effective one.
+        uniform: ``[B, T]`` numbers in [0, 1) to sample by.
+        segment: tokens after which finished rows leave the batch; None for never. The responses
+            are the same.
+
+    Returns:
+        ``[B, T]`` tokens, arbitrary after a row's first end token, and their log-probs under the
+        sampled distribution, nats; 0 for greedy decoding.
+    """
+    sampling = bool(config.do_sample)
+    given = greedy_config(config) if sampling else copy.deepcopy(config)
+    given.return_dict_in_generate = True
+    ends = torch.tensor(config.eos_token_id, device=ids.device).view(-1)
+    size, limit = uniform.shape
+    tokens = ids.new_full((size, limit), config.pad_token_id)
+    logprobs = torch.zeros(size, limit, dtype=torch.float32, device=ids.device)
+    rows, cache, done = torch.arange(size, device=ids.device), None, 0
+    if segment is None or not _can_continue(model, config):
+        segment = limit
+    while done < limit:
+        given.max_new_tokens = min(segment, limit - done)
+        processor = SamplingProcessor(config, uniform[rows, done:]) if sampling else None
+        ids, cache = _generate(model, ids, attention_mask, given, processor, cache)
+        new = ids.shape[1] - attention_mask.shape[1]
+        tokens[rows, done : done + new] = ids[:, attention_mask.shape[1] :]
+        if processor is not None:
+            # Where transformers defers its stopping check, one token more was sampled.
+            logprobs[rows, done : done + new] = processor.logprobs[:, :new]
+        attention_mask = nn.functional.pad(attention_mask, (0, new), value=True)
+        done += new
+        unfinished = ~torch.isin(tokens[rows, :done], ends).any(dim=1)
+        if not unfinished.any():
+            break
+        if cache is None:
+            segment = limit  # each further segment would begin at the prompt
+        elif not unfinished.all() and can_drop_rows(cache):
+            kept = unfinished.nonzero().squeeze(1)
+            ids, attention_mask, rows = ids[kept], attention_mask[kept], rows[kept]
+            cache.batch_select_indices(kept)
+        preallocate(cache, min(segment, limit - done))
+    return tokens, logprobs
+
+
+def _generate(
+    model: Any,
+    ids: Tensor,
+    attention_mask: Tensor,
+    config: GenerationConfig,
+    processor: SamplingProcessor | None,
+    cache: Any,
+) -> tuple[Tensor, Any]:
+    """Return the ids with new tokens, and the cache of all but the last."""
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if processor is not None:
+        options["logits_processor"] = [processor]
+    if isinstance(inside(model), GenerationMixin):
+        # Each process holds whole weights here, and generates at its own pace.
+        options["synced_gpus"] = False
+    output = model.generate(
+        ids, attention_mask=attention_mask.long(), generation_config=config, **options
+    )
+    if isinstance(output, Tensor):  # a custom `generate` may return the tokens alone
+        return output, None
+    return output.sequences, output.get("past_key_values")
+
+
+def _can_continue(model: nn.Module, config: GenerationConfig) -> bool:
+    """Whether a second `generate` from the cache gives what one call would."""
+    base = inside(model)
+    adapters = getattr(model, "peft_config", {}).values()
+    return (
+        isinstance(base, GenerationMixin)
+        and config.cache_implementation is None
+        and config.use_cache is not False
+        and accepts(base, "past_key_values")  # Mamba's state has another name
+        and departures(config).keys() <= FROM_ROWS
+        and not any(adapter.is_prompt_learning for adapter in adapters)  # put in again each time
+    )
 
 
 @strict

@@ -1,26 +1,352 @@
-"""A sampler around an engine with weights of its own, such as vLLM."""
+"""`VLLMSampler`: an inference engine with the policy's current weights."""
 
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
-from mossrlhf.models.beneath import bare_module
-from mossrlhf.options import strict
-from mossrlhf.sampling.assembling import assemble, require_prompts
-from mossrlhf.sampling.configured import (
+from mossrlhf.models.adapters import adapter_layers, merged_state_dict
+from mossrlhf.models.beneath import bare_module, checksums
+from mossrlhf.options import inside, strict
+from mossrlhf.sampling.base import (
     ConfiguredSampler,
+    assemble,
+    departures,
+    require_prompts,
     require_supported,
     unwrap_layer_adapters,
 )
-from mossrlhf.sampling.distribution import departures
-from mossrlhf.sampling.engines import Completion, Engine, SamplingSettings, Synchronizer
-from mossrlhf.sampling.vllm_engine import VLLMEngine
 from mossrlhf.types import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How an engine shall sample; neither its own nor a checkpoint's defaults apply.
+
+    Args:
+        temperature: 0 for the likeliest token each time.
+        top_p: in (0, 1]; 1 for all tokens.
+        top_k: 0 for all tokens.
+        min_p: 0 for all tokens.
+        repetition_penalty: 1 for none.
+        max_new_tokens: length limit, in tokens.
+        ends: the only token ids that end a response, of which they are the last.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_new_tokens: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One response of an engine.
+
+    Args:
+        token_ids: up to and including the end token.
+        logprobs: of each token, nats; None if the engine returned none.
+        finish_reason: "stop" for an end token, "length" for the limit; anything else is an error.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str | None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates responses with weights of its own."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Vocabulary size; None if unknown."""
+
+    @property
+    def processed_logprobs(self) -> bool:
+        """Whether log-probs are of the sampled distribution, after temperature, top-p …"""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load all weights of a policy, named as in its checkpoint."""
+
+    def reset_prefix_cache(self) -> None:
+        """Drop keys and values of earlier weights."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Generate one response for each of B prompts (token ids), each with its own seed."""
+
+
+class Synchronizer:
+    """Sends a policy's weights to an engine whenever they differ from those sent last.
+
+    Changes are detected by the sum of each weight's bits, computed on its device, and by torch's
+    counters of in-place changes: the first sees optimizers that bypass the counters (DeepSpeed),
+    the second sees changes that keep the sum. Adapters that were switched on or off are seen too.
+    Reading all weights takes about as long as decoding one token.
+
+    Args:
+        engine: that receives the weights; `times` counts how often.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.times = 0
+        self._sent: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.engine!r}, times={self.times})"
+
+    def __call__(self, model: nn.Module) -> bool:
+        """Send the weights of a model, with or without adapters; return whether that was needed."""
+        current = weight_checksums(model)
+        if current == self._sent:
+            return False
+        self._sent = None  # if sending fails, the engine may hold some of both
+        self.engine.load_weights(checkpoint_weights(model).items())
+        self.engine.reset_prefix_cache()
+        self._sent, self.times = current, self.times + 1
+        return True
+
+
+def weight_checksums(model: nn.Module) -> dict[str, Any]:
+    """Return what changes along with a model's weights or its active adapters, by name."""
+    state: dict[str, Tensor] = inside(model).state_dict()
+    sums = checksums(state)
+    found: dict[str, Any] = {
+        name: (None if weight.is_inference() else weight._version, sums.get(name))
+        for name, weight in state.items()
+    }
+    for index, layer in enumerate(adapter_layers(model)):
+        adapters = bool(layer.disable_adapters), tuple(layer.active_adapters)
+        found[f"adapters of {index}"] = (*adapters, repr(getattr(layer, "scaling", None)))
+    return found
+
+
+def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return weights as ``save_pretrained`` names them: adapters merged, tied ones once.
+
+    Source: LoRA §4.1: W + (α/r) B A.
+    """
+    base: Any = inside(model)
+    seen: set[tuple[Any, ...]] = set()
+    state: dict[str, Tensor] = {}
+    for name, weight in merged_state_dict(base).items():
+        place = (weight.device, weight.data_ptr(), weight.shape)
+        if weight.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = weight
+    if not isinstance(base, PreTrainedModel):
+        return state
+    reverted: dict[str, Tensor] = revert_weight_conversion(base, state)  # of experts, for one
+    return reverted
+
+
+RECEIVER = "mossrlhf.sampling.vllm.WeightReceiver"
+"""Value of ``vllm.LLM(worker_extension_cls=)`` by which weights reach its workers."""
+
+CHUNK_BYTES = 2**30
+"""Approximate size of the files that weights are sent in."""
+
+
+class WeightReceiver:
+    """Extension of vLLM's workers, each of which takes its share of every weight.
+
+    Source: ``worker_extension_cls`` in vLLM's examples of RLHF.
+    """
+
+    model_runner: Any
+
+    def load_policy_weights(self, file: str) -> int:
+        """Load a safetensors file into the worker's model; return the number of weights."""
+        weights = load_file(file)
+        self.model_runner.model.load_weights(list(weights.items()))
+        return len(weights)
+
+
+class VLLMEngine:
+    """Generates with a ``vllm.LLM``, and sends it weights.
+
+    **Tested against a stand-in only, never against vLLM itself.** It uses vLLM's ``generate``,
+    ``collective_rpc`` with a method's name, ``reset_prefix_cache``, ``SamplingParams``, and in the
+    workers ``model_runner.model.load_weights``. Weights are sent as safetensors files: nothing is
+    pickled, and workers may be processes. Workers on several machines must share `folder`.
+    Engines with quantized weights cannot take new ones this way.
+
+    Args:
+        llm: a ``vllm.LLM(worker_extension_cls=RECEIVER, logprobs_mode="processed_logprobs", …)``.
+        folder: for those files; None for the system's temporary one. In memory (``/dev/shm``, if
+            it is large enough) it is faster.
+
+    Source: vLLM's documentation of RLHF.
+    """
+
+    def __init__(self, llm: Any, folder: str | Path | None = None) -> None:
+        self.llm = llm
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.llm).__name__})"
+
+    @classmethod
+    def load(cls, model: str, folder: str | Path | None = None, **options: Any) -> "VLLMEngine":
+        """Build the engine.
+
+        Args:
+            model: folder or hub name of the checkpoint the policy starts from.
+            folder: as above.
+            options: of ``vllm.LLM``: ``gpu_memory_utilization``, ``max_model_len`` …
+
+        Raises:
+            ImportError: if vLLM is not installed.
+        """
+        needed = {
+            "worker_extension_cls": RECEIVER,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # none of the checkpoint's own
+        }
+        return cls(_vllm().LLM(model=model, **{**needed, **options}), folder)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Vocabulary size; None if vLLM does not report it."""
+        size = getattr(self._model_config, "get_vocab_size", None)
+        return None if size is None else int(size())
+
+    @property
+    def processed_logprobs(self) -> bool:
+        """Whether log-probs are of the sampled distribution; vLLM's default is of raw logits."""
+        mode = getattr(self._model_config, "logprobs_mode", None)
+        return str(getattr(mode, "value", mode)) == "processed_logprobs"
+
+    @property
+    def _model_config(self) -> Any:
+        engine = getattr(self.llm, "llm_engine", None)
+        own = getattr(engine, "model_config", None)
+        return own or getattr(getattr(engine, "vllm_config", None), "model_config", None)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Send all workers the weights of a policy.
+
+        Args:
+            weights: name in the checkpoint and whole tensor, on any device.
+
+        Raises:
+            RuntimeError: if the workers cannot load them.
+        """
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="mossrlhf-weights-") as folder:
+            for index, chunk in enumerate(_chunks(weights)):
+                file = Path(folder) / f"{index}.safetensors"
+                save_file(chunk, file)
+                try:
+                    self.llm.collective_rpc("load_policy_weights", args=(str(file),))
+                except Exception as error:  # vLLM documents no type
+                    raise RuntimeError(
+                        f"engine: its workers did not take the policy's weights ({error!r:.300}); "
+                        "build it by VLLMEngine.load, or as "
+                        f"vllm.LLM(..., worker_extension_cls={RECEIVER!r}), of the checkpoint the "
+                        "policy starts from"
+                    ) from error
+                file.unlink()
+
+    def reset_prefix_cache(self) -> None:
+        """Drop keys and values of earlier weights."""
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Generate one response for each prompt.
+
+        Args:
+            prompts: B lists of token ids.
+            settings: how to sample.
+            seeds: B, since equal prompts would have equal responses otherwise.
+        """
+        make = _vllm().SamplingParams
+        params = [make(**sampling_params(settings), seed=seed) for seed in seeds]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+
+def sampling_params(settings: SamplingSettings) -> dict[str, Any]:
+    """Return all arguments of vLLM's ``SamplingParams`` but the seed."""
+    if 0 < settings.temperature < 0.01:
+        raise ValueError(
+            f"generation_config: temperature = {settings.temperature}, expected at least 0.01, to "
+            "which vLLM raises it; for the likeliest token each time set do_sample=False"
+        )
+    return {
+        "n": 1,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k or -1,  # all tokens: some releases take 0 for that too, some do not
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": settings.max_new_tokens,
+        "min_tokens": 0,
+        "stop": None,
+        "stop_token_ids": list(settings.ends),
+        "ignore_eos": True,  # or the checkpoint's own end tokens would be added
+        "logprobs": 0,  # of the sampled token alone
+        "prompt_logprobs": None,
+        "detokenize": False,
+    }
+
+
+def _completion(output: Any) -> Completion:
+    tokens, logprobs = [int(token) for token in output.token_ids], None
+    if output.logprobs is not None:
+        pairs = zip(tokens, output.logprobs, strict=True)
+        logprobs = [float(known[token].logprob) for token, known in pairs]
+    return Completion(token_ids=tokens, logprobs=logprobs, finish_reason=output.finish_reason)
+
+
+def _chunks(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    chunk: dict[str, Tensor] = {}
+    size = 0
+    for name, weight in weights:
+        if chunk and size + weight.nbytes > CHUNK_BYTES:
+            yield chunk
+            chunk, size = {}, 0
+        chunk[name] = weight.detach().to("cpu").contiguous()
+        size += weight.nbytes
+    if chunk:
+        yield chunk
+
+
+def _vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            'VLLMEngine needs vLLM: pip install "mossrlhf[vllm]"; or use HFSampler or '
+            "ContinuousSampler, which need no extra package"
+        ) from error
+    return vllm
+
 
 _BACKEND = "the engine"
 

@@ -1,4 +1,4 @@
-"""A preallocated KV cache: transformers' own copies all keys and values for every token."""
+"""A key-value cache that rows can be removed from."""
 
 from typing import Any
 
