@@ -46,7 +46,7 @@ from transformers import (
 from mossrlhf import ModelReward, Trainer, presets
 from mossrlhf.kernels import use_products
 from mossrlhf.kernels.products import product
-from mossrlhf.models import packing
+from mossrlhf.models import backbone
 
 STAGES = ("collect", "score", "annotate", "estimate", "update")
 
@@ -164,14 +164,14 @@ def without(option: str | None, trainer: Trainer) -> Iterator[None]:
             return replace(drawn(), logprobs=None, entropies=None)
 
         trainer.collect = collect
-    known = packing.packs
+    known = backbone.can_pack
     if option == "packing":
-        packing.packs = lambda backbone: False
+        backbone.can_pack = lambda model: False
     try:
         with use_products("blas") if option == "products" else nullcontext():
             yield
     finally:
-        packing.packs = known
+        backbone.can_pack = known
 
 
 class Ends(LogitsProcessor):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mossrlhf.config import TrainerConfig
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.sharding import by_fsdp, by_zero3, gathered, is_sharded, note_hooks
-from mossrlhf.signature import inside
 
 
 def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
@@ -78,7 +78,7 @@ def settle(
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    parts: list[Any] = [inside(model), *model.children()]
+    parts: list[Any] = [unwrap_peft(model), *model.children()]
     names = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
 

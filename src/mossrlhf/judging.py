@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data import encode_prompt, encode_response, pad, pad_id
+from mossrlhf.models.backbone import evaluation_mode, group_by_length
 from mossrlhf.strict import check_range
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -57,7 +58,7 @@ def score_responses(
             f"prompts, responses: got {len(prompts)} and {len(responses)}, expected one response "
             "to each prompt"
         )
-    rows = []
+    rows: list[list[int]] = []
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         given = prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
         ids = [*encode_prompt(tokenizer, given), *encode_response(tokenizer, given, response)]
@@ -67,10 +68,8 @@ def score_responses(
                 f"{max_length} are allowed; raise max_length, or shorten it"
             )
         rows.append(ids)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = torch.zeros(len(rows))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in group_by_length(torch.tensor([len(ids) for ids in rows]).long(), batch_size):
         batch = pad([rows[i] for i in chosen], pad_id(tokenizer))
         scores[chosen] = _asked(model, *batch)
     return scores
@@ -125,13 +124,9 @@ def fingerprint(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 @torch.no_grad()
 def _asked(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    device, modes = next(model.parameters()).device, [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
         scores: Tensor = model(ids.to(device), mask.to(device)).float().cpu()
-    finally:
-        for module, training in modes:
-            module.training = training
     if broken := int((~scores.isfinite()).sum()):
         raise ValueError(
             f"model: {broken} of {len(scores)} scores are not finite; it has diverged in training "

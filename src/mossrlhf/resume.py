@@ -18,7 +18,7 @@ from mossrlhf.checkpoint import (
     write_json,
 )
 from mossrlhf.models import weights_digest
-from mossrlhf.models.adapters import adapter_parameters
+from mossrlhf.models.lora import adapter_parameters
 from mossrlhf.processes import together
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.retention import STATE, checkpoints, last_checkpoint, prune, written_aside

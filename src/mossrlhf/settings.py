@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mossrlhf.models import RewardModel, weights_digest
-from mossrlhf.roles import is_adapted
+from mossrlhf.models.lora import is_peft_model
 
 if TYPE_CHECKING:
     from mossrlhf.trainer import Trainer
@@ -100,7 +100,7 @@ def adapters_of(trainer: "Trainer") -> dict[str, Any]:
 
     Source: ours.
     """
-    if not is_adapted(trainer.policy):
+    if not is_peft_model(trainer.policy):
         return {}
     policy: Any = trainer.policy
     trained = [*policy.active_adapters, getattr(trainer.critic, "adapter", None)]

@@ -22,29 +22,25 @@ from mossrlhf.data import (
     prompt_batch,
     require_fitting_prompts,
 )
+from mossrlhf.distributed.accelerator import make_accelerator
 from mossrlhf.fitting import require_fitting_parts, require_parts, require_reachable_entropy
 from mossrlhf.frozen import at_work, settle
 from mossrlhf.kernels import fast_products
-from mossrlhf.loss import PPOMaxLoss
-from mossrlhf.metrics import Meter, rollout_metrics
-from mossrlhf.models import ActorCritic, RewardModel, announce
-from mossrlhf.retention import require_writable
-from mossrlhf.returned import confirmed, estimated, responses, shaped
-from mossrlhf.rewards import RewardSet, reward_pairs
-from mossrlhf.roles import (
-    as_reference,
-    load_critic,
-    load_policy,
-    load_reference,
-    load_rewards,
+from mossrlhf.loading.critic import load_critic, load_rewards
+from mossrlhf.loading.policy import as_reference, load_policy, load_reference, set_switches
+from mossrlhf.loading.tokenizer import (
     load_tokenizer,
-    make_accelerator,
     policy_context,
     prompt_budget,
     require_vocabulary,
-    set_switches,
-    vocabulary_size,
 )
+from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.metrics import Meter, rollout_metrics
+from mossrlhf.models import ActorCritic, RewardModel, announce
+from mossrlhf.models.lora import vocabulary_size
+from mossrlhf.retention import require_writable
+from mossrlhf.returned import confirmed, estimated, responses, shaped
+from mossrlhf.rewards import RewardSet, reward_pairs
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.shaping import RewardShaper
 from mossrlhf.sharding import is_sharded

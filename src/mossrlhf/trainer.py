@@ -19,12 +19,13 @@ from mossrlhf.data import require_records
 from mossrlhf.evaluation import compare, own_randomness
 from mossrlhf.kernels import backend
 from mossrlhf.leaving import keep_fault
+from mossrlhf.loading.critic import lent_base
+from mossrlhf.loading.policy import as_reference, count_parameters, save_policy
 from mossrlhf.metrics import distinct_2, rollout_metrics
 from mossrlhf.models import token_path
 from mossrlhf.processes import together
 from mossrlhf.returned import as_scores
 from mossrlhf.rewards import RewardSet
-from mossrlhf.roles import as_reference, count_parameters, lent_base, save_policy
 from mossrlhf.run import Run
 from mossrlhf.sharding import whole
 from mossrlhf.stages import Stages

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from mossrlhf import AdvantageEstimator, ToyWorld, Trainer, VLLMSampler, presets
 from mossrlhf.data import PairCollator
 from mossrlhf.faults import NonFiniteError
-from mossrlhf.models.quantized import is_quantized
+from mossrlhf.models.lora import is_quantized
 
 PAGES = ("index", "concepts", "from_trl", "from_moss")
 

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from mossrlhf.data import PairCollator, TokenBatches
-from mossrlhf.models.packing import packs
-from mossrlhf.models.padding import looks_back
+from mossrlhf.models.backbone import can_pack, is_causal
 from mossrlhf.reward_trainer import PairModel, PairScores, RankingLoss, RewardTrainer, storage
 from mossrlhf.reward_trainer.pairs import PairRows
 from mossrlhf.reward_trainer.parts import check_arguments
@@ -383,7 +382,7 @@ def test_activation_checkpointing_changes_no_number(tokenizer, arguments, on):
         optim="sgd",
         **{name: on},
     )
-    looks_back(model.backbone), packs(model.backbone)  # run it, beforehand
+    is_causal(model.backbone), can_pack(model.backbone)  # run it, beforehand
     calls = []
     layer = model.backbone.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler, RewardModel, ToyWorld, Trainer, TrainerConfig
-from mossrlhf.models import packing
+from mossrlhf.models import backbone
 
 WORLD = ToyWorld(lang="en", seed=0)
 SEEDS = (0, 1, 2)
@@ -101,7 +101,7 @@ def _note(shapes, module, args, kwargs):
 @pytest.fixture
 def slowly(monkeypatch):
     """BLAS, and padding is read."""
-    monkeypatch.setattr(packing, "packs", lambda backbone: False)
+    monkeypatch.setattr(backbone, "can_pack", lambda model: False)
     with products.use_products("blas"):
         yield
 
@@ -110,7 +110,7 @@ def slowly(monkeypatch):
 def plain(tmp_path_factory):
     """Three seeds without any option of speed."""
     with pytest.MonkeyPatch.context() as patch, products.use_products("blas"):
-        patch.setattr(packing, "packs", lambda backbone: False)
+        patch.setattr(backbone, "can_pack", lambda model: False)
         return [trained(tmp_path_factory.mktemp("plain"), seed) for seed in SEEDS]
 
 
@@ -182,7 +182,7 @@ def by_onednn(monkeypatch):
 
 @every_seed
 def test_products_by_onednn(seed, plain, by_onednn, monkeypatch, tmp_path):
-    monkeypatch.setattr(packing, "packs", lambda backbone: False)
+    monkeypatch.setattr(backbone, "can_pack", lambda model: False)
     require_same(trained(tmp_path, seed), plain[seed])
     assert len(by_onednn) > 100
 

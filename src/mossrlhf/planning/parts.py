@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from mossrlhf.loading.policy import at_least_float32, has_effect, load_policy
 from mossrlhf.models import (
     RewardModel,
     SharedRewardModel,
@@ -18,13 +19,11 @@ from mossrlhf.models import (
     adapter_folder,
     share_base,
 )
-from mossrlhf.models.classifiers import classifier_class
+from mossrlhf.models.lora import is_peft_model, unwrap_peft, vocabulary_size
+from mossrlhf.models.reward_model import classifier_class
 from mossrlhf.planning.ledger import tensors_of
 from mossrlhf.planning.starting import starts_changed
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
-from mossrlhf.roles import is_adapted, load_policy, vocabulary_size
-from mossrlhf.roles.policy import at_least_float32, has_effect
-from mossrlhf.signature import inside
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ModelReward)}
 
@@ -87,7 +86,7 @@ class Maker:
         self, model: Any, reward: Any, critic: Any, ref_model: Any, peft_config: Any
     ) -> Parts:
         bare = self.language_model(model)
-        if is_adapted(bare) and peft_config is not None:
+        if is_peft_model(bare) and peft_config is not None:
             bare = bare.merge_and_unload()
         policy = load_policy(bare, peft_config)
         rewards = [self._reward(one, policy) for one in _listed(reward)]
@@ -142,7 +141,7 @@ class Maker:
         size = REWARD_BATCH
         if isinstance(reward, ModelReward):
             reward, size = reward.model, reward.batch_size
-        if (adapter := _adapter(reward)) is not None and is_adapted(policy):
+        if (adapter := _adapter(reward)) is not None and is_peft_model(policy):
             shared = share_base(policy, adapter, "reward_model")
             return shared.requires_grad_(False), size
         if isinstance(reward, (nn.Module, str, Path, PreTrainedConfig)):
@@ -156,14 +155,14 @@ class Maker:
         if critic is False:
             return None
         if isinstance(critic, ValueHead):
-            backbone: Any = inside(policy).base_model
+            backbone: Any = unwrap_peft(policy).base_model
             return SharedRewardModel(backbone, without_weights(critic))
         adapter = _adapter(critic)
         first = rewards[0] if rewards else None
         if critic in (None, True) and isinstance(first, SharedRewardModel):
             configs: Any = policy.peft_config
             adapter = configs[first.adapter]
-        if adapter is not None and (is_adapted(policy) or isinstance(critic, PeftConfig)):
+        if adapter is not None and (is_peft_model(policy) or isinstance(critic, PeftConfig)):
             return share_base(policy, adapter, "critic")
         if critic in (None, True):
             alike = [r for r in rewards if isinstance(r, RewardModel)]
@@ -172,7 +171,7 @@ class Maker:
                 made = copy.deepcopy(alike[0])
             else:
                 base = self.language_model(model)
-                base = base.merge_and_unload() if is_adapted(base) else base
+                base = base.merge_and_unload() if is_peft_model(base) else base
                 made = RewardModel(base.base_model)
         else:
             made = as_reward_model(self._classifier(critic), "critic")
@@ -186,7 +185,7 @@ class Maker:
     ) -> nn.Module | None:
         if ref_model is not None:
             return self.language_model(ref_model).eval().requires_grad_(False)
-        if is_adapted(policy):
+        if is_peft_model(policy):
             fresh = peft_config is not None
             if not starts_changed(policy, peft_config) if fresh else _rests(model):
                 return None

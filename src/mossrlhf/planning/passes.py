@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from mossrlhf.functional.reduce import upcast
 from mossrlhf.kernels.head import chunks
 from mossrlhf.kernels.products import BLOCK, filled, pieces, products
+from mossrlhf.loading.policy import as_reference
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
-from mossrlhf.models.token_path import output_head
+from mossrlhf.models.lora import unwrap_peft
+from mossrlhf.models.token_logprobs import output_head
 from mossrlhf.planning.dry import Dry, backward
 from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 from mossrlhf.planning.parts import Parts
-from mossrlhf.roles import as_reference
 from mossrlhf.sampling import draws
-from mossrlhf.signature import inside
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class Passes:
         if not isinstance(model, RewardModel):
             said: Tensor = model(ids, mask)
             return said
-        speaking = model.speaking() if isinstance(model, SharedRewardModel) else nullcontext()
-        with speaking:
+        active = model.activated() if isinstance(model, SharedRewardModel) else nullcontext()
+        with active:
             # Causal models are told of no padding on the right.
             hidden = model.backbone(ids, use_cache=False).last_hidden_state
         with self._dry.in_full():
@@ -175,7 +175,7 @@ class Passes:
         """Hidden states ``[N, D]`` before each token of the responses."""
         work = self.work
         ids, _ = self._ids(rows, work.length)
-        backbone: Any = inside(policy).base_model
+        backbone: Any = unwrap_peft(policy).base_model
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
         places = torch.zeros(rows * work.response, dtype=torch.long, device="meta")
         return hidden[places, places]

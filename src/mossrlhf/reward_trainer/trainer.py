@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mossrlhf.data import PairCollator, TokenBatches
+from mossrlhf.loading.policy import disable_dropout as without_dropout
 from mossrlhf.models import SCORE_MOMENTS, RewardModel
 from mossrlhf.reward_trainer import storage
 from mossrlhf.reward_trainer.loader import PairLoader
@@ -26,7 +27,6 @@ from mossrlhf.reward_trainer.pairs import (
 )
 from mossrlhf.reward_trainer.parts import check_arguments, check_records, load_model, output_head
 from mossrlhf.reward_trainer.report import RewardReport
-from mossrlhf.roles import disable_dropout as without_dropout
 
 GROUPS = 4
 """In how many groups the sequences of a batch by token count are computed."""

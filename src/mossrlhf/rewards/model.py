@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel, ValueHead
+from mossrlhf.models.backbone import group_by_length
 from mossrlhf.strict import strict
 from mossrlhf.types import Rollout
 
@@ -67,13 +68,13 @@ class ModelReward:
             ids, mask = ids.to(rollout.input_ids.device), mask.to(rollout.input_ids.device)
         else:
             ids, mask = rollout.input_ids, rollout.attention_mask
-        order = mask.sum(1).argsort(stable=True)  # those of like length together: little padding
+        groups = group_by_length(mask.sum(1), self.batch_size)  # for little padding
         parts = [
             self.model(ids[rows, :width], mask[rows, :width])
-            for rows in order.split(self.batch_size)
+            for rows in groups
             for width in [int(mask[rows].sum(1).max())]
         ]
-        return torch.cat(parts)[order.argsort()]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def _encode(
         self,

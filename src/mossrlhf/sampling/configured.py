@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.models.beneath import bare_module
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.sampling.distribution import (
     FREE,
     NEUTRAL,
@@ -15,7 +14,6 @@ from mossrlhf.sampling.distribution import (
     require_distribution,
     require_plain,
 )
-from mossrlhf.signature import inside
 
 
 class Configured:
@@ -145,7 +143,7 @@ def within_layers(model: nn.Module, drawn_by: str) -> nn.Module:
 
     Source: ours.
     """
-    found = inside(model)
+    found = unwrap_peft(model)
     for config in getattr(model, "peft_config", {}).values() if found is not model else ():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             kind = getattr(config.peft_type, "value", config.peft_type)
@@ -154,15 +152,3 @@ def within_layers(model: nn.Module, drawn_by: str) -> nn.Module:
                 "see; draw with HFSampler"
             )
     return found
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Return the number of tokens a model embeds.
-
-    Args:
-        model: a transformers model.
-
-    Source: ours.
-    """
-    table: Any = bare_module(model.get_input_embeddings())  # type: ignore[operator]
-    return int(table.num_embeddings)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.models.backbone import evaluation_mode
 from mossrlhf.sampling.assembling import assemble, require_prompts
 from mossrlhf.sampling.configured import (
     Configured,
@@ -172,7 +173,6 @@ def _drawable(model: nn.Module) -> nn.Module:
 @contextmanager
 def _as_found(model: Any) -> Iterator[None]:
     """Put back what drawing changes, which transformers does where all goes well, modes apart."""
-    modes = [(module, module.training) for module in model.modules()]
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     attention = [
         (config, config._attn_implementation)
@@ -181,10 +181,9 @@ def _as_found(model: Any) -> Iterator[None]:
     ]
     generation_config = model.generation_config
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for config, own in attention:  # the outermost first: it sets those within along
             if config._attn_implementation != own:
                 config._attn_implementation = own

@@ -6,9 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from mossrlhf.models.adapters import adapter_layers, merged_state_dict
-from mossrlhf.models.beneath import checksums
-from mossrlhf.signature import inside
+from mossrlhf.models.lora import adapter_layers, checksums, merged_state_dict, unwrap_peft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +127,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Source: ours.
     """
-    state: dict[str, Tensor] = inside(model).state_dict()
+    state: dict[str, Tensor] = unwrap_peft(model).state_dict()
     sums = checksums(state)
     found: dict[str, Any] = {
         name: (None if weight.is_inference() else weight._version, sums.get(name))
@@ -149,7 +147,7 @@ def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
 
     Source: LoRA §4.1: W + (α/r) B A; names: ``save_pretrained`` of transformers.
     """
-    bare: Any = inside(model)
+    bare: Any = unwrap_peft(model)
     state: Mapping[str, Tensor] = merged_state_dict(bare)
     taken: set[tuple[Any, ...]] = set()
     once = {}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
+from mossrlhf.models.backbone import group_by_length
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.sampling.configured import Configured, effective_config, special_tokens
 from mossrlhf.sampling.draws import undrawn
 from mossrlhf.sampling.segments import drawn, learns_prompt
-from mossrlhf.signature import inside
 from mossrlhf.strict import check_range, strict
 from mossrlhf.types import Rollout
 
@@ -105,14 +106,13 @@ class HFSampler(Configured):
         # All that is random, so that no way to split the work changes an answer.
         uniform = torch.rand(len(prompts), self.max_new_tokens, dtype=torch.float64)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        order = lengths.argsort(stable=True)  # prompts of like length together: little padding
+        groups = group_by_length(lengths, self.batch_size)  # for little padding
         asked = undrawn(self.effective) if self.effective.do_sample else self.effective
         with _only(model, asked):
             parts = [
-                self._draw(model, [prompts[row] for row in rows], uniform[rows])
-                for rows in order.split(self.batch_size or len(prompts))
+                self._draw(model, [prompts[row] for row in rows], uniform[rows]) for rows in groups
             ]
-        rollout = Rollout.concat(parts).select(order.argsort())
+        rollout = Rollout.concat(parts).select(torch.cat(groups).argsort())
         _require_numbers(rollout)
         return rollout
 
@@ -185,7 +185,7 @@ def _says_the_same_twice(model: nn.Module) -> bool:
     some positions are turned by angles that depend on the length; and a `generate` of the user's
     may draw from anything.
     """
-    inner = inside(model)
+    inner = unwrap_peft(model)
     own = getattr(type(inner), "generate", None) is not GenerationMixin.generate
     if own or learns_prompt(model) or _turns_by_length(inner):
         return False
@@ -207,10 +207,10 @@ def _turns_by_length(model: nn.Module) -> bool:
 @contextmanager
 def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `generate` fill what a config leaves open from that config, not from the checkpoint."""
-    # An adapted model may hold one of its own, which PEFT hands on to the model inside.
+    # An adapted model may hold one of its own, which PEFT hands on to the unwrapped one.
     held = [
         (holder, holder.generation_config)
-        for holder in (model, inside(model))
+        for holder in (model, unwrap_peft(model))
         if "generation_config" in vars(holder)
     ]
     for holder, _ in held:

@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
+from mossrlhf.models.backbone import accepts
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.sampling.cache import has_rows, make_room
 from mossrlhf.sampling.distribution import departures
 from mossrlhf.sampling.draws import WARPERS, Draws, undrawn
-from mossrlhf.signature import accepts, inside
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _continued(
     given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     if draws is not None:
         given["logits_processor"] = [draws]
-    if isinstance(inside(model), GenerationMixin):
+    if isinstance(unwrap_peft(model), GenerationMixin):
         # Weights are here, whole; processes go on each at its own pace.
         given["synced_gpus"] = False
     output = model.generate(ids, attention_mask=attended.long(), generation_config=config, **given)
@@ -115,11 +116,11 @@ FROM_ROWS = frozenset([*WARPERS, "do_sample", "repetition_penalty"])
 
 def _goes_on(model: nn.Module, config: GenerationConfig) -> bool:
     """Whether `generate` can be called again where it stopped, and would not notice."""
-    plain = isinstance(inside(model), GenerationMixin) and config.cache_implementation is None
+    plain = isinstance(unwrap_peft(model), GenerationMixin) and config.cache_implementation is None
     return (
         plain
         and config.use_cache is not False
-        and accepts(inside(model), "past_key_values")  # Mamba's state goes by another name
+        and accepts(unwrap_peft(model), "past_key_values")  # Mamba's state goes by another name
         and departures(config).keys() <= FROM_ROWS
         and not learns_prompt(model)  # which would come again
     )

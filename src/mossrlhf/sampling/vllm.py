@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.models.lora import vocabulary_size
 from mossrlhf.sampling.assembling import assemble, require_prompts
 from mossrlhf.sampling.configured import (
     Configured,
     effective_config,
     require_known,
     special_tokens,
-    vocabulary,
     within_layers,
 )
 from mossrlhf.sampling.distribution import departures
@@ -167,7 +167,7 @@ class VLLMSampler(Configured):
         )
 
     def _require_fitting(self, model: nn.Module) -> None:
-        known, own = self.engine.vocabulary, vocabulary(within_layers(model, _WHO))
+        known, own = self.engine.vocabulary, vocabulary_size(within_layers(model, _WHO))
         if known is not None and known != own:
             raise ValueError(
                 f"engine: it chooses among {known} tokens, the model among {own}, so its tokens "
