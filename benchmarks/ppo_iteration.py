@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from mossrlhf import ModelReward, Trainer, presets
-from mossrlhf.models import packing
+from mossrlhf.models import backbone
 
 STAGES = ("collect", "score", "annotate", "estimate", "update")
 
@@ -154,13 +154,13 @@ def without(option: str | None, trainer: Trainer) -> Iterator[None]:
     """Leave an option of speed out."""
     if option == "segments":
         object.__setattr__(trainer.sampler, "segment", None)
-    known = packing.packs
+    known = backbone.can_pack
     if option == "packing":
-        packing.packs = lambda backbone: False
+        backbone.can_pack = lambda model: False
     try:
         yield
     finally:
-        packing.packs = known
+        backbone.can_pack = known
 
 
 class Ends(LogitsProcessor):

@@ -87,11 +87,11 @@ def test_an_option_is_left_out_and_comes_back(bench, option, tmp_path):
     work = import_module("iteration_work")
     args = work.parse(SMALL)
     trainer = bench.make_trainer(args, str(tmp_path), work.Stopwatch())
-    packs = bench.packing.packs
+    can_pack = bench.backbone.can_pack
     with bench.without(option, trainer):
-        assert (bench.packing.packs is packs) == (option != "packing")
+        assert (bench.backbone.can_pack is can_pack) == (option != "packing")
         assert (trainer.sampler.segment is None) == (option == "segments")
-    assert bench.packing.packs is packs
+    assert bench.backbone.can_pack is can_pack
 
 
 def made(comparing):

@@ -47,7 +47,7 @@ ROWS = (
 )
 NEAREST: dict[str, tuple[str, ...]] = {
     "functional/advantages.py": ("functional/test_advantages.py", "test_advantage.py"),
-    "functional/logprobs.py": ("functional/test_logprobs.py", "test_models.py"),
+    "functional/logprobs.py": ("functional/test_logprobs.py", "models/test_token_logprobs.py"),
     "functional/losses.py": ("functional/test_losses.py", "test_loss.py"),
     "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
     "kernels/dispatch.py": ("kernels/test_dispatch.py",),
@@ -64,10 +64,14 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "loss/rows.py": ("test_loss.py", *TRAINER),
     "loss/separable.py": ("test_loss.py",),
     "loss/statistics.py": ("test_loss.py",),
-    "models/actor_critic.py": ("test_models.py", *TRAINER),
-    "models/reward_model.py": ("test_models.py",),
-    "models/scoring.py": ("test_models.py", "test_token_path.py", *TRAINER),
-    "models/token_path.py": ("test_token_path.py", "test_models.py"),
+    "models/actor_critic.py": ("models/test_actor_critic.py", *TRAINER),
+    "models/backbone.py": ("models/test_backbone.py",),
+    "models/reward_model.py": ("models/test_reward_model.py",),
+    "models/token_logprobs.py": (
+        "models/test_token_logprobs.py",
+        "models/test_actor_critic.py",
+        *TRAINER,
+    ),
     "rewards/model_reward.py": ("rewards/test_model_reward.py",),
     "rewards/reward_set.py": ("rewards/test_reward_set.py",),
     "sampling/assembling.py": ("sampling/test_assembling.py",),

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mossrlhf.models.backbone import group_by_length
 from mossrlhf.types import Rollout
 
 
@@ -105,16 +106,7 @@ def split(
             raise ValueError(f"{name}: got {bound}, expected at least 1, or None for no bound")
     if max_tokens is None:
         return list(torch.arange(len(rollout)).split(size or len(rollout)))
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).cpu()
-    groups: list[list[int]] = []
-    for row in torch.argsort(lengths, stable=True).tolist():
-        # Ascending order: the newest row is the longest of its group.
-        fits = bool(groups) and (len(groups[-1]) + 1) * int(lengths[row]) <= max_tokens
-        if fits and (size is None or len(groups[-1]) < size):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [torch.tensor(group) for group in groups]
+    return group_by_length(rollout.prompt_lengths + rollout.response_lengths, size, max_tokens)
 
 
 def micro_batches(

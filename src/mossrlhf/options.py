@@ -11,8 +11,6 @@ from inspect import signature
 from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args
 
-from torch import nn
-
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -160,14 +158,3 @@ def call_with(function: Callable[..., Any], *args: Any, **optional: Any) -> Any:
         names = {p.name for p in parameters}
         optional = {name: value for name, value in optional.items() if name in names}
     return function(*args, **optional)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the forward of a model, unwrapped from PEFT, has an argument of this name."""
-    return argument in inspect.signature(inside(model).forward).parameters
-
-
-def inside(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT model, or the model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()

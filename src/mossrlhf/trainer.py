@@ -28,36 +28,36 @@ from mossrlhf.data import (
     require_fitting_prompts,
     require_records,
 )
+from mossrlhf.distributed.accelerator import make_accelerator
 from mossrlhf.distributed.deepspeed import make_engine
 from mossrlhf.distributed.offload import on_device, place_frozen
 from mossrlhf.distributed.processes import together
 from mossrlhf.distributed.sharding import whole
 from mossrlhf.kernels import backend
+from mossrlhf.loading.critic import lent_base, load_critic, load_rewards
+from mossrlhf.loading.policy import (
+    as_reference,
+    count_parameters,
+    load_policy,
+    load_reference,
+    save_policy,
+    set_switches,
+)
+from mossrlhf.loading.tokenizer import (
+    load_tokenizer,
+    policy_context,
+    prompt_budget,
+    require_vocabulary,
+)
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, compare, distinct_2, rollout_metrics
 from mossrlhf.minibatches import RolloutBuffer, note, split
 from mossrlhf.models import ActorCritic, RewardModel, announce, token_path
+from mossrlhf.models.lora import vocabulary_size
 from mossrlhf.options import strict_init
 from mossrlhf.randomness import temporary_seed
 from mossrlhf.reward_shaping import RewardShaper
 from mossrlhf.rewards import RewardSet, reward_pairs
-from mossrlhf.roles import (
-    as_reference,
-    count_parameters,
-    lent_base,
-    load_critic,
-    load_policy,
-    load_reference,
-    load_rewards,
-    load_tokenizer,
-    make_accelerator,
-    policy_context,
-    prompt_budget,
-    require_vocabulary,
-    save_policy,
-    set_switches,
-    vocabulary_size,
-)
 from mossrlhf.run import Run
 from mossrlhf.sampling import HFSampler, Sampler
 from mossrlhf.serialization import no_progress_bars

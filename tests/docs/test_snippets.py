@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from mossrlhf import AdvantageEstimator, ToyWorld, Trainer, VLLMSampler, presets
 from mossrlhf.data import PairCollator
-from mossrlhf.models.quantized import is_quantized
+from mossrlhf.models.lora import is_quantized
 from mossrlhf.nan_debug import NonFiniteError
 
 PAGES = ("index", "concepts", "from_trl", "from_moss")

@@ -18,8 +18,7 @@ from transformers import (
 
 from mossrlhf.data import PairCollator, TokenBatches
 from mossrlhf.models import RewardModel, is_adapted, merged_state_dict
-from mossrlhf.models.packing import packs
-from mossrlhf.models.padding import looks_back
+from mossrlhf.models.backbone import can_pack, is_causal
 from mossrlhf.reward_modeling import trainer as trainer_module
 from mossrlhf.reward_modeling.pairs import RankingLoss
 from mossrlhf.reward_modeling.trainer import RewardTrainer
@@ -280,7 +279,7 @@ def test_activation_checkpointing_changes_no_number(tokenizer, arguments, on):
         optim="sgd",
         **{name: on},
     )
-    looks_back(model.backbone), packs(model.backbone)  # which run the model
+    is_causal(model.backbone), can_pack(model.backbone)  # which run the model
     calls = []
     layer = model.backbone.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))

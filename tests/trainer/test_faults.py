@@ -375,3 +375,20 @@ def test_trackers_that_fail_cost_a_warning_each(make, monkeypatch):
     ]
     assert well.logged == [1, 2, 3]
     assert len(history) == 3
+
+
+def test_an_error_in_saving_does_not_hide_its_cause(make, monkeypatch, capsys):
+    def fail(*_):
+        raise KeyError("the cause")
+
+    def unsaved(*_):
+        raise ValueError("cannot be saved")
+
+    trainer = make()
+    trainer.run.state.global_step = 1
+    monkeypatch.setattr(trainer, "score", fail)
+    monkeypatch.setattr("mossrlhf.shutdown.save_checkpoint", unsaved)
+    monkeypatch.setattr("mossrlhf.shutdown.is_saved", lambda _: False)
+    with pytest.raises(KeyError, match="the cause"):
+        trainer.train()
+    assert "Nothing could be saved: ValueError: cannot be saved" in capsys.readouterr().out

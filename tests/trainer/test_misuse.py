@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from mossrlhf import PPOMaxLoss, RewardModel, Trainer
 from mossrlhf.functional import clipped_policy_loss
+from mossrlhf.loading.policy import load_reference
 from mossrlhf.rewards import RewardSet
-from mossrlhf.roles import load_reference
 
 
 def brevity(*, completion_ids, **columns):

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler, RewardModel, ToyWorld, Trainer, TrainerConfig
-from mossrlhf.models import packing
+from mossrlhf.models import backbone
 
 WORLD = ToyWorld(lang="en", seed=0)
 SEEDS = (0, 1, 2)
@@ -85,14 +85,14 @@ def _note(shapes, module, args, kwargs):
 @pytest.fixture
 def slowly(monkeypatch):
     """Padding is read."""
-    monkeypatch.setattr(packing, "packs", lambda backbone: False)
+    monkeypatch.setattr(backbone, "can_pack", lambda model: False)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Three seeds without any option of speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "packs", lambda backbone: False)
+        patch.setattr(backbone, "can_pack", lambda model: False)
         return [trained(tmp_path_factory.mktemp("plain"), seed) for seed in SEEDS]
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mossrlhf import AdvantageEstimator, GroupRelative, PPOMaxLoss, RewardShaper
-from mossrlhf.models import packing
+from mossrlhf.models import backbone
 
 
 def estimated(trainer):
@@ -251,7 +251,7 @@ def test_dropout_is_off(make, policy, checkpointing):
 
 
 def test_gradient_checkpointing_changes_nothing(make, parameters, monkeypatch):
-    monkeypatch.setattr(packing, "packs", lambda backbone: False)  # as with recomputation
+    monkeypatch.setattr(backbone, "can_pack", lambda model: False)  # as with recomputation
     plain, saving = make("plain"), make("saving", args=dict(gradient_checkpointing=True))
     rollout = plain.collect()
     plain.step(rollout)

@@ -27,7 +27,7 @@ from mossrlhf.checkpoint.state import (
 from mossrlhf.distributed.processes import together
 from mossrlhf.distributed.sharding import put, shape, whole
 from mossrlhf.models import weights_digest
-from mossrlhf.models.adapters import adapter_parameters
+from mossrlhf.models.lora import adapter_parameters
 from mossrlhf.randomness import random_state, set_random_state
 from mossrlhf.serialization import (
     file_checksums,

@@ -16,9 +16,9 @@ from mossrlhf.checkpoint.folders import STATE, checkpoints
 from mossrlhf.config import TrainerConfig
 from mossrlhf.data import Shuffled
 from mossrlhf.models import RewardModel, weights_digest
+from mossrlhf.models.lora import is_adapted
 from mossrlhf.optimization import TrainingEngine
 from mossrlhf.randomness import random_state, set_random_state
-from mossrlhf.roles import is_adapted
 from mossrlhf.serialization import CHECKSUM, read_json, require_checksums, with_checksum
 from mossrlhf.version import __version__
 

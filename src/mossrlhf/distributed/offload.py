@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.sharding import by_fsdp, by_zero3, gathered, is_sharded, note_hooks
-from mossrlhf.options import inside
 
 
 def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
@@ -66,7 +65,7 @@ def place_frozen(
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    parts: list[Any] = [inside(model), *model.children()]
+    parts: list[Any] = [unwrap_peft(model), *model.children()]
     names = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
 

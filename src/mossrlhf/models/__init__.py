@@ -1,68 +1,50 @@
-"""The trained modules: a value head, a reward model that is also the critic, and their union."""
+"""The trained modules: a reward model that is also the critic, the policy's log-probabilities."""
 
 from mossrlhf.models.actor_critic import ActorCritic
-from mossrlhf.models.adapters import (
+from mossrlhf.models.lora import (
+    active_adapter,
     adapter_folder,
     add_adapters,
+    bare_module,
+    checkpoint_contexts,
     is_adapted,
-    is_over,
+    is_quantized,
+    keep_differentiable,
     load_adapters,
     merged_state_dict,
+    rewriting_initialization,
     save_adapters,
+    shares_base,
+    trained_base_parameters,
     weights_digest,
 )
-from mossrlhf.models.beneath import bare_module, rewriting_initialization, trained_beneath
-from mossrlhf.models.classifiers import load_classifier
-from mossrlhf.models.quantized import is_quantized, keep_differentiable
-from mossrlhf.models.reward_model import SCORE_MOMENTS, RewardModel, ValueHead
-from mossrlhf.models.scoring import (
+from mossrlhf.models.reward_model import SCORE_MOMENTS, RewardModel, ValueHead, load_classifier
+from mossrlhf.models.shared_base import SharedRewardModel, copy_shared, load_shared, share_base
+from mossrlhf.models.token_logprobs import (
     IGNORED_LABEL,
+    TokenPath,
+    announce,
     language_model_loss,
+    logit_scaling,
     policy_loss,
     policy_stats,
+    token_path,
+    whole_logits,
 )
-from mossrlhf.models.shared import (
-    SharedRewardModel,
-    as_it_spoke,
-    beside,
-    load_shared,
-    share_base,
-    speaking_as,
-)
-from mossrlhf.models.token_path import TokenPath, announce, logit_scaling, token_path, whole_logits
+
+PRIVATES = {
+    "peft 0.21": ("_active_adapter", "_disable_adapters"),
+    "torch 2.13": ("_checkpoint", "_forward_pre_hooks"),
+    "transformers 5.23": ("_attn_implementation", "_hf_peft_config_loaded", "_no_split_modules"),
+}
+"""What `models` and `loading` use of other libraries' privates, by the version it was read in."""
 
 __all__ = [
-    "IGNORED_LABEL",
-    "SCORE_MOMENTS",
-    "ActorCritic",
-    "RewardModel",
-    "SharedRewardModel",
-    "TokenPath",
-    "ValueHead",
-    "adapter_folder",
-    "add_adapters",
-    "announce",
-    "as_it_spoke",
-    "bare_module",
-    "beside",
-    "is_adapted",
-    "is_over",
-    "is_quantized",
-    "keep_differentiable",
-    "language_model_loss",
-    "load_adapters",
-    "load_classifier",
-    "load_shared",
-    "logit_scaling",
-    "merged_state_dict",
-    "policy_loss",
-    "policy_stats",
-    "rewriting_initialization",
-    "save_adapters",
-    "share_base",
-    "speaking_as",
-    "token_path",
-    "trained_beneath",
-    "weights_digest",
-    "whole_logits",
-]
+    "IGNORED_LABEL", "SCORE_MOMENTS", "ActorCritic", "RewardModel", "SharedRewardModel",
+    "TokenPath", "ValueHead", "active_adapter", "adapter_folder", "add_adapters", "announce",
+    "bare_module", "checkpoint_contexts", "copy_shared", "is_adapted", "is_quantized",
+    "keep_differentiable", "language_model_loss", "load_adapters", "load_classifier",
+    "load_shared", "logit_scaling", "merged_state_dict", "policy_loss", "policy_stats",
+    "rewriting_initialization", "save_adapters", "share_base", "shares_base", "token_path",
+    "trained_base_parameters", "weights_digest", "whole_logits",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from mossrlhf.loading.policy import at_least_float32, has_effect, load_policy
 from mossrlhf.models import (
     RewardModel,
     SharedRewardModel,
@@ -18,13 +19,11 @@ from mossrlhf.models import (
     adapter_folder,
     share_base,
 )
-from mossrlhf.models.classifiers import classifier_class
-from mossrlhf.options import inside
+from mossrlhf.models.lora import is_adapted, vocabulary_size
+from mossrlhf.models.reward_model import classifier_class
 from mossrlhf.planning.ledger import tensors_of
 from mossrlhf.planning.starting import starts_changed
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
-from mossrlhf.roles import is_adapted, load_policy, vocabulary_size
-from mossrlhf.roles.policy import at_least_float32, has_effect
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ModelReward)}
 
@@ -156,7 +155,7 @@ class Maker:
         if critic is False:
             return None
         if isinstance(critic, ValueHead):
-            backbone: Any = inside(policy).base_model
+            backbone: Any = unwrap_peft(policy).base_model
             return SharedRewardModel(backbone, without_weights(critic))
         adapter = _adapter(critic)
         first = rewards[0] if rewards else None

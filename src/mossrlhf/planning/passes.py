@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from mossrlhf.functional import upcast
 from mossrlhf.kernels.chunked_head import chunks
+from mossrlhf.loading.policy import as_reference
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
-from mossrlhf.models.token_path import output_head
-from mossrlhf.options import inside
+from mossrlhf.models.token_logprobs import output_head
 from mossrlhf.planning.dry import Dry, backward
 from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 from mossrlhf.planning.parts import Parts
-from mossrlhf.roles import as_reference
 from mossrlhf.sampling import hf as draws
 
 
@@ -169,7 +168,7 @@ class Passes:
         """Hidden states ``[N, D]`` before each token of the responses."""
         work = self.work
         ids, _ = self._ids(rows, work.length)
-        backbone: Any = inside(policy).base_model
+        backbone: Any = unwrap_peft(policy).base_model
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
         places = torch.zeros(rows * work.response, dtype=torch.long, device="meta")
         return hidden[places, places]

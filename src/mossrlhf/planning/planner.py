@@ -10,21 +10,17 @@ from torch import nn
 from transformers import GenerationConfig
 
 from mossrlhf.config import TrainerConfig
+from mossrlhf.loading.policy import checkpoint_activations, disable_dropout
+from mossrlhf.loading.tokenizer import prompt_budget
 from mossrlhf.loss import PPOMaxLoss, coupling
 from mossrlhf.models import ActorCritic, SharedRewardModel
+from mossrlhf.models.lora import is_peft_model, vocabulary_size
 from mossrlhf.planning.arguments import require_plannable, where_frozen
 from mossrlhf.planning.ledger import nbytes, tensors_of, untouched_randomness
 from mossrlhf.planning.parts import Maker, Parts
 from mossrlhf.planning.passes import Passes, Taken, Work, chunk_bytes
 from mossrlhf.planning.report import MemoryPlan, RoleMemory
 from mossrlhf.planning.spread import Spread
-from mossrlhf.roles import (
-    checkpoint_activations,
-    disable_dropout,
-    is_adapted,
-    prompt_budget,
-    vocabulary_size,
-)
 from mossrlhf.sampling import HFSampler
 from mossrlhf.sampling.hf import WARPERS, warps
 
@@ -248,7 +244,7 @@ def _settings(found: _Found, spread: Spread, given: dict[str, Any]) -> dict[str,
     work, args = found.work, found.args
     processes = f"{spread.processes} process{'es' if spread.processes > 1 else ''}"
     how_shared = f" ({spread.words})" if spread.processes > 1 else ""
-    kind = "adapters" if is_adapted(found.parts.policy) else "all weights trained"
+    kind = "adapters" if is_peft_model(found.parts.policy) else "all weights trained"
     precision = "bfloat16 autocast" if work.bf16 else "no autocast"
     how = "checkpointed" if args.gradient_checkpointing else "not checkpointed"
     size = found.parts.rewards[0][1] if found.parts.rewards else 0

@@ -32,7 +32,7 @@ def starts_changed(policy: nn.Module, peft_config: PeftConfig) -> bool:
     Raises:
         ValueError: where it cannot be told.
 
-    Source: ours; for `mossrlhf.roles.policy.has_effect`.
+    Source: ours; for `mossrlhf.loading.policy.has_effect`.
     """
     if peft_config.is_prompt_learning:
         return True

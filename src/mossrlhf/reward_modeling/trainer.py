@@ -24,6 +24,7 @@ from mossrlhf.data import (
     require_fitting_prompts,
     require_records,
 )
+from mossrlhf.loading.policy import disable_dropout as without_dropout
 from mossrlhf.models import SCORE_MOMENTS, RewardModel, add_adapters
 from mossrlhf.reward_modeling.pairs import (
     PairModel,
@@ -35,7 +36,6 @@ from mossrlhf.reward_modeling.pairs import (
     set_moments,
 )
 from mossrlhf.reward_modeling.report import RewardReport
-from mossrlhf.roles import disable_dropout as without_dropout
 
 GROUPS = 4  # of similar length, in which a batch by token count is computed
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mossrlhf.models import RewardModel, ValueHead
+from mossrlhf.models.backbone import group_by_length
 from mossrlhf.options import strict
 from mossrlhf.types import Rollout
 
@@ -67,13 +68,13 @@ class ModelReward:
             lengths = torch.tensor([len(row) for row in rows], device=ids.device)
             ids = pad_sequence(rows, batch_first=True).to(ids.device)
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        order = mask.sum(1).argsort(stable=True)  # similar lengths together, for little padding
+        groups = group_by_length(mask.sum(1), self.batch_size)  # for little padding
         parts = [
             self.model(ids[rows, :width], mask[rows, :width])
-            for rows in order.split(self.batch_size)
+            for rows in groups
             for width in [int(mask[rows].sum(1).max())]
         ]
-        return torch.cat(parts)[order.argsort()]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
 
 def _encode(

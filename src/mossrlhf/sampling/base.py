@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mossrlhf.options import inside
 from mossrlhf.types import Rollout
 
 
@@ -225,7 +224,7 @@ def unwrap_layer_adapters(model: nn.Module, backend: str) -> nn.Module:
     Raises:
         ValueError: for adapters that act outside of layers, which a backend would ignore.
     """
-    base = inside(model)
+    base = unwrap_peft(model)
     for config in getattr(model, "peft_config", {}).values() if base is not model else ():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             kind = getattr(config.peft_type, "value", config.peft_type)

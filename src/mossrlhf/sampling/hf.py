@@ -26,7 +26,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from mossrlhf.options import accepts, check_range, inside, strict
+from mossrlhf.models.backbone import accepts
+from mossrlhf.options import check_range, strict
 from mossrlhf.sampling.base import (
     ConfiguredSampler,
     assemble,
@@ -229,7 +230,7 @@ def _generate(
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     if processor is not None:
         options["logits_processor"] = [processor]
-    if isinstance(inside(model), GenerationMixin):
+    if isinstance(unwrap_peft(model), GenerationMixin):
         # Each process holds whole weights here, and generates at its own pace.
         options["synced_gpus"] = False
     output = model.generate(
@@ -242,7 +243,7 @@ def _generate(
 
 def _can_continue(model: nn.Module, config: GenerationConfig) -> bool:
     """Whether a second `generate` from the cache gives what one call would."""
-    base = inside(model)
+    base = unwrap_peft(model)
     adapters = getattr(model, "peft_config", {}).values()
     return (
         isinstance(base, GenerationMixin)
@@ -389,7 +390,7 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     # An adapted model may hold one of its own, which PEFT hands on to the base model.
     held = [
         (holder, holder.generation_config)
-        for holder in (model, inside(model))
+        for holder in (model, unwrap_peft(model))
         if "generation_config" in vars(holder)
     ]
     for holder, _ in held:

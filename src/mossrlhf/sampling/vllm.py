@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from mossrlhf.models.adapters import adapter_layers, merged_state_dict
-from mossrlhf.models.beneath import bare_module, checksums
-from mossrlhf.options import inside, strict
+from mossrlhf.models.lora import adapter_layers, bare_module, checksums, merged_state_dict
+from mossrlhf.options import strict
 from mossrlhf.sampling.base import (
     ConfiguredSampler,
     assemble,
@@ -126,7 +125,7 @@ class Synchronizer:
 
 def weight_checksums(model: nn.Module) -> dict[str, Any]:
     """Return what changes along with a model's weights or its active adapters, by name."""
-    state: dict[str, Tensor] = inside(model).state_dict()
+    state: dict[str, Tensor] = unwrap_peft(model).state_dict()
     sums = checksums(state)
     found: dict[str, Any] = {
         name: (None if weight.is_inference() else weight._version, sums.get(name))
@@ -143,7 +142,7 @@ def checkpoint_weights(model: nn.Module) -> Mapping[str, Tensor]:
 
     Source: LoRA §4.1: W + (α/r) B A.
     """
-    base: Any = inside(model)
+    base: Any = unwrap_peft(model)
     seen: set[tuple[Any, ...]] = set()
     state: dict[str, Tensor] = {}
     for name, weight in merged_state_dict(base).items():

@@ -1,4 +1,4 @@
-"""The critic and the rewards, made of objects, names or nothing."""
+"""The critic and the reward models, from objects, folders, hub names or nothing."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -6,26 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mossrlhf.distributed.sharding import is_sharded
+from mossrlhf.loading.policy import at_least_float32, has_effect, name_argument, require_finite
 from mossrlhf.models import (
     RewardModel,
     SharedRewardModel,
     ValueHead,
     adapter_folder,
-    beside,
-    is_over,
+    copy_shared,
     is_quantized,
     load_classifier,
     load_shared,
     share_base,
+    shares_base,
 )
-from mossrlhf.options import inside
+from mossrlhf.models.backbone import evaluation_mode
+from mossrlhf.models.lora import is_peft_model, unwrap_peft, vocabulary_size
 from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
-from mossrlhf.roles.policy import at_least_float32, has_effect, is_adapted
-from mossrlhf.roles.reading import loading, require_finite, vocabulary_size
 
 
 def load_critic(
@@ -36,16 +37,16 @@ def load_critic(
     Args:
         critic: a `RewardModel`, a one-label classifier, a folder or hub name; False for no
             critic; None for a copy of the first reward model with the policy's vocabulary, else
-            of the policy's backbone with a zero `ValueHead`. On the policy's own base: a
+            of the policy's backbone under a zero `ValueHead`. On the policy's own base model: a
             ``peft.PeftConfig`` for a further adapter and a head, a folder of such, or a
-            `ValueHead` to hear what the policy says.
+            `ValueHead` that reads the policy's hidden states.
         policy: the policy.
         rewards: reward models that read the policy's tokens.
         seed: of a new adapter's first weights.
 
     Raises:
         ValueError: where its vocabulary is not the policy's, a weight is not finite, or an adapter
-            has no base to share.
+            has no base model to share.
 
     Source: P1 §5.3.1: the critic starts from the reward model.
     """
@@ -61,7 +62,7 @@ def load_critic(
         else:
             made = RewardModel.from_language_model(_without_adapters(policy))
     elif isinstance(critic, (str, Path)):
-        with loading("critic", critic, (OSError,)):
+        with name_argument("critic", critic, (OSError,)):
             made = RewardModel.from_pretrained(critic)
     else:
         made = as_reward_model(critic, "critic")
@@ -90,31 +91,28 @@ def load_critic(
 def _shared_critic(
     critic: Any, policy: nn.Module, rewards: list[RewardModel], seed: int
 ) -> SharedRewardModel | None:
-    """A critic on the policy's own base, where that is what was asked for."""
-    from peft import PeftConfig
-
+    """Return a critic on the policy's own base model; None where another kind was asked for."""
     if isinstance(critic, PeftConfig):
-        return share_base(policy, critic, "critic", seed=seed + 1)  # not the policy's over again
+        return share_base(policy, critic, "critic", seed=seed + 1)  # not the policy's weights again
     if isinstance(critic, ValueHead):
-        backbone: Any = inside(policy).base_model
+        backbone: Any = unwrap_peft(policy).base_model
         made = SharedRewardModel(backbone, critic)
         made.require_layout("critic")
         return made
     if isinstance(critic, (str, Path)) and (folder := adapter_folder(critic)) is not None:
-        return load_shared(policy, folder, "critic") if is_over(policy, folder) else None
+        return load_shared(policy, folder, "critic") if shares_base(policy, folder) else None
     if critic in (None, True) and rewards and isinstance(rewards[0], SharedRewardModel):
-        return beside(policy, rewards[0], "critic")
+        return copy_shared(policy, rewards[0], "critic")
     return None
 
 
-def _without_adapters(policy: nn.Module) -> Any:
-    """Return a copy of the policy's base, with what its adapters say by now."""
-    base = policy
-    if is_adapted(policy):
+def _without_adapters(policy: Any) -> Any:
+    """Return a copy of the policy's base model, with adapters merged where they have an effect."""
+    if is_peft_model(policy):
         if has_effect(policy) and hasattr(policy, "merge_and_unload"):
-            return copy.deepcopy(policy).merge_and_unload()  # type: ignore[operator]
-        base = policy.get_base_model()  # type: ignore[operator]
-    copied = copy.deepcopy(base)
+            return copy.deepcopy(policy).merge_and_unload()
+        policy = policy.get_base_model()
+    copied = copy.deepcopy(policy)
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
             get_base_layer = getattr(child, "get_base_layer", None)
@@ -129,38 +127,36 @@ def load_reward(
     name: str = "",
     policy: nn.Module | None = None,
 ) -> Any:
-    """Load a reward model from its folder or hub name, with its tokenizer where it has another.
+    """Load a reward model from a folder or hub name, with its tokenizer where it has another.
 
     Args:
-        reward: a path or name is loaded; anything else is returned as it is, but a model with
-            a vocabulary other than the policy's is refused. The folder of an adapter that was
-            trained over the policy's base becomes a further adapter of it.
+        reward: a path or name is loaded, an adapter that was trained on the policy's base model
+            as a further adapter of it; anything else is returned as it is, but a model with too
+            few tokens is refused.
         tokenizer: the policy's.
-        name: what metrics call it; empty for "reward_model".
-        policy: whose base it may share; None to load it whole.
+        name: the name in metrics; empty for "reward_model".
+        policy: whose base model it may share; None to load it whole.
 
     Raises:
         ValueError: where a model cannot read the policy's tokens and has no tokenizer, or a weight
             is not finite.
-
-    Source: ours.
     """
+    name = name or "reward_model"
     folder = adapter_folder(reward) if isinstance(reward, (str, Path)) else None
-    if folder is not None and policy is not None and is_over(policy, folder):
-        shared = load_shared(policy, folder, name or "reward_model")
-        return ModelReward(model=shared, name=name or "reward_model")
+    if folder is not None and policy is not None and shares_base(policy, folder):
+        return ModelReward(model=load_shared(policy, folder, name), name=name)
     if isinstance(reward, (str, Path)):
         bare = folder is not None and not (folder / "tokenizer_config.json").is_file()
-        with loading("reward", reward, (OSError,)):
+        with name_argument("reward", reward, (OSError,)):
             other = None if bare else _other_tokenizer(str(reward), tokenizer)
             model = load_classifier(reward)
         require_finite(model, "reward")
-        return ModelReward(model=model, tokenizer=other, name=name or "reward_model")
+        return ModelReward(model=model, tokenizer=other, name=name)
     if isinstance(reward, nn.Module):
         scorer = as_scorer(reward)
         own = scorer if isinstance(scorer, RewardModel) else scorer.model
         other = _remembered_tokenizer(own.config, tokenizer)
-        reward = ModelReward(model=scorer, tokenizer=other, name=name or "reward_model")
+        reward = ModelReward(model=scorer, tokenizer=other, name=name)
     if isinstance(reward, ModelReward):
         require_finite(reward.model, "reward")
     if isinstance(reward, ModelReward) and reward.tokenizer is None:
@@ -179,15 +175,7 @@ def load_rewards(
     tokenizer: PreTrainedTokenizerBase,
     policy: nn.Module | None = None,
 ) -> list[tuple[Any, Any]]:
-    """Load several rewards as `load_reward` does, with a name of its own for each that is named.
-
-    Args:
-        rewards: with their weights.
-        tokenizer: the policy's.
-        policy: whose base they may share; None to load them whole.
-
-    Source: ours.
-    """
+    """Load (reward, weight) pairs as `load_reward` does, each path or name under its own name."""
     loaded, named = [], 0
     for reward, weight in rewards:
         named += isinstance(reward, (str, Path))
@@ -197,31 +185,22 @@ def load_rewards(
 
 
 @contextmanager
-def lent_base(policy: nn.Module) -> Iterator[nn.Module | None]:
-    """Lend the policy's base to rewards that are asked for once, and take their adapters off.
+def lent_base(policy: Any) -> Iterator[nn.Module | None]:
+    """Yield the policy, for rewards to add adapters to, and delete those adapters after the block.
 
-    Args:
-        policy: of a trainer.
-
-    Yields:
-        the policy; None where it is sharded, and takes no adapters any more.
-
-    Source: ours.
+    Yields None where the policy has no adapters, or is sharded and takes no more.
     """
-    if not is_adapted(policy) or is_sharded(policy):
+    if not is_peft_model(policy) or is_sharded(policy):
         yield None
         return
-    adapted: Any = policy
-    before = set(adapted.peft_config)
-    modes = [(module, module.training) for module in policy.modules()]
+    before = set(policy.peft_config)
     try:
-        yield policy
+        with evaluation_mode(policy):
+            yield policy
     finally:
-        for module, mode in modes:
-            module.training = mode
         flags = [(p, p.requires_grad) for p in policy.parameters()]
-        for name in set(adapted.peft_config) - before:
-            adapted.delete_adapter(name)
+        for name in set(policy.peft_config) - before:
+            policy.delete_adapter(name)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

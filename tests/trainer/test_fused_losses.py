@@ -1,8 +1,7 @@
-"""A trainer scores by hidden states, says so, and learns what it would learn by whole logits."""
+"""Losses computed along with their gradient, a chunk at a time, are those of full logits."""
 
 import pytest
 import torch
-from families import tiny
 from rollouts import recorded_rollout
 
 from mossrlhf import PPOMaxLoss
@@ -21,30 +20,6 @@ def few_rows(monkeypatch):
     """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
     monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 16)
-
-
-def test_a_trainer_says_once_that_it_goes_by_whole_logits(make, world):
-    model = tiny("llama", world.tokenizer())
-    original = type(model).forward
-
-    class Loud(type(model)):
-        def forward(self, *args, **kwargs):
-            output = original(self, *args, **kwargs)
-            output.logits = output.logits * 1.5
-            return output
-
-    model.__class__ = Loud
-    with pytest.warns(UserWarning, match="scored by whole logits.*the two differ") as warned:
-        trainer = make(model=model)
-    said = [str(w.message).split(":")[0] for w in warned if "whole logits" in str(w.message)]
-    assert said == ["model", "ref_model"]
-    assert "whole logits" in str(trainer)
-    trainer.train()
-
-
-def test_a_trainer_says_how_it_scores(make):
-    shown = str(make())
-    assert "scoring:    its logits are its head's, which is applied by its weight" in shown
 
 
 class Centered(PPOMaxLoss):

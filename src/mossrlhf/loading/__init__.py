@@ -1,0 +1,1 @@
+"""The models of PPO from what a user passes: objects, folders, hub names or nothing."""
