@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 
 from mossrlhf import RewardModel, TrainerConfig, plan
 from mossrlhf.models import add_adapters, save_adapters
-from mossrlhf.planning.ledger import Ledger, nbytes, tensors_of
 
 WIDE = dict(hidden_size=64, num_hidden_layers=3, intermediate_size=160, vocab_size=3000)
 RESPONSE = 24

@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from mossrlhf import ModelReward, RewardModel, TrainerConfig, ValueHead, plan
 from mossrlhf.models import add_adapters, save_adapters
-from mossrlhf.planning.ledger import nbytes, tensors_of
-from mossrlhf.planning.report import ROLES, _row
 
 WIDE = dict(hidden_size=64, num_hidden_layers=3, intermediate_size=160, vocab_size=3000)
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.sharding import by_fsdp, by_zero3, gathered, is_sharded, note_hooks
+from mossrlhf.models.lora import unwrap_peft
 
 
 def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:

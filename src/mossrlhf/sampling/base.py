@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.types import Rollout
 
 

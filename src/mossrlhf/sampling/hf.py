@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from mossrlhf.models.backbone import accepts
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.options import check_range, strict
 from mossrlhf.sampling.base import (
     ConfiguredSampler,

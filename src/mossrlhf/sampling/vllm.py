@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from mossrlhf.models.lora import adapter_layers, bare_module, checksums, merged_state_dict
+from mossrlhf.models.lora import (
+    adapter_layers,
+    bare_module,
+    checksums,
+    merged_state_dict,
+    unwrap_peft,
+)
 from mossrlhf.options import strict
 from mossrlhf.sampling.base import (
     ConfiguredSampler,

@@ -1,0 +1,683 @@
+"""Plan the memory of a run before it: sizes from configurations, activations from fake tensors."""
+
+import copy
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's documentation imports it
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import PreTrainedConfig as Config
+from transformers.utils import find_adapter_config_file
+
+from mossrlhf.config import TrainerConfig
+from mossrlhf.kernels.chunked_head import chunks
+from mossrlhf.loading.policy import at_least_float32, has_effect
+from mossrlhf.loading.tokenizer import prompt_budget
+from mossrlhf.loss import PPOMaxLoss
+from mossrlhf.models import ValueHead, rewriting_initialization
+from mossrlhf.options import suggest
+from mossrlhf.rewards import ModelReward
+from mossrlhf.sampling import HFSampler
+from mossrlhf.validation import KINDS
+
+GIB, MIB = 2**30, 2**20
+
+TOKEN_BYTES = 29
+"""Of a response token in a rollout: seven float32 numbers and a mask."""
+
+ZERO_BUCKET = 4 * 500_000_000
+"""Bytes of gradients that DeepSpeed reduces at a time by default."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Bytes that one role holds on a device for the whole run, and its numbers of parameters.
+
+    Where it is not a separate model on the device, `note` says what it is.
+    """
+
+    parameters: int = 0
+    trained: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        counts = f"{self.parameters / 1e6:,.1f}M, {self.trained / 1e6:,.1f}M trained"
+        return ", ".join(filter(None, [counts if self.parameters else "", self.note]))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one device during a run, in bytes; ``print`` it for a table.
+
+    It leaves out what the device's driver and libraries hold (0.5 to 1 GiB on CUDA) and what an
+    allocator loses between its blocks.
+
+    Args:
+        roles: "policy", "critic", "reference" and "reward" → what each holds throughout.
+        kept: by role, what the forward pass of one micro-batch keeps for its backward pass.
+        scoring: by role, the peak of scoring one micro-batch, without weights.
+        kv_cache: of the responses sampled at once, at their full length.
+        logits: of one chunk, in float32.
+        rollout: the annotated rollout and one minibatch of it.
+        extra: what several processes add to an update: weights and gradients held whole, buckets.
+        lent: by role, what comes to the device beside `roles` while frozen models score.
+        phases: "sampling", "scoring" and "update" → the peak of each, everything included.
+        where: processes, device and precision, in words.
+        sizes: tokens of a sequence, and sequences at once, by what is done with them.
+        given: the arguments of `plan` but its model.
+        planned: `plan` of the same model, as a function of all these arguments.
+    """
+
+    roles: Mapping[str, RoleMemory]
+    kept: Mapping[str, int]
+    scoring: Mapping[str, int]
+    kv_cache: int
+    logits: int
+    rollout: int
+    extra: int
+    lent: Mapping[str, int]
+    phases: Mapping[str, int]
+    where: str
+    sizes: Mapping[str, int]
+    given: Mapping[str, Any] = field(repr=False, compare=False)
+    planned: Callable[..., "MemoryPlan"] = field(repr=False, compare=False)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return sum(role.weights for role in self.roles.values())
+
+    @property
+    def steady(self) -> int:
+        """Bytes of weights, gradients and optimizer states: everything but activations."""
+        return self.weights + sum(r.gradients + r.optimizer for r in self.roles.values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest peak."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    def again(self, **changed: Any) -> "MemoryPlan":
+        """Plan the same run with arguments of `plan` `changed`, any but its model."""
+        return self.planned(**{**self.given, **changed})
+
+    def fits(self, memory: float) -> bool:
+        """Return whether the peak is within `memory` bytes; leave a tenth of a device free."""
+        return self.peak <= memory
+
+    def suggest(self, memory: float) -> str:
+        """Suggest what to change for a device of `memory` bytes, in lines of 80 columns."""
+        return textwrap.fill(_suggestion(self, memory), 80, break_on_hyphens=False)
+
+    def __str__(self) -> str:
+        unit, size, digits = ("GiB", GIB, 2) if self.peak >= 10 * GIB else ("MiB", MIB, 1)
+
+        def cell(number: int, width: int = 11) -> str:
+            return f"{f'{number / size:,.{digits}f}' if number else '-':>{width}}"
+
+        lines = [f"Memory of one device, {unit}\n{self.where}\n"]
+        lines.append(f"{'weights':>23}{'gradients':>11}{'optimizer':>11}  parameters")
+        rows = [(n, r.weights, r.gradients, r.optimizer, str(r)) for n, r in self.roles.items()]
+        rows.append(("together", *(sum(row[i] for row in rows) for i in (1, 2, 3)), ""))
+        for name, weights, gradients, optimizer, words in rows:
+            line = f"{name:12}{cell(weights)}{cell(gradients)}{cell(optimizer)}  {words}"
+            lines.append(line.rstrip())
+        lines.append("")
+        by = max(self.scoring, key=lambda name: self.scoring[name])
+        table = [(f"activations, update of the {r}", n, "updated") for r, n in self.kept.items()]
+        scored = "reward" if by == "reward" else "scored"
+        table.append((f"activations, scoring by the {by}", self.scoring[by], scored))
+        table.append(("KV cache while sampling", self.kv_cache, "sampled"))
+        table.append(("one chunk of logits, within the above", self.logits, ""))
+        table.append(("rollout", self.rollout, "rollout"))
+        table += [(f"{role}, while it scores", number, "") for role, number in self.lent.items()]
+        table.append(("gathered and reduced", self.extra, ""))
+        for words, number, at_once in table:
+            remark = f"  {self.sizes[at_once]} x {self.sizes['length']} tokens" if at_once else ""
+            lines.append(f"{words:38}{cell(number, 10)}{remark}")
+        lines.append("")
+        for name, number in self.phases.items():
+            mark = "  <- the peak" if name == self.peak_phase else ""
+            lines.append(f"{f'peak of {name}':38}{cell(number, 10)}{mark}")
+        return "\n".join(lines)
+
+
+def plan(  # noqa: D417
+    model: Any,
+    *,
+    reward: Any = None,
+    critic: Any = None,
+    ref_model: Any = None,
+    args: TrainerConfig | None = None,
+    peft_config: Any = None,
+    generation_config: GenerationConfig | None = None,
+    sampler: Any = None,
+    loss: PPOMaxLoss | None = None,
+    prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
+    frozen: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cuda",
+) -> MemoryPlan:
+    """Plan how much of each device's memory a run of `Trainer` needs, and in which phase.
+
+    Only configurations are read. Models are made of them without weights, and their first two
+    layers run on fake tensors to see what they keep for a backward pass.
+
+    Args:
+        model: the policy, as for `Trainer`; here and below a transformers configuration will do.
+        reward: as for `Trainer`; functions need no memory. A ``PeftConfig`` stands for an adapter
+            on the policy's base that is yet to be trained.
+        critic, ref_model, args, peft_config, generation_config: as for `Trainer`.
+        sampler: as for `Trainer`; the ``batch_size`` of an `HFSampler` counts.
+        loss: as for `Trainer`; every loss needs the same memory.
+        prompt_tokens: of the longest prompt; None for `TrainerConfig.max_prompt_length`.
+        max_new_tokens: of the longest response; None for that of `sampler` or
+            `generation_config`, else 512.
+        processes: number of processes, one to a device.
+        sharding: None (DDP: every process holds everything), "fsdp", "zero3" or "zero2".
+        frozen: where reference and reward models are: "whole" on each device, "sharded", or
+            "offloaded" to the CPU until they score. It follows from `sharding` and
+            ``offload_frozen``, and any other value is refused; None for what follows.
+        dtype: of weights that are loaded by name; None for that of their configuration. Trained
+            weights are at least float32, as with `Trainer`.
+        device: "cuda" or "cpu"; the chunks of logits differ.
+
+    Raises:
+        ValueError: where a length is not known, a number or word is out of range, the processes
+            cannot share the rollout, or it is unknown whether new adapters change the policy.
+        TypeError: where an argument is of the wrong kind.
+    """
+    given = {name: value for name, value in locals().items() if name != "model"}
+    _require_plannable(given)
+    args = args or TrainerConfig()
+    args.require_shareable(processes)
+    follows = "offloaded" if args.offload_frozen else "whole"
+    follows = "sharded" if sharding in ("fsdp", "zero3") else follows
+    if frozen not in (None, follows):
+        raise ValueError(
+            f"frozen: got {frozen!r}, but sharding={sharding!r} and TrainerConfig(offload_frozen="
+            f"{args.offload_frozen}) make it {follows!r}; leave frozen out, or change these"
+        )
+    config = generation_config or GenerationConfig(max_new_tokens=max_new_tokens or 512)
+    sampler = sampler or HFSampler(generation_config=config, eos_token_id=0, pad_token_id=0)
+    response = max_new_tokens or int(sampler.max_new_tokens)
+    prompt = prompt_tokens or args.max_prompt_length
+    if prompt is None:
+        raise ValueError(
+            "prompt_tokens: got None, and TrainerConfig(max_prompt_length=) is None too; pass the "
+            "number of tokens in the longest prompt"
+        )
+    sharding = sharding if processes > 1 else None
+    with torch.random.fork_rng(devices=[]):
+        models = _models(model, reward, critic, ref_model, peft_config, dtype)
+        prompt_budget(models["policy"][0].whole, args, response)
+        sizes = _sizes(args, processes, prompt, response, sampler, models["reward"])
+        low = args.bf16 and sharding in ("fsdp", "zero3")
+        taken = _taken(models, sizes, args, device == "cuda", low)
+        offloads = follows == "offloaded" and device == "cuda"  # on a CPU they are there already
+        spread = _spread(models, sizes, taken, processes, sharding, offloads, args.bf16)
+    if reward is not None and not models["reward"]:
+        spread["roles"]["reward"] = RoleMemory(note="a function")
+    where = [
+        f"{processes} processes ({sharding or 'DDP'})" if processes > 1 else "1 process",
+        f"{device}, {'adapters' if models['policy'][0].adapter else 'all weights trained'}",
+        "bfloat16 autocast" if args.bf16 else "no autocast",
+        "checkpointed" if args.gradient_checkpointing else "not checkpointed",
+    ]
+    return MemoryPlan(
+        **{name: taken[name] for name in ("kept", "scoring", "kv_cache", "logits")},
+        **spread,
+        rollout=sizes["bytes"],
+        where=", ".join(where),
+        sizes=sizes,
+        given=given,
+        planned=partial(plan, model),
+    )
+
+
+def _require_plannable(given: Mapping[str, Any]) -> None:
+    kinds = {name: KINDS[name] for name in ("args", "generation_config", "loss", "sampler")}
+    kinds["peft_config"] = PeftConfig, "a peft.PeftConfig, such as LoraConfig(...)"
+    kinds["dtype"] = torch.dtype, "a torch.dtype, such as torch.bfloat16"
+    for name, (kind, expected) in kinds.items():
+        if given[name] is not None and not isinstance(given[name], kind):
+            raise TypeError(f"{name}: got {given[name]!r:.60}, expected {expected}")
+    for name in ("prompt_tokens", "max_new_tokens", "processes"):
+        value = given[name]
+        if (value is not None or name == "processes") and (type(value) is not int or value < 1):
+            error = ValueError if type(value) is int else TypeError
+            raise error(f"{name}: got {value!r}, expected a whole number, at least 1")
+    among = dict(sharding=(None, "fsdp", "zero3", "zero2"), device=("cuda", "cpu"))
+    for name, words in among.items():
+        if given[name] not in words:
+            hint = suggest(str(given[name]), list(filter(None, words)))
+            listed = ", ".join(map(repr, words))
+            raise ValueError(f"{name}: got {given[name]!r}, expected one of {listed}{hint}")
+
+
+def _sizes(
+    args: TrainerConfig, processes: int, prompt: int, response: int, by: Any, rewards: Any
+) -> dict[str, int]:
+    """Tokens of a sequence, and sequences of one process at once."""
+    rollout, minibatch = args.rollout_size // processes, args.minibatch_size // processes
+    most = min(args.micro_batch_size or rollout, rollout)
+    if args.max_tokens is not None:
+        most = max(1, min(most, args.max_tokens // (prompt + response)))
+    row = 8 * (prompt + response) + TOKEN_BYTES * response + 24
+    return {
+        "prompt": prompt, "response": response, "length": prompt + response,
+        "rollout": rollout, "minibatch": minibatch, "bytes": row * (rollout + minibatch),
+        "sampled": min(rollout, getattr(by, "batch_size", None) or rollout),
+        "reward": min(rollout, max((one.batch for one in rewards), default=0)),
+        "scored": most, "updated": min(most, minibatch),
+    }  # fmt: skip
+
+
+# ---- models without weights ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a role's model is made of: a configuration, or the policy's and its own adapter."""
+
+    config: Config
+    dtype: torch.dtype
+    adapter: PeftConfig | None = None
+    writes: bool = False  # or else it has a value head
+    trained: bool = False
+    shares: bool = False  # the policy's base
+    batch: int = 0
+
+    @classmethod
+    def of(cls, name: str, given: Any, dtype: torch.dtype | None, **options: Any) -> "_Model":
+        adapter, known = None, given
+        if isinstance(given, nn.Module):
+            adapter = getattr(given, "peft_config", {}).get(getattr(given, "active_adapter", None))
+            dtype = next(p.dtype for p in given.parameters() if p.is_floating_point())
+            inner: Any = inside(given)
+            known = getattr(inner, "config", None) or inner.model.config
+        elif isinstance(given, (str, Path)):
+            if find_adapter_config_file(str(given)) is not None:
+                adapter = PeftConfig.from_pretrained(str(given))
+            known = AutoConfig.from_pretrained(
+                adapter.base_model_name_or_path if adapter else given
+            )
+        if not isinstance(known, Config):
+            kind = "causal language model" if options.get("writes") else "RewardModel, a classifier"
+            kind += ", its folder, hub name or config"
+            raise TypeError(f"{name}: got {given!r:.60}, expected a {kind}")
+        dtype = dtype or getattr(known, "dtype", None) or torch.float32
+        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+        return cls(known, dtype, adapter, **options)
+
+    @property
+    def text(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def layers(self) -> int:
+        return int(self.text.num_hidden_layers)
+
+    def build(self, layers: int | None = None) -> Any:
+        """Make the model on the meta device, with all of its layers or with the first."""
+        config: Any = copy.deepcopy(self.config)
+        quantized = vars(config).pop("quantization_config", None) or {}
+        text = config.get_text_config()
+        text.use_cache = False
+        if layers is not None:
+            text.num_hidden_layers = layers
+            if getattr(text, "layer_types", None):
+                text.layer_types = (2 * text.layer_types)[:layers]
+        auto: Any = AutoModelForCausalLM if self.writes else AutoModel
+        with torch.device("meta"):
+            made = auto.from_config(config, dtype=self.dtype)
+            made.requires_grad_(self.trained and not self.shares)
+            _pack(made, quantized if isinstance(quantized, dict) else quantized.to_dict())
+            if self.adapter is not None:
+                adapter = copy.deepcopy(self.adapter)
+                adapter.inference_mode = False
+                adapter.task_type = adapter.task_type if adapter.is_prompt_learning else None
+                made = get_peft_model(made, adapter)
+            if not self.writes:
+                made.score = ValueHead(text.hidden_size)
+        for parameter in made.parameters():
+            if parameter.requires_grad and self.trained:
+                parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+        return made
+
+    @cached_property
+    def whole(self) -> Any:
+        return self.build()
+
+    def own(self) -> list[Tensor]:
+        """Parameters and buffers, but those of a base it shares."""
+        return [t for t in _tensors(self.whole) if t.requires_grad or not self.shares]
+
+    def moved(self) -> list[Tensor]:
+        """Parameters that its optimizer moves."""
+        return [t for t in self.own() if t.requires_grad and self.trained]
+
+    @cached_property
+    def parts(self) -> tuple[int, int, int]:
+        """Bytes of what is in no layer, of all layers, and of the largest."""
+        lists = [module for module in self.whole.modules() if isinstance(module, nn.ModuleList)]
+        sizes = [[_nbytes(_tensors(layer)) for layer in one] for one in lists]
+        layers = max(sizes, key=sum, default=[])
+        return _nbytes(_tensors(self.whole)) - sum(layers), sum(layers), max(layers, default=0)
+
+
+def _pack(model: Any, asked: Mapping[str, Any]) -> None:
+    """Have weights counted as bitsandbytes holds them."""
+    bits = 4 if asked.get("load_in_4bit") else 8 if asked.get("load_in_8bit") else 0
+    for layer in model.modules() if bits else ():
+        if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
+            weight: Any = layer.weight.requires_grad_(False)
+            scales = weight.numel() // 16 if bits == 4 else 4 * layer.out_features
+            weight.packed = weight.numel() * bits // 8 + scales
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, shared ones once."""
+    return list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(getattr(t, "packed", t.numel() * t.element_size()) for t in tensors)
+
+
+def _models(
+    model: Any, reward: Any, critic: Any, ref_model: Any, peft_config: Any, dtype: Any
+) -> dict[str, list[_Model]]:
+    """What `Trainer` makes of its arguments, by role; no reference is the policy, adapters off."""
+    policy = _Model.of("model", model, dtype, writes=True, trained=True)
+    policy = replace(policy, adapter=peft_config or policy.adapter)
+
+    def valued(name: str, given: Any, **options: Any) -> _Model:
+        """A critic or reward model, on the policy's base or separate."""
+        loads = not isinstance(given, (nn.Module, PeftConfig))
+        if isinstance(given, PeftConfig) and policy.adapter is None:
+            raise ValueError(
+                f"{name}: an adapter shares the policy's base, and the policy has none: all of it "
+                "is trained. Pass peft_config= too, or a whole model here"
+            )
+        adapter = given if isinstance(given, PeftConfig) else None
+        if adapter is None and not isinstance(given, ValueHead):
+            found = _Model.of(name, given, torch.float32 if loads else None, **options)
+            adapter = found.adapter if loads and policy.adapter else None
+            if adapter is None:
+                return replace(found, adapter=None)
+        return replace(policy, adapter=adapter, writes=False, shares=True, **options)
+
+    rewards = []
+    for one in reward if isinstance(reward, (list, tuple)) else [reward]:
+        one = one[0] if isinstance(one, tuple) and one else one
+        size = ModelReward.__dataclass_fields__["batch_size"].default
+        if isinstance(one, ModelReward):
+            one, size = one.model, one.batch_size
+        if one is not None and (isinstance(one, nn.Module) or not callable(one)):
+            rewards.append(valued("reward", one, trained=False, batch=size))
+    critics = []
+    if critic not in (None, True, False):
+        critics = [valued("critic", critic, trained=True)]
+    elif critic is not False:
+        alike = [one for one in rewards if one.text.vocab_size == policy.text.vocab_size]
+        critics = [replace((*alike, replace(policy, adapter=None, writes=False))[0], trained=True)]
+    references = []
+    if ref_model is not None:
+        references = [_Model.of("ref_model", ref_model, dtype, writes=True)]
+    elif policy.adapter is None:
+        references = [replace(policy, dtype=at_least_float32(policy.dtype), trained=False)]
+    elif _starts_changed(model, policy.adapter, new=peft_config is not None):
+        references = [replace(policy, trained=False)]
+    return {"policy": [policy], "critic": critics, "reference": references, "reward": rewards}
+
+
+def _starts_changed(model: Any, adapter: Any, new: bool) -> bool:
+    """Whether adapters change the policy from the start, so that its reference is a copy."""
+    if not new:  # those in a folder have been trained
+        return not isinstance(model, nn.Module) or has_effect(model)
+    starts = [v for k, v in vars(adapter).items() if k.startswith("init_") and "weights" in k]
+    if not starts and not adapter.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: whether a new {type(adapter).__name__} changes the policy, so that "
+            "Trainer copies a whole reference, cannot be told from it; pass ref_model= to count one"
+        )
+    changed = not starts or starts[0] in (False, "orthogonal") or rewriting_initialization(adapter)
+    return bool(changed) or getattr(adapter, "bias", "none") != "none"
+
+
+# ---- bytes of a run -----------------------------------------------------------------------------
+
+
+def _saved(
+    model: _Model, layers: int, rows: int, length: int, args: TrainerConfig, low: bool
+) -> tuple[int, int]:
+    """Bytes that a forward saves for a backward, be there one or not, and of its hidden states."""
+    built = (
+        model.build(layers).requires_grad_(True) if model.adapter is None else model.build(layers)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo: dict[int, Any] = {}
+        for t in _tensors(built):  # FSDP2 gathers weights in the type it computes in
+            dtype = torch.bfloat16 if low and t.dtype == torch.float32 else t.dtype
+            fake = torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="cpu")
+            weight = isinstance(t, nn.Parameter)
+            memo[id(t)] = nn.Parameter(fake, t.requires_grad) if weight else fake
+        copied = copy.deepcopy(built, memo).train(not args.disable_dropout)
+        saved: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            hidden = inside(copied).base_model(ids).last_hidden_state
+        weights = {id(t.untyped_storage()) for t in _tensors(copied)}
+        storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
+        kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+        return kept, hidden.untyped_storage().nbytes()
+
+
+def _taken(
+    models: Mapping[str, list[_Model]], sizes: Mapping[str, int], args: TrainerConfig, cuda: bool,
+    low: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Bytes of activations, by role: kept for a backward, at the peaks of update and scoring."""
+    policy, text, length = models["policy"][0], models["policy"][0].text, sizes["length"]
+    vocabulary, width, bf16 = text.vocab_size, text.hidden_size, args.bf16
+    update, scoring, kept_by = {}, {}, {}
+
+    def chunk(rows: str) -> int:
+        tokens = sizes[rows] * sizes["response"]
+        return vocabulary * next(chunks(tokens, vocabulary, cuda)).stop
+
+    def head(rows: str, gradients: int) -> int:
+        """A chunk of logits, hidden states, operands in bfloat16, and gradients where there are."""
+        hidden, weight = sizes[rows] * sizes["response"] * width, vocabulary * width
+        low = 2 * (weight + gradients * chunk(rows)) if bf16 and cuda else 0
+        of_weight = 0 if policy.adapter else weight
+        return low + 4 * (chunk(rows) + hidden + gradients * (hidden + of_weight))
+
+    def kept(model: _Model, rows: int) -> tuple[int, int, int]:
+        """Bytes kept for a backward: outside of layers, in each layer, and between two."""
+        one, two = (_saved(model, depth, rows, length, args, low) for depth in (1, 2))
+        return 2 * one[0] - two[0], two[0] - one[0], two[1]
+
+    def casts(model: _Model) -> int:
+        """What autocast keeps of trained weights for as long as it lasts."""
+        return sum(2 * t.numel() for t in model.moved() if t.dim() > 1) if bf16 and not low else 0
+
+    again, passing = args.gradient_checkpointing, 0
+    for name, members in models.items():
+        for model in members or [policy] * (name == "reference"):
+            rows = "reward" if name == "reward" else "scored"
+            _, layer, between = kept(model, sizes[rows])
+            most = max(layer // 2, head(rows, 0) if model.writes else 0)
+            scoring[name] = max(casts(model) + 2 * between + most, scoring.get(name, 0))
+            if model.trained and name in ("policy", "critic"):
+                outside, layer, between = kept(model, sizes["updated"])
+                kept_by[name] = outside + model.layers * (between if again else layer)
+                most = layer // 4 + (layer if again else 0)  # in the backward of a layer
+                head_takes = head("updated", 1) if model.writes else 0
+                update[name] = kept_by[name] + max(most, head_takes)
+            if name == "policy":
+                passing = (2 * between + layer // 2) // (sizes["updated"] * length)
+    heads, at_once = text.num_attention_heads, sizes["sampled"]
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    each = groups * (getattr(text, "head_dim", None) or width // heads)
+    # Rotated keys have the type of the hidden states, values that of the products.
+    stored = 2 if low else policy.dtype.itemsize if policy.adapter else 4
+    layer = at_once * (length - 1) * each * (stored + (2 if bf16 else stored))
+    cache = layer * policy.layers
+    prompts = sizes["prompt"] * (passing * at_once + cache // length)
+    last = cache + (layer * heads // groups if groups < heads else 0)  # repeated for all heads
+    logits = 8 * 4 * at_once * vocabulary  # and what they become when they are warped
+    sampling = casts(policy) + logits + max(prompts, last)
+    found = dict(update=update, scoring=scoring, sampling=sampling)
+    return {**found, "kept": kept_by, "kv_cache": cache, "logits": 4 * chunk("updated")}
+
+
+def _spread(
+    models: Mapping[str, list[_Model]], sizes: Mapping[str, int], taken: Mapping[str, Any],
+    processes: int, sharding: str | None, offloads: bool, bf16: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What a device holds of each role, what is lent to it, what sharing costs, and the peaks."""
+    gathers, fsdp = sharding in ("fsdp", "zero3"), sharding == "fsdp"
+
+    def part(size: int) -> int:
+        return -(-size // processes) if sharding else size
+
+    outside, layers, layer = models["policy"][0].parts if gathers else (0, 0, 0)
+    halves = 2 if bf16 else 1
+    whole, gathered = (outside + layers) // halves, (outside + 2 * layer) // halves
+    absent = {"critic": "none", "reference": "the policy, adapters off", "reward": "none given"}
+    roles, lent, gradients = {}, {}, {}
+    for name, members in models.items():
+        own, moved = ([t for m in members for t in some(m)] for some in (_Model.own, _Model.moved))
+        gradients[name], weights = _nbytes(moved), _nbytes(own)
+        alone = [] if moved else [model for model in members if not model.shares]
+        note = "on the policy's base" if any(model.shares for model in members) else ""
+        if offloads and alone:
+            lent[name] = sum(_nbytes(model.own()) for model in alone)
+            weights, note = weights - lent[name], "on the CPU until it scores"
+        # Of frozen models FSDP2 leaves whole what is in no layer.
+        stays = sum(model.parts[0] for model in alone) if fsdp else 0
+        if gathers and name == "reward" and members:
+            lent[name] = sum(sum(model.parts[:2]) for model in alone) - stays
+            lent[name] += whole if len(alone) < len(members) else 0
+        # Two moments and a count of steps; DeepSpeed has a float32 copy of the weights as well.
+        states = (2 if sharding in (None, "fsdp") else 3) * gradients[name] + 4 * len(moved)
+        roles[name] = RoleMemory(
+            parameters=sum(t.numel() for t in own if isinstance(t, nn.Parameter)),
+            trained=sum(t.numel() for t in moved),
+            weights=stays + part(weights - stays) if gathers else weights,
+            gradients=part(gradients[name]),
+            optimizer=part(states),
+            note=note if members else absent[name],
+        )
+    several, every = sizes["minibatch"] > sizes["updated"], sum(gradients.values())
+    extra = gathered + (min(every, ZERO_BUCKET) if sharding else every) if processes > 1 else 0
+    if fsdp:  # until the last micro-batch it adds up a role's gradient whole, in float32
+        extra = gathered + (max(gradients.values()) if several else 0)
+    before = peak = 0
+    for name in ("critic", "policy") if roles["critic"].trained else ("policy",):
+        activations = taken["update"][name]
+        mine = roles[name].gradients
+        both = mine + activations if several else max(mine, activations)
+        peak, before = max(peak, before + both), before + mine
+    held = sum(role.weights + role.optimizer for role in roles.values())
+    held += 0 if sharding else extra  # DDP's buckets are there from the start
+    others = max(size for name, size in taken["scoring"].items() if name != "reward")
+    others += lent.get("reference", 0) + gathered
+    scoring = max(taken["scoring"].get("reward", 0) + lent.get("reward", 0), others)
+    phases = {
+        "sampling": held + taken["sampling"] + whole,
+        "scoring": held + sizes["bytes"] + scoring,
+        "update": held + sizes["bytes"] + peak + (extra if sharding else 0),
+    }
+    return dict(roles=roles, lent=lent, extra=extra, phases=phases)
+
+
+# ---- suggestions --------------------------------------------------------------------------------
+
+
+def _suggestion(plan: MemoryPlan, memory: float) -> str:
+    """What to change, planned one change after the other, those that change least first."""
+    made: dict[str, str] = {}
+    current = plan
+    while not current.fits(memory):
+        for words, changed in _changes(current, memory):
+            trial = current.again(**changed)
+            if trial.phases[current.peak_phase] < 0.99 * current.peak:
+                made[re.sub(r"\d+", "", words)], current = words, trial  # of each kind the last
+                break
+        else:
+            break
+    sizes = (
+        f"{n / GIB:.3g} GiB" if n >= GIB else f"{n / MIB:.3g} MiB" for n in (memory, current.peak)
+    )
+    room, size = sizes
+    peak = f"the peak ({current.peak_phase}) is {size}"
+    *first, last = made.values() or ("no change",)
+    listed = f"{', '.join(first)} and {last}" if first else last
+    if not current.fits(memory):
+        remedy = "take a smaller model, shorter responses or larger devices"
+        return f"Nothing tried here makes it fit {room}: with {listed} {peak}; {remedy}."
+    return f"To fit {room}, {listed}: then {peak}." if made else f"It fits {room}: {peak}."
+
+
+def _changes(plan: MemoryPlan, memory: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that may lower the peak, in words and as arguments of `plan`."""
+    given, sizes, phase = plan.given, plan.sizes, plan.peak_phase
+    args, sampler = given["args"] or TrainerConfig(), given["sampler"]
+
+    def option(**changed: Any) -> tuple[str, dict[str, Any]]:
+        words = f"set TrainerConfig({', '.join(f'{k}={v}' for k, v in changed.items())})"
+        return words, dict(args=replace(args, **changed), frozen=None)
+
+    if plan.steady < memory:  # or smaller batches would be of no use yet
+        if phase == "sampling" and (size := sizes["sampled"] // 2):
+            config = getattr(sampler, "generation_config", given["generation_config"])
+            config = config or GenerationConfig(max_new_tokens=sizes["response"])
+            known: Any = dict(generation_config=config, eos_token_id=0, pad_token_id=0)
+            words = f"sample {size} responses at a time (HFSampler(batch_size={size}))"
+            yield words, dict(sampler=HFSampler(**known, batch_size=size))
+        if phase != "sampling" and (size := max(sizes["updated"], sizes["scored"]) // 2):
+            yield option(micro_batch_size=size)
+        if phase == "update" and not args.gradient_checkpointing:
+            yield option(gradient_checkpointing=True)
+    if not args.offload_frozen and given["sharding"] not in ("fsdp", "zero3"):
+        yield option(offload_frozen=True)
+    if given["peft_config"] is None and not isinstance(given["critic"], nn.Module):
+        lora = LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0)
+        words = 'LoraConfig(r=16, target_modules="all-linear")'
+        words = f"train adapters on one base (peft_config and critic: {words})"
+        yield words, dict(peft_config=lora, critic=lora)
+    elif given["dtype"] is None:
+        yield "load the base in bfloat16 (dtype=torch.bfloat16)", dict(dtype=torch.bfloat16)
+    for count in (2, 4, 8, 16, 32, 64):
+        shares = args.rollout_size % (count * args.samples_per_prompt) == 0
+        if count > given["processes"] and shares and args.minibatch_size % count == 0:
+            changed = dict(processes=count, sharding="fsdp", frozen=None)
+            yield f"share it among {count} devices (FSDP2)", changed
