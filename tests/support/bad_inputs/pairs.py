@@ -30,7 +30,7 @@ row(
     lambda shop: trainer(shop, [{"prompt": "help"}]),
 )
 row(
-    "answers that are messages",
+    "responses that are messages",
     "ValueError: train_dataset: its first record has {…'chosen': 'list'…}, expected prompt, and "
     "chosen and rejected of type str (the responses alone); read it with data.load_pairs",
     lambda shop: trainer(shop, [{**PAIR, "chosen": [{"role": "assistant", "content": "me"}]}]),
@@ -129,7 +129,7 @@ row(
     lambda shop: sft(shop, []),
 )
 row(
-    "an answer that is a number",
+    "a response that is a number",
     "ValueError: records: response is a int (3), expected a string",
     lambda shop: SFTCollator(WORLD.tokenizer())([{"prompt": "help", "response": 3}]),
 )
