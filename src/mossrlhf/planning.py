@@ -23,6 +23,7 @@ from mossrlhf.loading.policy import at_least_float32, has_effect
 from mossrlhf.loading.tokenizer import prompt_budget
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ValueHead, rewriting_initialization
+from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.options import suggest
 from mossrlhf.rewards import ModelReward
 from mossrlhf.sampling import HFSampler
@@ -313,7 +314,7 @@ class _Model:
         if isinstance(given, nn.Module):
             adapter = getattr(given, "peft_config", {}).get(getattr(given, "active_adapter", None))
             dtype = next(p.dtype for p in given.parameters() if p.is_floating_point())
-            inner: Any = inside(given)
+            inner: Any = unwrap_peft(given)
             known = getattr(inner, "config", None) or inner.model.config
         elif isinstance(given, (str, Path)):
             if find_adapter_config_file(str(given)) is not None:
@@ -492,7 +493,7 @@ def _saved(
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             ids = torch.zeros(rows, length, dtype=torch.long)
-            hidden = inside(copied).base_model(ids).last_hidden_state
+            hidden = unwrap_peft(copied).base_model(ids).last_hidden_state
         weights = {id(t.untyped_storage()) for t in _tensors(copied)}
         storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
         kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)

@@ -25,9 +25,12 @@ from mossrlhf.data import (
     stream_prompts,
     stream_sft,
 )
-from mossrlhf.data.canonical import as_example, as_pair, as_prompt, told_format
 from mossrlhf.data.formats import (
     alpaca,
+    as_example,
+    as_pair,
+    as_prompt,
+    detect_format,
     hh_strings,
     moss_dialogues,
     moss_pairs,
@@ -231,7 +234,7 @@ def none_lost(read, place, records, seen):
     return refused
 
 
-def test_none_of_the_records_is_lost(tmp_path):
+def test_every_record_is_read_or_named(tmp_path):
     """Through each reader: as lines, damaged in part, and as a stream; as a list; from memory."""
     seen = Counter()
 
@@ -250,7 +253,7 @@ def test_none_of_the_records_is_lost(tmp_path):
         seen["written"] += len(records)
         for load, (stream, check) in READERS.items():
             # Known beforehand: a first record that is left out must not change it.
-            use = form or told_format([("", records[0])], check, "")
+            use = form or detect_format([("", records[0])], check, "")
             path, other = tmp_path / "a.jsonl", tmp_path / "a.json"
             line = re.escape(str(path)) + r":(\d+)"
             by_line = none_lost(from_file(load, path, use, as_lines), line, lines, seen)
@@ -273,7 +276,7 @@ def test_none_of_the_records_is_lost(tmp_path):
     assert 0.1 < share < 0.9  # both happen, or nothing is shown
 
 
-def test_a_reader_that_loses_a_record_is_seen():
+def test_lost_records_are_detected():
     records = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "c"}]
 
     def loses(some, skip_bad=False):

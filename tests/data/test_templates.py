@@ -38,7 +38,7 @@ def ids_of(tokenizer, text):
         ),
     ],
 )
-def test_what_the_templates_render(tokenizer, language, prompt, answer):
+def test_templates_render_prompt_and_response(tokenizer, language, prompt, answer):
     set_dialogue_template(tokenizer, language)
     messages = [SYSTEM, *DIALOGUE]
     assert tokenizer.decode(encode_prompt(tokenizer, messages)) == prompt
@@ -61,12 +61,12 @@ def test_prompt_and_response_tokenize_as_the_whole_dialogue_does(request, kind, 
     assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
 
 
-def test_a_dialogue_opens_with_bos_where_there_is_one(llama_tokenizer):
+def test_dialogue_starts_with_bos(llama_tokenizer):
     set_dialogue_template(llama_tokenizer, "en")
     assert encode_prompt(llama_tokenizer, DIALOGUE)[0] == llama_tokenizer.bos_token_id
 
 
-def test_chinese_marks_are_special_tokens_and_stay_so(tokenizer, tmp_path):
+def test_chinese_speakers_are_special_tokens_after_reloading(tokenizer, tmp_path):
     size = len(tokenizer)
     assert set_dialogue_template(tokenizer, "zh") == 2
     assert len(tokenizer) == size + 2
@@ -90,12 +90,12 @@ def test_unknown_languages_get_a_suggestion(language, hint):
         dialogue_template(language)
 
 
-def test_far_off_languages_get_none():
+def test_unrelated_languages_get_no_suggestion():
     with pytest.raises(ValueError, match=r"expected 'en' or 'zh'$"):
         dialogue_template("klingon")
 
 
-def test_what_a_tokenizer_must_have(tokenizer):
+def test_missing_chat_template_or_eos_is_refused(tokenizer):
     for encode in (encode_prompt, lambda *args: encode_response(*args, "Sure.")):
         with pytest.raises(ValueError, match=r"chat_template.*set_dialogue_template"):
             encode(tokenizer, DIALOGUE)
@@ -128,10 +128,10 @@ def test_long_dialogues_lose_their_oldest_exchanges(tokenizer):
     assert messages == [SYSTEM, *DIALOGUE]
 
 
-def test_the_last_human_turn_is_never_dropped(tokenizer):
+def test_the_last_user_turn_is_never_dropped(tokenizer):
     set_dialogue_template(tokenizer, "en")
     size = len(encode_prompt(tokenizer, DIALOGUE[2:]))
-    with pytest.raises(ValueError, match=rf"last human turn alone takes {size} .*={size - 1}"):
+    with pytest.raises(ValueError, match=rf"last user turn alone takes {size} .*={size - 1}"):
         encode_prompt(tokenizer, DIALOGUE, max_length=size - 1)
     with pytest.raises(ValueError, match=r"a string takes \d+ tokens"):
         encode_prompt(tokenizer, "Hi there, how are you?", max_length=2)
@@ -140,13 +140,13 @@ def test_the_last_human_turn_is_never_dropped(tokenizer):
 # --- strings -------------------------------------------------------------------------------
 
 
-def test_strings_are_tokenized_as_they_are(tokenizer):
+def test_string_prompts_are_tokenized_unchanged(tokenizer):
     ids = encode_prompt(tokenizer, "Human: Hi\n") + encode_response(tokenizer, "Human: Hi\n", " A")
     assert tokenizer.decode(ids) == "Human: Hi\n A</s>"
     assert encode_prompt(tokenizer, "Human: Hi\n") == ids_of(tokenizer, "Human: Hi\n")
 
 
-def test_a_response_that_would_merge_into_the_prompt_leaves_it_alone(tokenizer):
+def test_response_tokens_do_not_merge_into_the_prompt(tokenizer):
     prompt, response = "Hi th", "ere"
     assert len(ids_of(tokenizer, "Hi there")) < len(ids_of(tokenizer, prompt)) + 1
     assert encode_prompt(tokenizer, prompt) == ids_of(tokenizer, prompt)
@@ -154,12 +154,12 @@ def test_a_response_that_would_merge_into_the_prompt_leaves_it_alone(tokenizer):
     assert encode_response(tokenizer, prompt, response) == expected
 
 
-def test_strings_begin_with_no_bos_where_the_tokenizer_adds_none(tokenizer):
+def test_string_prompts_get_no_bos_unless_the_tokenizer_adds_it(tokenizer):
     tokenizer.bos_token = "<unk>"
     assert encode_prompt(tokenizer, "Hi there") == ids_of(tokenizer, "Hi there")
 
 
-def test_strings_begin_with_one_bos_and_do_not_end_with_eos(llama_tokenizer):
+def test_string_prompts_start_with_one_bos_without_eos(llama_tokenizer):
     bos, eos = llama_tokenizer.bos_token_id, llama_tokenizer.eos_token_id
     plain = ids_of(llama_tokenizer, "Hi there")
     assert encode_prompt(llama_tokenizer, "Hi there") == [bos, *plain]
@@ -176,7 +176,7 @@ def test_strings_begin_with_one_bos_and_do_not_end_with_eos(llama_tokenizer):
 
 @pytest.mark.parametrize("response", ["Sure.", "Sure.</s>", "Sure.</s></s>", "Sure.</s>Human: Hi"])
 @pytest.mark.parametrize("prompt", ["Human: Hi\n", DIALOGUE])
-def test_a_response_ends_with_eos_exactly_once(tokenizer, prompt, response):
+def test_response_ends_with_one_eos(tokenizer, prompt, response):
     set_dialogue_template(tokenizer, "en")
     assert encode_response(tokenizer, prompt, response) == encode_response(
         tokenizer, prompt, "Sure."
@@ -186,7 +186,7 @@ def test_a_response_ends_with_eos_exactly_once(tokenizer, prompt, response):
     assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_what_a_template_writes_after_eos_is_no_part_of_the_response(tokenizer):
+def test_response_excludes_what_the_template_writes_after_eos(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '</s>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -200,11 +200,11 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:<think>{% endif %}"
     )
-    with pytest.raises(ValueError, match="where the response begins cannot be told"):
+    with pytest.raises(ValueError, match="unknown where the response begins"):
         encode_response(tokenizer, DIALOGUE, "Sure.")
 
 
-def test_real_pairs_decode_to_what_was_rendered(shared, tokenizer):
+def test_real_pairs_decode_to_the_rendered_text(shared, tokenizer):
     set_dialogue_template(tokenizer, "zh")
     for pair in load_pairs(shared / "data" / "llama-factory" / "dpo_zh_demo.json")[:40]:
         turns = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]

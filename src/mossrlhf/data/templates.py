@@ -1,4 +1,4 @@
-"""Dialogue templates, and the one way from a prompt or a response to token ids."""
+"""Dialogue templates, and the conversion of prompts and responses to token ids."""
 
 import difflib
 from collections.abc import Iterator
@@ -15,20 +15,15 @@ _SPELLINGS = {
 
 
 def dialogue_template(language: str) -> str:
-    """Return the Jinja chat template of the released dialogue models.
+    """Return the Jinja chat template of the released MOSS-RLHF models.
 
     ``en``: ``Human: question</s>Assistant: answer</s>``; ``zh``: ``<|Human|>…</s><|MOSS|>…</s>``,
-    with the tokenizer's own end of sequence for ``</s>`` and its beginning, if any, before all.
-    The generation prompt is ``Assistant:`` without the space: byte-level BPE joins a space to the
-    word after it, so the space is the response's first character. Contents are stripped.
+    where ``</s>`` is the tokenizer's eos, and its bos, if any, comes first. The generation prompt
+    is ``Assistant:`` without the space: byte-level BPE joins a space to the word after it, so the
+    space is the response's first character. Contents are stripped. A system turn is its text alone.
+    Another `language` is a ``ValueError``.
 
-    Args:
-        language: ``"en"`` or ``"zh"``.
-
-    Raises:
-        ValueError: where there is no template for the language.
-
-    Source: C; the space after the colon, and a system turn (its text alone), are ours.
+    Source: MOSS-RLHF's code, but for the space after the colon and the system turn.
     """
     human, assistant = _speakers(language)
     return (
@@ -44,19 +39,17 @@ def dialogue_template(language: str) -> str:
 
 
 def set_dialogue_template(tokenizer: PreTrainedTokenizerBase, language: str) -> int:
-    """Put the dialogue template on a tokenizer, and for ``zh`` its two special tokens.
+    """Set the dialogue template of a tokenizer, and for ``zh`` add its two special tokens.
 
     Args:
         tokenizer: changed in place.
         language: ``"en"`` or ``"zh"``.
 
     Returns:
-        How many tokens were added: where not 0, ``model.resize_token_embeddings(len(tokenizer))``.
+        Number of added tokens; unless 0, call ``model.resize_token_embeddings(len(tokenizer))``.
 
     Raises:
-        ValueError: where there is no such template, or no end-of-sequence token.
-
-    Source: C.
+        ValueError: where there is no such template, or no eos token.
     """
     template = dialogue_template(language)
     _require_eos(tokenizer)
@@ -71,9 +64,9 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of a prompt, ready for a response to follow.
 
-    A string is tokenized as it is (with the beginning of sequence, where the tokenizer adds one).
-    Messages go through the chat template, the generation prompt included; a dialogue that is too
-    long loses its oldest exchanges, then its system message, never its last human turn.
+    A string is tokenized as it is (with bos, where the tokenizer adds one). Messages go through the
+    chat template, generation prompt included; a dialogue that is too long loses its oldest
+    exchanges, then its system message, never its last user turn.
 
     Args:
         tokenizer: with a chat template, for messages.
@@ -82,14 +75,12 @@ def encode_prompt(
 
     Raises:
         ValueError: where what cannot be dropped is too long, or the chat template is missing.
-
-    Source: ours; the order of dropping: C.
     """
     ids: list[int] = []
     for ids in prompt_encodings(tokenizer, prompt):
         if max_length is None or len(ids) <= max_length:
             return ids
-    what = "a string" if isinstance(prompt, str) else "the last human turn alone"
+    what = "a string" if isinstance(prompt, str) else "the last user turn alone"
     raise ValueError(
         f"prompt: {what} takes {len(ids)} tokens, expected at most max_length={max_length}; "
         "raise max_length, or leave such prompts out"
@@ -97,13 +88,9 @@ def encode_prompt(
 
 
 def prompt_encodings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iterator[list[int]]:
-    """Yield the token ids of a prompt: whole, then with ever fewer of its oldest turns.
+    """Yield the token ids of a prompt: whole, then with fewer and fewer of its oldest turns.
 
-    Args:
-        tokenizer: as for `encode_prompt`.
-        prompt: as for `encode_prompt`.
-
-    Source: ours.
+    Args: those of `encode_prompt`.
     """
     if isinstance(prompt, str):
         yield _encode_string(tokenizer, prompt)
@@ -113,23 +100,20 @@ def prompt_encodings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iter
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
-    """Return the token ids of a response as they stand after `prompt`, ended by one eos.
+    """Return the token ids of a response after `prompt`, ended by one eos.
 
-    The response is what the rendered dialogue has beyond the rendered prompt, so the ids follow
-    those of `encode_prompt` as they are and nothing is ever tokenized again. An end of sequence
-    inside the response ends it.
+    The response is what the rendered dialogue adds to the rendered prompt. Its ids follow those of
+    `encode_prompt`, and nothing is tokenized twice. An eos inside the response ends it.
 
     Args:
-        tokenizer: with an end-of-sequence token.
+        tokenizer: with an eos token.
         prompt: as for `encode_prompt`, before anything was dropped.
-        response: the assistant's text. After a string prompt it is taken as it is: a space that
-            should part the two must be in one of them, best at the start of the response.
+        response: the assistant's text. After a string prompt it is used as it is: put a space that
+            separates the two in one of them, best at the start of the response.
 
     Raises:
-        ValueError: where there is no eos token, or the chat template is missing, or renders the
-            prompt differently once it is answered.
-
-    Source: ours.
+        ValueError: where there is no eos token or chat template, or the template renders the prompt
+            differently once a response follows.
     """
     _require_eos(tokenizer)
     before, after = _texts(tokenizer, prompt, response)
@@ -141,49 +125,17 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a document: as a string prompt, ended by eos.
-
-    Args:
-        tokenizer: with an end-of-sequence token.
-        text: the document.
+    """Return the token ids of a document `text`: as a string prompt, ended by eos.
 
     Raises:
-        ValueError: where there is no eos token.
-
-    Source: ours.
+        ValueError: where the `tokenizer` has no eos token.
     """
     _require_eos(tokenizer)
     return [*_encode_string(tokenizer, text), tokenizer.eos_token_id]
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[str, str]:
-    if isinstance(prompt, str):
-        return prompt, response
-    before = _render(tokenizer, prompt)
-    whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": response}], answer=False)
-    if not whole.startswith(before):
-        raise ValueError(
-            f"prompt: the tokenizer's chat template ends it with {before[-40:]!r} before an "
-            f"answer, and with {whole[len(before) - 40 : len(before)]!r} once it is answered, so "
-            "where the response begins cannot be told; set another template "
-            "(set_dialogue_template has two), or give rendered strings as prompts"
-        )
-    return before, whole[len(before) :]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], answer: bool = True
-) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "tokenizer: has no chat_template, which messages need; call "
-            "set_dialogue_template(tokenizer, 'en') or 'zh', or give strings as prompts"
-        )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-
-
 def suffixes(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the dialogue whole, then from each later human turn on; at last without a system."""
+    """Yield a dialogue whole, then from each later user turn on, at last without a system turn."""
     yield messages
     lead = 1 if messages[0]["role"] == "system" else 0
     system, turns = messages[:lead], messages[lead:]
@@ -194,12 +146,41 @@ def suffixes(messages: list[Message]) -> Iterator[list[Message]]:
         yield messages[-1:]
 
 
+def _texts(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[str, str]:
+    """Return the rendered prompt, and what the rendered dialogue adds to it."""
+    if isinstance(prompt, str):
+        return prompt, response
+    before = _render(tokenizer, prompt)
+    whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": response}], False)
+    if not whole.startswith(before):
+        raise ValueError(
+            f"prompt: the tokenizer's chat template ends it with {before[-40:]!r} without a "
+            f"response and with {whole[len(before) - 40 : len(before)]!r} before one, so it is "
+            "unknown where the response begins; set another template (set_dialogue_template has "
+            "two), or pass rendered strings as prompts"
+        )
+    return before, whole[len(before) :]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool = True
+) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "tokenizer: has no chat_template, which messages need; call "
+            "set_dialogue_template(tokenizer, 'en') or 'zh', or pass strings as prompts"
+        )
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generation_prompt
+    )
+
+
 def _encode_string(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     bare = _ids(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is None or bare[:1] == [bos]:
         return bare
-    # Only the beginning of sequence: some tokenizers would end the prompt with eos as well.
+    # Only the bos: some tokenizers would end the prompt with eos as well.
     return [bos, *bare] if tokenizer(text)["input_ids"][:1] == [bos] else bare
 
 

@@ -79,13 +79,13 @@ dataset(
 )
 dataset(
     "a column that rewards get from the trainer",
-    "ValueError: train_dataset: record 0 has a column called 'completions', which is what reward "
-    "functions get from the trainer",
+    "ValueError: train_dataset: record 0 has a column called 'completions', but prompts, "
+    "completions, completion_ids are what reward functions get from the trainer",
     [{**HELP, "completions": "a"}],
 )
 dataset(
     "a prompt that is None",
-    "ValueError: train_dataset: record 0 has the prompt None, expected a text, or a list of",
+    "ValueError: train_dataset: record 0 has the prompt None, expected a string, or a list of",
     [{"prompt": None}],
 )
 dataset(
@@ -105,7 +105,7 @@ dataset(
     [{"prompt": [{"role": "human", "content": "a"}]}],
 )
 dataset(
-    "a prompt that ends with an answer",
+    "a prompt that ends with a response",
     "ValueError: train_dataset: record 0 ends with the assistant's 'b', expected a user turn last",
     [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
 )

@@ -4,7 +4,7 @@ import gzip
 
 from bad_inputs.room import Room
 from mossrlhf.data import load_pairs, load_prompts, load_sft, stream_pairs, stream_prompts
-from mossrlhf.data.jsontext import MAX_DEPTH, MAX_LINE_BYTES
+from mossrlhf.data.readers import MAX_DEPTH, MAX_LINE_BYTES
 
 room = Room("Data files")
 row = room.row
@@ -64,7 +64,7 @@ row(
 )
 row(
     "NaN in a record",
-    "DataError: …a.jsonl:2: NaN is no JSON, expected a number; write null or a string",
+    "DataError: …a.jsonl:2: NaN is not JSON, expected a number; write null or a string",
     lambda shop: line(shop, b'{"prompt": "a", "score": NaN}'),
 )
 row(
@@ -100,16 +100,15 @@ row(
     lambda shop: line(shop, b'{"prompt":\n"b"}'),
 )
 row(
-    "a JSON list for `stream_prompts`",
-    "DataError: …it is one JSON list, which can only be read whole, expected one record per line; "
-    "read it by load_…, or write it anew: jq -c '.[]'",
-    lambda shop: stream_prompts(shop.file("a.json", b'[{"prompt": "a"}]')),
+    "a JSON list cut off, for `stream_prompts`",
+    "DataError: …a.json: malformed JSON (record 1 has no end)…the file ends within this record",
+    lambda shop: stream_prompts(shop.file("a.json", b'[{"prompt": "a"}, {"prompt": "b')),
 )
 
 
 @row(
     "a file that changes after `stream_prompts` has indexed it",
-    "DataError: …it changed after it was indexed (…), expected it to stay as it is; index it again",
+    "DataError: …it changed after it was indexed (…); index it again",
 )
 def changes(shop):
     records = stream_prompts(shop.file("a.jsonl", GOOD))
@@ -129,13 +128,13 @@ row(
 )
 row(
     "a number for the path of a stream",
-    "TypeError: path: got 3, expected the path of a JSON-lines file",
+    "TypeError: path: got 3, expected the path of a JSON or JSON-lines file",
     lambda shop: stream_pairs(3),
 )
 row(
     "a list of records for `stream_prompts`",
-    "TypeError: path: got [{'prompt': 'a'}], expected the path of a JSON-lines file; records in "
-    "memory are read by load_",
+    "TypeError: path: got [{'prompt': 'a'}], expected the path of a JSON or JSON-lines file; for "
+    "records in memory call load_",
     lambda shop: stream_prompts([{"prompt": "a"}]),
 )
 row(

@@ -62,8 +62,8 @@ row(
 )
 row(
     "records of two formats, mixed",
-    "DataError: records[1]: got keys ['instruction'], expected a prompt; skip_bad=True leaves such "
-    "records out",
+    "DataError: records[1]: got keys ['instruction'], expected a prompt; skip_bad=True skips such "
+    "records",
     lambda shop: load_prompts([{"prompt": "a"}, {"instruction": "b"}]),
 )
 row(
@@ -99,8 +99,8 @@ row(
     ),
 )
 row(
-    "a dialogue without a human turn",
-    "DataError: records[0]: the prompt ends with the system's turn, expected the user's",
+    "a dialogue without a user turn",
+    "DataError: records[0]: the prompt ends with a turn of the system, expected the user",
     lambda shop: load_prompts([{"prompt": [{"role": "system", "content": "Be kind"}]}]),
 )
 row(
@@ -109,25 +109,25 @@ row(
     lambda shop: load_prompts([["Hi", "", "Yes"]]),
 )
 row(
-    "a pair without the rejected answer",
-    "DataError: records[0]: rejected is missing, expected the answer: a text, or messages",
+    "a pair without the rejected response",
+    "DataError: records[0]: rejected is missing, expected a response: a string, or messages",
     lambda shop: load_pairs([{"prompt": "a", "chosen": "b"}]),
 )
 row(
-    "a pair whose answer is null",
-    "DataError: …a.jsonl:1: chosen is None, expected the answer: a text, or messages",
+    "a pair whose response is null",
+    "DataError: …a.jsonl:1: chosen is None, expected a response: a string, or messages",
     lambda shop: load_pairs(
         shop.file("a.jsonl", [{"prompt": "a", "chosen": None, "rejected": "c"}])
     ),
 )
 row(
-    "a pair of the same answers",
+    "a pair of equal responses",
     "DataError: records[0]: chosen and rejected are identical, expected a preference",
     lambda shop: load_pairs([{"prompt": "a", "chosen": "b", "rejected": "b\n"}]),
 )
 row(
-    "a pair of dialogues that share no human turn",
-    "DataError: records[0]: chosen and rejected share no human turn, expected one prompt for both",
+    "a pair of dialogues that share no user turn",
+    "DataError: records[0]: chosen and rejected share no user turn, expected one prompt for both",
     lambda shop: load_pairs([{"chosen": [HI], "rejected": [{"role": "user", "content": "Yo"}]}]),
 )
 row(
@@ -137,7 +137,7 @@ row(
 )
 row(
     "an SFT example without a response",
-    "DataError: records[0]: no response in a record of prompt",
+    "DataError: records[0]: got keys ['prompt'], expected response",
     lambda shop: load_sft([{"prompt": "a"}]),
 )
 row(

@@ -1,0 +1,366 @@
+"""Prompts: checks before training, shuffled and resumable sampling, tokenized batches."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mossrlhf.data.formats import Prompt
+from mossrlhf.data.templates import encode_prompt, prompt_encodings, suffixes
+
+RESERVED = ("prompts", "completions", "completion_ids")  # arguments of rewards, not columns
+FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+MAX_CHECKED = 1000  # of the longest prompts, by `require_fitting_prompts`
+
+
+@runtime_checkable
+class Records(Protocol):
+    """A list of dicts, a `datasets.Dataset`, a map-style dataset of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Token `ids` for the sampler, and for the reward the dataset's `columns` as lists."""
+
+    ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+
+@dataclass(eq=False, repr=False)
+class Shuffled:
+    """An endless iterator over a dataset, in a new order every epoch.
+
+    All processes share one order and each takes its part of it, so that a number of records means
+    the same on one process and on eight.
+
+    Args:
+        dataset: a `datasets.Dataset` or any sequence of dicts.
+        seed: of the order.
+        process_index: of this process.
+        num_processes: that share the dataset.
+
+    Raises:
+        ValueError: where the dataset is empty.
+    """
+
+    dataset: Sequence[Mapping[str, Any]]
+    seed: int = 0
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.dataset) == 0:
+            raise ValueError("dataset: it is empty, expected at least one record")
+        self.position = 0
+        self.dealt: list[int] = []  # the rows that `next` returned last
+        self._epoch: int | None = None
+        self._order: list[int] = []
+
+    def next(self, count: int) -> list[dict[str, Any]]:
+        """Return the next records of this process, `count` of them; the others take theirs."""
+        start = self.position + self.process_index * count
+        self.position += count * self.num_processes
+        self.dealt = [self._row(start + i) for i in range(count)]
+        return [dict(self.dataset[row]) for row in self.dealt]
+
+    def _row(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.dataset))
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            self._order = torch.randperm(len(self.dataset), generator=generator).tolist()
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many records have been used, over all processes."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Resume where `state` was returned by `state_dict`."""
+        self.position = state["position"]
+
+
+def prompt_batch(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    copies: int = 1,
+) -> PromptBatch:
+    """Tokenize the prompts of records by `encode_prompt`, which drops the oldest turns.
+
+    Args:
+        records: with a ``prompt`` each: a string or a list of messages.
+        tokenizer: the policy's.
+        max_length: of a prompt, in tokens; None for no limit.
+        copies: of each record, one after the other.
+
+    Raises:
+        ValueError: where `require_record` refuses a record, where a prompt has no tokens, or where
+            what cannot be dropped of it is too long.
+    """
+    for record in records:
+        require_record(record, "records: a record")
+    repeated = [record for record in records for _ in range(copies)]
+    names = dict.fromkeys(name for record in records for name in record)
+    encoded = [encode_prompt(tokenizer, record["prompt"], max_length) for record in records]
+    for ids, record in zip(encoded, records, strict=True):
+        if not ids:
+            raise ValueError(
+                f"records: the prompt {record['prompt']!r} has no tokens, expected at least one to "
+                "sample a response after; leave such records out, or open prompts with a "
+                "begin-of-sequence token"
+            )
+    return PromptBatch(
+        ids=[ids for ids in encoded for _ in range(copies)],
+        columns={name: [record.get(name) for record in repeated] for name in names},
+    )
+
+
+def require_records(
+    dataset: Any, name: str, *, prompts: bool = True, reader: str = "load_prompts"
+) -> None:
+    """Refuse a dataset that is not a sequence of usable records.
+
+    Args:
+        dataset: a sequence of dicts, a `datasets.Dataset`, a map-style dataset of torch.
+        name: of the dataset, for the error.
+        prompts: whether its records are prompts, whose columns reach the rewards.
+        reader: of `mossrlhf.data`, which the error names to who passes the path of a file.
+
+    Raises:
+        TypeError: where it is something else; the error says how to convert it.
+        ValueError: where it is empty, or `require_record` refuses a record.
+    """
+    if remedy := _remedy(dataset, reader):
+        raise TypeError(
+            f"{name}: got {type(dataset).__name__}, expected a sequence of records (dicts); "
+            f"{remedy}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: it is empty, expected at least one record")
+    records = enumerate(_prompts(dataset) if prompts else ())
+    for index, record in chain([(0, dataset[0])], records):
+        where = f"{name}: record {index}"
+        if not isinstance(record, Mapping):
+            remedy = "; write [{'prompt': text} for text in texts]"
+            raise TypeError(
+                f"{where} is of type {type(record).__name__}, expected a dict"
+                + (remedy if prompts and isinstance(record, str) else "")
+            )
+        if prompts:
+            require_record(record, where)
+
+
+def require_record(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a `record` that is no prompt; `where` is its place, for the error.
+
+    Raises:
+        ValueError: where there is no prompt or a column is called as one of `RESERVED`; where the
+            prompt is empty, neither a string nor messages, without a user turn, or ends with a
+            response.
+    """
+    prompt = _prompt_of(record, where)
+    if taken := [column for column in RESERVED if column in record]:
+        raise ValueError(
+            f"{where} has a column called {taken[0]!r}, but {', '.join(RESERVED)} are what reward "
+            "functions get from the trainer; rename the column"
+        )
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError(f"{where} has an empty prompt, expected a text, or messages")
+        return
+    for turn in prompt:
+        _require_message(turn, where)
+    if all(turn["role"] == "system" for turn in prompt):
+        raise ValueError(
+            f"{where} has no user turn, so there is nothing to respond to: {prompt!r:.80}; leave "
+            "such records out"
+        )
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where} ends with the assistant's {prompt[-1].get('content')!r:.60}, expected a user "
+            "turn last; drop the response: prompt[:-1]"
+        )
+
+
+def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
+    """Return the prompt of a record; raise unless it is a string, or a list that is not empty."""
+    expected = "a string, or a list of messages that ends with the user's"
+    if "prompt" not in record:
+        raise ValueError(
+            f"{where} has the columns {sorted(record)}, expected one called 'prompt' ({expected})"
+        )
+    prompt = record["prompt"]
+    is_list = isinstance(prompt, Sequence) and len(prompt) > 0
+    if not (isinstance(prompt, str) or is_list):
+        raise ValueError(f"{where} has the prompt {prompt!r:.60}, expected {expected}")
+    return prompt
+
+
+def _require_message(turn: Any, where: str) -> None:
+    has_role = isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
+    # A turn that calls tools may have no content.
+    if not has_role or not (isinstance(turn.get("content"), str) or turn.get("tool_calls")):
+        raise ValueError(
+            f"{where} has the message {turn!r:.80}, expected {{'role': 'user', 'content': text}}; "
+            "join several parts of text into one"
+        )
+    if turn["role"] in FOREIGN_ROLES:
+        raise ValueError(
+            f"{where} has a message of {turn['role']!r}, which chat templates do not know; write "
+            f"'role': {FOREIGN_ROLES[turn['role']]!r}, or read the file with data.load_prompts"
+        )
+
+
+def _prompts(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every record; of a `datasets.Dataset`, the prompts alone, which are read at once."""
+    if "prompt" in getattr(dataset, "column_names", ()):
+        yield from ({"prompt": prompt} for prompt in dataset["prompt"])
+    else:
+        yield from (dataset[index] for index in range(len(dataset)))
+
+
+def _remedy(dataset: Any, reader: str) -> str:
+    """Return how to make a dataset of records of what is none; "" where it is one."""
+    if isinstance(dataset, str | Path):
+        return f"read the file: mossrlhf.data.{reader}({str(dataset)!r})"
+    if isinstance(dataset, Mapping):
+        first = next(iter(dataset), "")
+        return f"pick one of its parts, of {list(dataset)[:5]}: dataset[{first!r}]"
+    if hasattr(dataset, "iloc"):
+        return "write frame.to_dict('records')"
+    if not isinstance(dataset, Records):
+        return "it has no length and no index, so read it first: list(dataset)"
+    return ""
+
+
+def overlong_prompts(
+    dataset: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    at_most: int | None = None,
+) -> dict[int, int]:
+    """Find the prompts that `encode_prompt` refuses: too long even without their oldest turns.
+
+    Only prompts with more bytes than `max_length` are tokenized, the longest first, since a token
+    has at least one byte. (Where a tokenizer's normalization, NFKC say, expands characters,
+    `encode_prompt` itself refuses what was missed.)
+
+    Args:
+        dataset: records with a ``prompt``: a string, or messages; ``text`` records are skipped.
+        tokenizer: as for `encode_prompt`.
+        max_length: of a prompt, in tokens; None for no limit.
+        at_most: how many prompts to tokenize; None for all candidates.
+
+    Returns:
+        index in the dataset → tokens of what cannot be dropped, the longest first.
+
+    Raises:
+        ValueError: where a record has no prompt, or messages come without a chat template.
+    """
+    if max_length is None:
+        return {}
+    candidates = _candidates(dataset, tokenizer, max_length)
+    # No more than `at_most` are held: the candidates of a large file may not fit into memory.
+    count = len(dataset) if at_most is None else at_most
+    found: dict[int, int] = {}
+    for _, index in nlargest(count, candidates, key=lambda pair: pair[0]):
+        shortest = min(map(len, prompt_encodings(tokenizer, dataset[index]["prompt"])))
+        if shortest > max_length:
+            found[index] = shortest
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def require_fitting_prompts(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    name: str = "train_dataset",
+) -> None:
+    """Refuse a dataset with a prompt that would stop the training when it is sampled.
+
+    The `MAX_CHECKED` longest prompts, in bytes, are tokenized: quick for any number of prompts.
+
+    Args: those of `overlong_prompts`. `dataset` may also be a dict of several by name; None and
+    streams without a length pass. `name` is what the error calls it.
+
+    Raises:
+        ValueError: where what cannot be dropped of a prompt is too long, or a record has no prompt.
+    """
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if not isinstance(part, Records):
+            continue
+        try:
+            found = overlong_prompts(part, tokenizer, max_length, at_most=MAX_CHECKED)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if found:
+            index, tokens = next(iter(found.items()))
+            raise ValueError(
+                f"{name}: {len(found)} of its longest prompts do not fit; that of record {index} "
+                f"takes {tokens} tokens with nothing left to drop, expected at most {max_length}. "
+                "Raise the limit, or leave them out: data.without_overlong(records, tokenizer, "
+                f"max_length={max_length})"
+            )
+
+
+def without_overlong(
+    dataset: Records, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[Mapping[str, Any]]:
+    """Return the records whose prompts fit, with one warning that counts the others.
+
+    Args: those of `overlong_prompts`.
+
+    Raises:
+        ValueError: where no prompt fits, or a record has none.
+    """
+    found = overlong_prompts(dataset, tokenizer, max_length)
+    if found and len(found) == len(dataset):
+        raise ValueError(
+            f"dataset: none of its {len(dataset)} prompts fits into max_length={max_length} "
+            f"tokens, the shortest has {min(found.values())}; raise max_length"
+        )
+    if found:
+        warnings.warn(
+            f"left out {len(found)} of {len(dataset)} records: their prompts take more than "
+            f"{max_length} tokens with nothing left to drop",
+            UserWarning,
+            stacklevel=2,
+        )
+    return [dataset[index] for index in range(len(dataset)) if index not in found]
+
+
+def _candidates(
+    dataset: Records, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[int, int]]:
+    """Yield bytes and index of the prompts that may have too many tokens."""
+    frame: int | None = None
+    for index in range(len(dataset)):
+        record = dataset[index]
+        if "prompt" not in record and "text" in record:
+            continue
+        prompt = _prompt_of(record, f"record {index}")
+        if isinstance(prompt, str):
+            texts, around = [prompt], 2  # bos, and the space that SentencePiece puts first
+        else:
+            *_, least = suffixes(list(prompt))  # what cannot be dropped
+            texts = [str(turn["content"]) for turn in least]
+            if frame is None:  # what the template writes around a turn, and before all of them
+                turn = [{"role": "user", "content": ""}]
+                frame = min(map(len, prompt_encodings(tokenizer, turn)))
+            around = frame * len(least)
+        size = sum(len(text.encode(errors="replace")) for text in texts)
+        if size + around > max_length:
+            yield size, index
