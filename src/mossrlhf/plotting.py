@@ -214,14 +214,18 @@ def _draw_panel(axes: "Axes", panel: Panel, histories: Sequence[History]) -> Non
     styles = [STYLES[place % len(STYLES)] for place in range(len(panel.curves))]
     own = [_color(place, len(styles)) for place in range(len(styles))]
     for number, history in enumerate(histories):
+        flags = zip(*_series(history, COLLAPSED), strict=True)
+        collapsed = min((step for step, flag in flags if flag), default=math.inf)
         for place, metric in enumerate(panel.curves.values()):
             color = own[place] if alone else _color(number, len(histories))
             steps, values = _series(history, metric)
             width = 1.8 if len(steps) < 200 else 1.2
             marker = "o" if len(steps) < 3 else ""  # a single point makes no line
             axes.plot(steps, values, color=color, ls=styles[place], lw=width, marker=marker)
-            if not alone or place == 0:
-                _mark_collapse(axes, history, steps, values, color)
+            after = [i for i, step in enumerate(steps) if step >= collapsed]
+            if after and not (alone and place):
+                x, y = steps[after[0]], values[after[0]]
+                axes.plot(x, y, "X", color=color, mec="white", ms=11, zorder=5)
     if alone:
         _shade(axes, panel, histories[0], own[0])
     keys = [
@@ -231,16 +235,6 @@ def _draw_panel(axes: "Axes", panel: Panel, histories: Sequence[History]) -> Non
     if len(keys) > 1:
         box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.8}
         axes.legend(handles=keys, fontsize=9.5, labelcolor=INK, handlelength=2.4, **box)
-
-
-def _mark_collapse(
-    axes: "Axes", history: History, steps: Sequence[float], values: Sequence[float], color: str
-) -> None:
-    flags = zip(*_series(history, COLLAPSED), strict=True)
-    start = min((step for step, flag in flags if flag), default=math.inf)
-    after = [i for i, step in enumerate(steps) if step >= start]
-    if after:
-        axes.plot(steps[after[0]], values[after[0]], "X", color=color, mec="white", ms=11, zorder=5)
 
 
 def _shade(axes: "Axes", panel: Panel, history: History, color: str) -> None:
@@ -278,13 +272,11 @@ def _add_legend(figure: "Figure", histories: Mapping[str, History], title: str |
 
     several = len(histories) > 1
     names = list(histories) if several else []
-    keys: list[Any] = [
-        Line2D([], [], color=_color(number, len(names)), lw=3, label=name)
-        for number, name in enumerate(names)
-    ]
+    colors = [_color(number, len(names)) for number in range(len(names))]
+    keys: list[Any] = [Line2D([], [], color=colors[i], lw=3, label=n) for i, n in enumerate(names)]
     if any(entry.get(COLLAPSED) for history in histories.values() for entry in history):
-        label = "collapse detected"
-        keys.append(Line2D([], [], ls="", marker="X", ms=10, color="#888888", label=label))
+        cross: dict[str, Any] = {"ls": "", "marker": "X", "ms": 10, "color": "#888888"}
+        keys.append(Line2D([], [], label="collapse detected", **cross))
     if not several and "pretrain/step" in _logged(histories):
         keys.append(Patch(color=SHADE, label="the critic alone learns"))
     title = title or ("" if several else next(iter(histories)))
@@ -393,21 +385,19 @@ def plot_critic(evaluation: "CriticEvaluation", path: str | Path | None = None) 
     figure.set_size_inches(12, 5)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     values, returns = evaluation.values.tolist(), evaluation.returns.tolist()
-    reach = [2 * error for error in evaluation.standard_errors.tolist()]
-    points: dict[str, Any] = {"fmt": "o", "ms": 4, "color": COLORS[0], "ecolor": GRID}
-    left.errorbar(returns, values, xerr=reach, zorder=2, **points)
+    reach, dot = (2 * evaluation.standard_errors).tolist(), COLORS[0]
+    left.errorbar(returns, values, xerr=reach, fmt="o", ms=4, color=dot, ecolor=GRID, zorder=2)
     ends = [min(returns + values), max(returns + values)]
     left.plot(ends, ends, color=INK, lw=1, ls=DASHED, zorder=1)
     style_axes(left, "Value of the critic over the mean return", whole=False)
     left.set_xlabel(f"mean return of {evaluation.continuations} continuations", color=INK)
     left.set_ylabel("value", color=INK)
     parts = evaluation.by_position
-    middles = [(part.start + part.end) / 2 for part in parts]
-    width = 0.8 / len(parts)
+    middles, width = [(part.start + part.end) / 2 for part in parts], 0.8 / len(parts)
     errors = [part.mean_absolute_error for part in parts]
-    right.bar(middles, errors, width, color=COLORS[0], label="mean absolute error")
-    # The mean of |x| is √(2/π) times the standard deviation, where x is normal.
+    # The mean of |x| is √(2/π) times the standard deviation, if x is normal.
     floor = [math.sqrt(2 / math.pi) * part.noise for part in parts]
+    right.bar(middles, errors, width, color=COLORS[0], label="mean absolute error")
     right.bar(middles, floor, width, color=COLORS[4], label="of it, noise of the returns")
     style_axes(right, "Error by position (units of reward)", whole=False)
     right.set_xlabel("share of the response before the state", color=INK)
