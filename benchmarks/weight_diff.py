@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mossrlhf.shards import Shards
+from mossrlhf.serialization import Shards
 from mossrlhf.version import versions
 from mossrlhf.weight_diff import make_diff, recover
 from mossrlhf.weight_diff.diff import ShardWriter

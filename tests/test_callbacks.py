@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from mossrlhf.callbacks import (
+from mossrlhf.metrics import (
     LATELY,
     CollapseWarning,
     CollapseWatch,
     StillPolicyWarning,
     StillWatch,
+    distinct_2,
 )
-from mossrlhf.metrics import distinct_2
 from mossrlhf.toyworld import ToyWorld
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 from mossrlhf.checkpoint.folders import STATE
 from mossrlhf.data import load_pairs, load_prompts, load_sft, stream_prompts
-from mossrlhf.serialization import with_checksum
-from mossrlhf.shards import ShardError, Shards
+from mossrlhf.serialization import ShardError, Shards, with_checksum
 
 FOLDERS = ("src", "examples", "benchmarks", "tools")
 

@@ -6,7 +6,7 @@ import pytest
 import released
 import torch
 
-from mossrlhf.shards import ShardError, Shards
+from mossrlhf.serialization import ShardError, Shards
 
 KEY = "model.norm.weight"
 

@@ -9,7 +9,7 @@ import released
 import torch
 from safetensors.torch import load_file, save_file
 
-from mossrlhf.shards import ShardError, Shards
+from mossrlhf.serialization import ShardError, Shards
 from mossrlhf.weight_diff import CHECK_SUMS, DiffError, diff, make_diff, recover
 from mossrlhf.weight_diff.__main__ import main
 from mossrlhf.weight_diff.diff import ShardWriter

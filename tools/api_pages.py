@@ -14,7 +14,7 @@ INDEX = "api/index.md"
 
 SECTIONS = {
     "Training": (
-        "trainer", "config", "sft_trainer", "planning", "callbacks", "checkpoint.folders",
+        "trainer", "config", "sft_trainer", "planning", "metrics", "checkpoint.folders",
     ),
     "Rewards": ("rewards", "reward_shaping"),
     "Advantages and loss": ("advantage", "loss"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mossrlhf.callbacks import CollapseWarning
+from mossrlhf.metrics import CollapseWarning
 from mossrlhf.version import versions
 from study import measuring, preparing
 from study.arms import ARMS

@@ -21,7 +21,7 @@ _HOMES = {
     "config": ("TrainerConfig",),
     "checkpoint.folders": ("last_checkpoint",),
     "planning": ("MemoryPlan", "plan"),
-    "callbacks": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
+    "metrics": ("CollapseWarning", "CollapseWatch", "StillPolicyWarning", "StillWatch"),
     "trainer": ("Trainer",),
     "reward_modeling.trainer": ("RewardTrainer",),
     "reward_modeling.pairs": ("RankingLoss",),
@@ -102,10 +102,10 @@ if TYPE_CHECKING:
         LeaveOneOut,
         ReinforcePlusPlus,
     )
-    from mossrlhf.callbacks import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.checkpoint.folders import last_checkpoint
     from mossrlhf.config import TrainerConfig
     from mossrlhf.loss import PPOMaxLoss
+    from mossrlhf.metrics import CollapseWarning, CollapseWatch, StillPolicyWarning, StillWatch
     from mossrlhf.minibatches import RolloutBuffer, micro_batches
     from mossrlhf.models import ActorCritic, RewardModel, ValueHead, policy_stats
     from mossrlhf.planning import MemoryPlan, plan

@@ -21,13 +21,13 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from mossrlhf.callbacks import CollapseWatch, StillWatch
 from mossrlhf.checkpoint.folders import move_later_checkpoints, sweep
 from mossrlhf.checkpoint.save_load import load_checkpoint, save_checkpoint
 from mossrlhf.checkpoint.state import RunState
 from mossrlhf.config import TrainerConfig
 from mossrlhf.distributed.processes import together
 from mossrlhf.logging import Completions, ConsoleTable, Trackers
+from mossrlhf.metrics import CollapseWatch, StillWatch
 from mossrlhf.shutdown import (
     Signals,
     print_terminated,

@@ -28,15 +28,12 @@ from mossrlhf.data import (
     require_fitting_prompts,
     require_records,
 )
-from mossrlhf.distributed.accelerator import make_accelerator
 from mossrlhf.distributed.deepspeed import make_engine
-from mossrlhf.distributed.offload import on_device, place_frozen
-from mossrlhf.distributed.processes import together
-from mossrlhf.distributed.sharding import whole
+from mossrlhf.distributed.processes import make_accelerator, together
+from mossrlhf.distributed.sharding import on_device, place_frozen, whole
 from mossrlhf.kernels import backend
 from mossrlhf.loading.critic import lent_base, load_critic, load_rewards
 from mossrlhf.loading.policy import (
-    as_reference,
     count_parameters,
     load_policy,
     load_reference,
@@ -53,7 +50,7 @@ from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.metrics import Meter, compare, distinct_2, rollout_metrics
 from mossrlhf.minibatches import RolloutBuffer, note, split
 from mossrlhf.models import ActorCritic, RewardModel, announce, token_path
-from mossrlhf.models.lora import vocabulary_size
+from mossrlhf.models.lora import as_reference, vocabulary_size
 from mossrlhf.options import strict_init
 from mossrlhf.randomness import temporary_seed
 from mossrlhf.reward_shaping import RewardShaper

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from mossrlhf import TrainerConfig
-from mossrlhf.distributed.accelerator import make_accelerator
+from mossrlhf.distributed.processes import make_accelerator
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mossrlhf.loading.policy import (
-    as_reference,
     checkpoint_activations,
     count_parameters,
     disable_dropout,
@@ -19,6 +18,7 @@ from mossrlhf.loading.policy import (
     load_reference,
 )
 from mossrlhf.models import share_base
+from mossrlhf.models.lora import as_reference
 
 IDS = torch.arange(5, 12)[None]
 LORA = dict(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])

@@ -9,7 +9,7 @@ from rollouts import recorded_rollout
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mossrlhf import ActorCritic, RewardModel, ToyWorld, ValueHead
-from mossrlhf.loading.policy import as_reference, load_policy
+from mossrlhf.loading.policy import load_policy
 from mossrlhf.models import (
     SharedRewardModel,
     active_adapter,
@@ -22,6 +22,7 @@ from mossrlhf.models import (
 )
 from mossrlhf.models.lora import (
     adapter_parameters,
+    as_reference,
     checksums,
     forget_quantization,
     plain_layer,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mossrlhf import PPOMaxLoss, RewardModel, ValueHead
 from mossrlhf.loading.critic import load_critic
-from mossrlhf.loading.policy import as_reference, checkpoint_activations, load_policy
+from mossrlhf.loading.policy import checkpoint_activations, load_policy
 from mossrlhf.models import (
     ActorCritic,
     SharedRewardModel,
@@ -21,7 +21,7 @@ from mossrlhf.models import (
     save_adapters,
     share_base,
 )
-from mossrlhf.models.lora import adapter_parameters, checksums
+from mossrlhf.models.lora import adapter_parameters, as_reference, checksums
 
 POLICY = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 CRITIC = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mossrlhf.sampling.kv_cache import PreallocatedLayer, can_drop_rows, preallocate
+from mossrlhf.sampling.hf import PreallocatedLayer, can_drop_rows, preallocate
 
 
 def states(count, rows=3, wide=5):

@@ -21,7 +21,7 @@ from transformers.generation import utils as generation_utils
 
 from mossrlhf import ToyWorld
 from mossrlhf.sampling import HFSampler
-from mossrlhf.sampling.kv_cache import PreallocatedLayer
+from mossrlhf.sampling.hf import PreallocatedLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),

@@ -82,7 +82,7 @@ def built(folder: Path, case: Case) -> Any:
         Trainer,
     )
     from mossrlhf.config import TrainerConfig
-    from mossrlhf.distributed.accelerator import make_accelerator
+    from mossrlhf.distributed.processes import make_accelerator
 
     world = ToyWorld()
     torch.manual_seed(0)

@@ -12,9 +12,9 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from mossrlhf import PPOMaxLoss, RewardShaper, Trainer, presets
-from mossrlhf.callbacks import CollapseWatch, StillWatch
 from mossrlhf.checkpoint.folders import STATE, checkpoints
 from mossrlhf.logging import completion_table
+from mossrlhf.metrics import CollapseWatch, StillWatch
 from mossrlhf.validation import require_parts
 
 

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over processes, by FSDP2 or ZeRO-3."""
+"""Models sharded by FSDP2 or ZeRO-3, and frozen models beside them: sharded or offloaded."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -7,8 +7,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mossrlhf.config import TrainerConfig
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -216,3 +218,104 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
 def count(parameters: Iterable[nn.Parameter]) -> int:
     """Return the number of elements of parameters, over all processes."""
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
+
+
+def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
+    """Shard a frozen model over the processes like the trained one, in place, and return it.
+
+    Under FSDP2 block by block, with the rest left whole; under ZeRO-3 all of it. A model that
+    shares weights with the trained one is left alone.
+    """
+    if is_sharded(model) or _shares(model, trained):
+        return model
+    if by_fsdp(trained):
+        mesh = next(m for m in trained.modules() if isinstance(m, FSDPModule))
+        for block in _blocks(model):
+            # Not the model itself: its parts are called directly, past a root's hooks.
+            fully_shard(block, mesh=_mesh(mesh), reshard_after_forward=True)
+    elif by_zero3(trained):
+        import deepspeed
+
+        half = next(model.parameters()).dtype
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": half == torch.bfloat16},
+            "fp16": {"enabled": half == torch.float16},
+        }
+        note_hooks(model, deepspeed.initialize(model=model, config=config)[0])
+    return model
+
+
+def place_frozen(
+    trained: nn.Module, *models: nn.Module | None, device: torch.device, args: TrainerConfig
+) -> None:
+    """Shard frozen models like the trained one, or move them to the device or to the CPU.
+
+    Args:
+        trained: the `ActorCritic`, prepared.
+        models: reference and reward models; None is skipped.
+        device: where models run.
+        args: ``offload_frozen`` keeps them on the CPU between uses.
+    """
+    for model in models:
+        if model is None:
+            continue
+        if _shares(model, trained):
+            getattr(model, "score", model).to(device)  # the rest is the policy's
+            continue
+        shard_alike(model, trained)
+        if args.offload_frozen and not is_sharded(model):
+            _offloaded.add(model.to("cpu"))
+        else:
+            model.to(device)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    modules: list[Any] = list(model.modules())
+    names = {
+        name for module in modules for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    return [module for module in modules if type(module).__name__ in names]
+
+
+def _mesh(part: Any) -> Any:
+    groups = part._get_fsdp_state()._fsdp_param_groups
+    return groups[0].mesh_info.mesh
+
+
+_offloaded: WeakSet[nn.Module] = WeakSet()
+"""Models kept on the CPU between uses."""
+
+
+@contextmanager
+def on_device(
+    root: nn.Module, *models: nn.Module | None, device: torch.device, gather: bool
+) -> Iterator[None]:
+    """Move models kept on the CPU to the device, for the duration of the block; nestable.
+
+    Args:
+        root: the `ActorCritic`, with which the models may share weights.
+        models: any; None is skipped.
+        device: where to.
+        gather: whether to gather sharded models, so that each process may call them as often as
+            it likes.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            if model is None:
+                continue
+            if is_sharded(model):
+                if gather:
+                    own = root if _shares(model, root) else model
+                    stack.enter_context(gathered(own, model))
+            elif model in _offloaded:
+                stack.callback(_offloaded.add, model)
+                stack.callback(model.to, "cpu")
+                _offloaded.discard(model.to(device))
+        yield
+
+
+def _shares(model: nn.Module, root: nn.Module) -> bool:
+    taken = {*map(id, root.modules())}
+    return any(id(module) in taken for module in model.modules())

@@ -280,16 +280,6 @@ def has_effect(policy: Any) -> bool:
             return not torch.equal(adapted, policy(**given).logits)
 
 
-@contextmanager
-def as_reference(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
-    """Yield the reference model, or the policy with its adapters off where there is none."""
-    if reference is not None:
-        yield reference
-    else:
-        with active_adapter(policy, None):
-            yield policy
-
-
 def save_policy(policy: Any, folder: Path) -> None:
     """Write a policy to a folder, created where absent; of its adapters the active one alone."""
     if not is_peft_model(policy):

@@ -168,6 +168,16 @@ def active_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_reference(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
+    """Yield the reference model, or the policy with its adapters off where there is none."""
+    if reference is not None:
+        yield reference
+    else:
+        with active_adapter(policy, None):
+            yield policy
+
+
 def _activation(layers: Iterable[Any]) -> list[tuple[Any, Any, bool]]:
     """Return each layer with its active adapters, and whether they are disabled."""
     return [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]

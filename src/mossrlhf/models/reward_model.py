@@ -24,7 +24,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from mossrlhf.functional import upcast
 from mossrlhf.models.backbone import last_hidden_states
 from mossrlhf.models.lora import adapter_folder, forget_quantization, merged_state_dict
-from mossrlhf.shards import ShardError, Shards
+from mossrlhf.serialization import ShardError, Shards
 
 SCORE_MOMENTS = ("score_mean", "score_std")
 """Fields of a reward model's configuration: mean and standard deviation of its scores."""

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mossrlhf.shards import INDICES, SINGLE, Shards
+from mossrlhf.serialization import INDICES, SINGLE, Shards
 from mossrlhf.version import __version__
 
 ModelType = Literal["reward", "sft", "policy"]

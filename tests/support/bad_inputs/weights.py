@@ -6,7 +6,7 @@ import released
 import torch
 
 from bad_inputs.room import Room
-from mossrlhf.shards import Shards
+from mossrlhf.serialization import Shards
 from mossrlhf.weight_diff import make_diff, recover
 
 room = Room("Weights and weight diffs")
