@@ -15,7 +15,8 @@ from scored import BLOCK, drawn
 from torch import Tensor
 
 from mossrlhf.kernels import chunked_head as head
-from mossrlhf.kernels import torch_rows, use_backend
+from mossrlhf.kernels import row_stats as torch_rows
+from mossrlhf.kernels import use_backend
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mossrlhf.kernels import torch_rows
+from mossrlhf.kernels import row_stats as torch_rows
 
 
 def blocks(rows, width):

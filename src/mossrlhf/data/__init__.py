@@ -13,11 +13,17 @@ from mossrlhf.data.formats import DataError
 from mossrlhf.data.prompts import (
     PromptBatch,
     Shuffled,
+    dialogue_template,
+    encode_prompt,
+    encode_response,
+    encode_text,
     overlong_prompts,
     prompt_batch,
+    prompt_encodings,
     require_fitting_prompts,
     require_record,
     require_records,
+    set_dialogue_template,
     without_overlong,
 )
 from mossrlhf.data.readers import (
@@ -28,14 +34,6 @@ from mossrlhf.data.readers import (
     stream_pairs,
     stream_prompts,
     stream_sft,
-)
-from mossrlhf.data.templates import (
-    dialogue_template,
-    encode_prompt,
-    encode_response,
-    encode_text,
-    prompt_encodings,
-    set_dialogue_template,
 )
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data.formats import Prompt
-from mossrlhf.data.templates import encode_prompt, encode_response, encode_text, prompt_encodings
+from mossrlhf.data.prompts import encode_prompt, encode_response, encode_text, prompt_encodings
 from mossrlhf.options import check_range, strict
 
 IGNORE = -100  # label of tokens outside the loss, as in torch's cross entropy and transformers

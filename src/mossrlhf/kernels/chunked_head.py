@@ -18,7 +18,13 @@ from torch.nn.modules import module
 from torch.utils.checkpoint import checkpoint
 
 from mossrlhf.functional import upcast
-from mossrlhf.kernels.row_stats import backend_of, coefficients, temperatures, token_stats
+from mossrlhf.kernels.row_stats import (
+    coefficients,
+    stats_of,
+    temperatures,
+    token_stats,
+    write_gradient,
+)
 from mossrlhf.types import LossOutput, TokenStats
 
 CPU_CHUNK_BYTES = 2**25
@@ -106,7 +112,7 @@ class Head:
         """Add a chunk's gradients; its logits are overwritten where their dtype allows."""
         dz = z if self.dtype == z.dtype else torch.empty_like(z, dtype=self.dtype)
         scaled = coefs * self.scale
-        backend_of(z).gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
+        write_gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
         d_hidden, d_weight, d_bias = self.gradients
         if d_hidden is not None:
             d_hidden[0][rows] = _product(dz, self.weight, self.wide)
@@ -171,7 +177,7 @@ class _LinearStats(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks():
                 z = head.logits(rows)
-                found.append(backend_of(z).stats(z, ids[rows], tau[rows], None, entropy))
+                found.append(stats_of(z, ids[rows], tau[rows], None, entropy))
                 del z  # before the next chunk is allocated
         logprob, logsumexp, entropies, _, _, norms = (
             torch.cat(parts, -1) for parts in zip(*found, strict=True)
@@ -223,7 +229,7 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks():
                 z = head.logits(rows)
-                logprob, logsumexp, entropies, _, _, norms = backend_of(z).stats(
+                logprob, logsumexp, entropies, _, _, norms = stats_of(
                     z, ids[rows], tau[rows], None, entropy
                 )
                 given = TokenStats(logprob, entropies if entropy else None, logsumexp)

@@ -8,16 +8,15 @@ The gradient of whatever is computed from these numbers is, for each row,
 
     dz_v = (g 1[v = a] + p_v (α + β (x_v − m) + γ (r_v − m_r))) / τ
 
-with r the reference's logits over τ, so a backend needs only g, α, β and γ.
+with r the reference's logits over τ, so a backend needs only g, α, β and γ. The torch backend is
+at the end of this file, the triton backend in `triton_rows`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mossrlhf.types import TokenStats
 
-BACKENDS = {"triton": "triton_rows", "torch": "torch_rows"}
-"""Backends and their modules, which have two functions: ``stats`` and ``gradient``."""
+BACKENDS = ("triton", "torch")
 
 _forced: list[str] = []
 """Set by `use_backend` for all threads: autograd on CUDA runs in another."""
@@ -47,9 +45,13 @@ class Backend:
     reason: str
 
     @property
-    def module(self) -> ModuleType:
-        """The module with the functions ``stats`` and ``gradient``."""
-        return import_module(f"mossrlhf.kernels.{BACKENDS[self.name]}")
+    def functions(self) -> tuple[Callable[..., Any], Callable[..., None]]:
+        """What computes `row_stats` and `row_gradient`."""
+        if self.name == "torch":
+            return torch_stats, torch_gradient
+        from mossrlhf.kernels import triton_rows
+
+        return triton_rows.stats, triton_rows.gradient
 
 
 @cache
@@ -75,9 +77,19 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> B
     return _chosen(torch.device(device).type, dtype)
 
 
-def backend_of(logits: Tensor) -> ModuleType:
-    """Return the backend's module for these logits."""
-    return backend(logits.device, logits.dtype).module
+def stats_of(
+    logits: Tensor, ids: Tensor, tau: Tensor, ref_logits: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `row_stats` by the backend of these logits."""
+    stats, _ = backend(logits.device, logits.dtype).functions
+    found: tuple[Tensor, ...] = stats(logits, ids, tau, ref_logits, entropy)
+    return found  # type: ignore[return-value]
+
+
+def write_gradient(out: Tensor, logits: Tensor, *args: Any) -> None:
+    """Compute `row_gradient` by the backend of these logits."""
+    _, gradient = backend(logits.device, logits.dtype).functions
+    gradient(out, logits, *args)
 
 
 @contextmanager
@@ -123,7 +135,7 @@ def row_stats(
 
     Source: the online softmax, arXiv 1805.02867.
     """
-    return backend_of(logits).stats(logits, ids, temperature, ref_logits, entropy)
+    return stats_of(logits, ids, temperature, ref_logits, entropy)
 
 
 @row_stats.register_fake
@@ -166,7 +178,7 @@ def row_gradient(
         coefs: ``[4, N]``: g, α, β, γ of the formula above.
         softcap: c, where the logits are c·tanh(y/c) and the gradient is for y; else None.
     """
-    backend_of(logits).gradient(out, logits, ids, temperature, ref_logits, norms, coefs, softcap)
+    write_gradient(out, logits, ids, temperature, ref_logits, norms, coefs, softcap)
 
 
 def coefficients(
@@ -325,3 +337,132 @@ def token_stats(
         ref_logprob=None if flat_ref is None else ref_logprob.view(ids.shape),
         kl=None if flat_ref is None else kl.view(ids.shape),
     )
+
+
+# ------------------------------------------------------------------------------- the torch backend
+
+BLOCK_BYTES = 2**20
+"""Bytes of one block of rows in float32; scratch memory is two or three blocks."""
+
+LOWEST = -1e4
+"""Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
+
+
+def torch_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, ref_logits: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `row_stats`, block by block."""
+    counted, label = ids >= 0, ids.clamp(min=0)[:, None]
+    norms = temperature.new_zeros(4, len(ids))
+    weighted, cross = temperature.new_zeros(2, len(ids))
+    with_ref, warm = ref_logits is not None, _may_differ_from_one(temperature)
+
+    def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
+        norms[0, rows] = _shifted(x, logits[rows], temperature[rows], warm)
+        torch.exp(x, out=e)
+        torch.sum(e, -1, out=norms[1, rows])
+        if entropy or with_ref:
+            weighted[rows] = _expected(e, x)
+        if ref_logits is not None:
+            norms[2, rows] = _shifted(r, ref_logits[rows], temperature[rows], warm)
+            torch.sum(torch.exp(r, out=x), -1, out=norms[3, rows])
+            cross[rows] = _expected(e, r)
+
+    _for_each_block(work, logits, temperature, 3 if with_ref else 2)
+    _, d, _, ref_d = norms
+
+    def chosen(z: Tensor, highest: Tensor) -> Tensor:
+        return (z.gather(1, label).squeeze(1).to(norms.dtype) - highest) / temperature
+
+    found = [
+        chosen(logits, norms[0]) - d.log(),
+        norms[0] / temperature + d.log(),
+        d.log() - weighted / d if entropy else None,
+        None if ref_logits is None else chosen(ref_logits, norms[2]) - ref_d.log(),
+        (weighted - cross) / d - d.log() + ref_d.log() if with_ref else None,
+    ]
+    kept = [norms.new_empty(0) if x is None else torch.where(counted, x, 0.0) for x in found]
+    return kept[0], kept[1], kept[2], kept[3], kept[4], norms
+
+
+def torch_gradient(
+    out: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    ref_logits: Tensor | None,
+    norms: Tensor,
+    coefs: Tensor,
+    softcap: float | None,
+) -> None:
+    """Compute `row_gradient`, block by block."""
+    coefs = torch.where(ids >= 0, coefs, 0.0)
+    dead, label = (coefs == 0).all(0)[:, None], ids.clamp(min=0)[:, None]
+    g, alpha, beta, gamma = (coefs / temperature)[:, :, None]
+    d = norms[1][:, None]
+    alpha, beta, gamma = alpha / d, beta / d, gamma / d
+    on_cpu, warm = out.device.type == "cpu", _may_differ_from_one(temperature)
+    some_dead, sloped = not on_cpu or bool(dead.any()), not on_cpu or bool((coefs[2:] != 0).any())
+
+    def work(rows: slice, x: Tensor, e: Tensor, r: Tensor) -> None:
+        _shifted(x, logits[rows], temperature[rows], warm, norms[0, rows])
+        torch.exp(x, out=e)
+        slope = alpha[rows]
+        if sloped:  # in two steps: torch's addcmul of a column takes twice as long
+            slope = x.clamp_(min=LOWEST).mul_(beta[rows]).add_(slope)
+        if ref_logits is not None and sloped:
+            _shifted(r, ref_logits[rows], temperature[rows], warm, norms[2, rows])
+            x.addcmul_(gamma[rows], r.masked_fill_((e == 0) | (gamma[rows] == 0), 0.0))
+        # Into `out` directly, unless that would round an intermediate result.
+        done = out[rows] if out.dtype == e.dtype and softcap is None else e
+        torch.mul(e, slope, out=done).scatter_add_(1, label[rows], g[rows])
+        if softcap is not None:
+            torch.mul(logits[rows], logits[rows], out=x)
+            done.mul_(x.mul_(-1 / softcap**2).add_(1))
+        if some_dead:
+            done.masked_fill_(dead[rows], 0.0)
+        if done is e:
+            out[rows] = e
+
+    _for_each_block(work, logits, temperature, 2 if ref_logits is None else 3)
+
+
+def _for_each_block(
+    work: Callable[[slice, Tensor, Tensor, Tensor], None], logits: Tensor, like: Tensor, count: int
+) -> None:
+    """Call `work` for each block with three scratch tensors; with two the last is passed twice."""
+    total, width = logits.shape
+    size = max(1, BLOCK_BYTES // (4 * max(1, width)))
+    scratch = [like.new_empty(min(size, total), width) for _ in range(count)]
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        x, e, *rest = (block[: rows.stop - start] for block in scratch)
+        work(rows, x, e, rest[0] if rest else e)
+
+
+def _may_differ_from_one(temperature: Tensor) -> bool:
+    """Whether to divide by the temperatures; always on a GPU, where checking would synchronize."""
+    return temperature.device.type != "cpu" or bool((temperature != 1).any())
+
+
+def _shifted(
+    out: Tensor, logits: Tensor, temperature: Tensor, divide: bool, highest: Tensor | None = None
+) -> Tensor:
+    """Write x − max x into `out`, with x = z/τ, and return max z of each row, where not given.
+
+    The difference is taken before it is divided: logits far from zero keep their digits.
+    """
+    if highest is None:
+        highest = logits.amax(-1).to(out)
+    torch.sub(logits, highest[:, None], out=out)
+    if divide:
+        out.div_(temperature[:, None])
+    return highest
+
+
+def _expected(e: Tensor, x: Tensor) -> Tensor:
+    """Σ e·x over each row, where e = 0 times x = −∞ is 0."""
+    total = torch.linalg.vecdot(e, x)
+    if total.device.type != "cpu" or bool(total.isnan().any()):
+        total = torch.linalg.vecdot(e, x.masked_fill(e == 0, 0.0))
+    return total
