@@ -2,7 +2,12 @@
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+)
 
 from mossrlhf import TrainerConfig
 from mossrlhf.loading.tokenizer import load_tokenizer, prompt_budget, require_vocabulary
@@ -46,7 +51,7 @@ def test_prompt_budget_refuses_more_than_the_context(policy, wanted, response):
         prompt_budget(model, args, response)
 
 
-def test_prompt_budget_without_a_bound_is_the_configured_one(policy):
-    model = policy(max_position_embeddings=None)
+def test_prompt_budget_without_a_bound_is_the_configured_one():
+    model = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
     assert prompt_budget(model, TrainerConfig(max_prompt_length=None), 8) is None
     assert prompt_budget(model, TrainerConfig(max_prompt_length=7), 8) == 7

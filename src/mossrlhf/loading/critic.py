@@ -209,10 +209,10 @@ def _remembered_tokenizer(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase | None:
     """Look where a model was loaded from for a tokenizer other than the policy's."""
-    if not config._name_or_path:
+    if not config.name_or_path:
         return None
     try:
-        return _other_tokenizer(config._name_or_path, tokenizer)
+        return _other_tokenizer(config.name_or_path, tokenizer)
     except (OSError, ValueError):
         return None  # saved without one, or no longer there: it was made for the policy's tokens
 

@@ -19,7 +19,7 @@ def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
     """
     name = str(model) if isinstance(model, (str, Path)) else ""
     if not name:
-        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     if not name:
         raise ValueError(
             "processing_class: got None, and the model does not say where it came from; pass its "
