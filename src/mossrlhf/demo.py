@@ -1,7 +1,7 @@
 """``mossrlhf demo``: vanilla PPO, vanilla PPO with a tuned learning rate, and PPO-max, compared.
 
 The three runs share a toy world, whose true preference is known. The true preference only measures:
-its weight among the rewards is 0, and nothing is chosen by it while anything runs.
+its weight among the rewards is 0, and no run depends on it.
 """
 
 import random
@@ -61,8 +61,8 @@ FIGURES = (
     ("length, tokens", "response_length", "response/length_tokens", "{:.1f}"),
     ("perplexity, policy", "perplexity_policy", "perplexity/policy", "{:.2f}"),
     ("perplexity, SFT", "perplexity_sft", "perplexity/ref", "{:.2f}"),
-    ("wins against SFT", "win_rate", "{judge}/win_rate", "{:.0%}"),
-    ("loses against SFT", "lose_rate", "{judge}/lose_rate", "{:.0%}"),
+    ("wins against SFT", "win_rate", "{reward}/win_rate", "{:.0%}"),
+    ("loses against SFT", "lose_rate", "{reward}/lose_rate", "{:.0%}"),
 )
 """Of each run: label in the table, key in ``summary.json``, metric of an evaluation, format."""
 
@@ -359,8 +359,8 @@ def train_all(
 
 def measure(trainer: Trainer) -> dict[str, Any]:
     """Return a policy's `FIGURES` on held-out prompts; the last reward decides who wins."""
-    metrics, judge = trainer.evaluate(), trainer.rewards.names[-1]
-    names = {key: "eval/" + metric.format(judge=judge) for _, key, metric, _ in FIGURES}
+    metrics, reward = trainer.evaluate(), trainer.rewards.names[-1]
+    names = {key: "eval/" + metric.format(reward=reward) for _, key, metric, _ in FIGURES}
     found: dict[str, Any] = {key: metrics[name] for key, name in names.items() if name in metrics}
     if trainer.run.collapse is not None:
         found["collapsed"] = trainer.run.collapse.lately
