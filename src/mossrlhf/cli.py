@@ -12,15 +12,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        argv: arguments; None for those of the process.
-
-    Raises:
-        SystemExit: with 2 for a wrong argument, 1 for a demo without matplotlib or a report on no
-            run, 130 after Ctrl-C.
-    """
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="mossrlhf", description="PPO-max, the algorithm of arXiv 2307.04964, at work."
     )

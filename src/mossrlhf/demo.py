@@ -105,10 +105,6 @@ def main(config: DemoConfig = DemoConfig()) -> dict[str, Any]:
 
     Ctrl-C during PPO ends that run after its iteration and starts no other; what is done by then
     is measured and written.
-
-    Raises:
-        ImportError: without matplotlib, before anything is trained.
-        KeyboardInterrupt: at Ctrl-C before PPO. Its message is the stage.
     """
     require_matplotlib()
     folder = Path(config.output_dir)

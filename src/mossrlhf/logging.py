@@ -149,15 +149,7 @@ class Completions:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[float]],
     ) -> None:
-        """Append the first completions of a step.
-
-        Args:
-            step: the iteration.
-            prompts: one text per completion.
-            completions: texts.
-            columns: numbers by name, one per completion; one that is not finite (a reward that
-                does not apply) is written as null.
-        """
+        """Append the first completions of a step."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for i in range(min(self.limit, len(completions))):
@@ -173,12 +165,7 @@ def _as_json(value: float) -> float | None:
 
 
 def completion_table(path: Path | str, step: int | None = None) -> list[dict[str, Any]]:
-    """Read ``completions.jsonl`` back; lines that are not whole JSON objects are skipped.
-
-    Args:
-        path: the file.
-        step: an iteration; None for all of them.
-    """
+    """Read ``completions.jsonl`` back; lines that are not whole JSON objects are skipped."""
     rows: list[dict[str, Any]] = []
     # `splitlines` would also break at the U+2028 or U+0085 that a completion may hold. A killed run
     # may leave a last line without its end, a machine that was switched off may leave NUL bytes.

@@ -51,13 +51,6 @@ class Meter:
 def rollout_metrics(rollout: Rollout, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
     """Return the metrics of a finished rollout over all processes: the monitors of P1 §5.2.
 
-    Args:
-        rollout: scored, annotated and estimated; metrics of missing tensors are left out.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        metrics by name; docs/metrics.md explains each, units are in the names.
-
     Source: P1 §5.2. Perplexity is exp(token-mean negative log-likelihood) of the response.
     """
     rollout = _widened(rollout)
@@ -133,15 +126,6 @@ def quantiles(
     Processes can only add: each quantile is enclosed by counting the numbers below the marks of
     finer and finer rulers. The result is NumPy's ``inverted_cdf``, except that numbers closer than
     a millionth of the standard deviation count as one.
-
-    Args:
-        x: ``[B]`` numbers of this process, in their widest type.
-        counted: ``[B]``; False skips a number.
-        shares: Q numbers in [0.05, 0.95].
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``[Q]``, in the unit of x; 0 where nothing counts.
     """
     mean, variance = masked_moments(x, counted, reduce=reduce)
     x = torch.where(counted, x, torch.inf)
@@ -163,15 +147,7 @@ def quantiles(
 def explained_variance(
     rollout: Rollout, reduce: Reduce = lambda tensor: tensor
 ) -> Float[Tensor, ""]:
-    """Return 1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one.
-
-    Args:
-        rollout: with values and returns.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        scalar, negative if worse than a constant; 0 where returns vary by rounding alone.
-    """
+    """Return 1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one."""
     assert rollout.values is not None
     assert rollout.returns is not None
     mean, total = masked_moments(rollout.returns, rollout.states, reduce=reduce)
@@ -183,12 +159,6 @@ def explained_variance(
 
 def distinct_2(completions: Sequence[Sequence[int]]) -> float:
     """Return the share of different bigrams among all bigrams of a batch of responses, pooled.
-
-    Args:
-        completions: token ids of each response.
-
-    Returns:
-        in (0, 1]; 0 where there is no bigram.
 
     Source: Li et al., arXiv 1510.03055 (distinct-n).
     """
@@ -202,15 +172,6 @@ def win_rates(
     reduce: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
     """Share of prompts on which one answer scores above, level with, or below the other.
-
-    Args:
-        ours: ``[B]`` scores of the policy's answers; NaN leaves the prompt out.
-        theirs: ``[B]`` scores of the reference's, to the same prompts.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``win_rate``, ``tie_rate`` and ``lose_rate``, which add up to 1; all are 0 where no prompt
-        counts.
 
     Source: P1 §5.5 (win, tie, lose against the SFT model).
     """
@@ -227,14 +188,6 @@ def compare(
     reduce: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
     """Mean of every reward on both sides, and who wins.
-
-    Args:
-        policy: ``[B]`` rewards of the policy's answers, by name.
-        reference: of the reference's answers to the same prompts, by name.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``eval/<name>/policy``, ``eval/<name>/ref`` and the rates of `win_rates`.
 
     Source: P1 §5.5.
     """

@@ -87,20 +87,7 @@ class RolloutBuffer:
 def split(
     rollout: Rollout, size: int | None = None, max_tokens: int | None = None
 ) -> list[Int[Tensor, " K"]]:
-    """Split the sequences of a rollout into groups that fit into memory.
-
-    Args:
-        rollout: B sequences.
-        size: most sequences in one group; None for no bound.
-        max_tokens: most *padded* tokens in one (sequences times the longest of them); then
-            sequences of like length go together. A longer sequence gets a group of its own.
-
-    Returns:
-        the rows of each group, ``[K]``; every row in exactly one.
-
-    Raises:
-        ValueError: where a bound is below 1.
-    """
+    """Split the sequences of a rollout into groups that fit into memory."""
     for name, bound in (("size", size), ("max_tokens", max_tokens)):
         if bound is not None and bound < 1:
             raise ValueError(f"{name}: got {bound}, expected at least 1, or None for no bound")

@@ -109,12 +109,7 @@ def _require_kind(owner: str, name: str, value: Any, kind: Any) -> None:
 
 
 def check_pair(owner: str, name: str, value: Any) -> None:
-    """Check a clip: None, a number, or a pair (low, high); low in (0, 1], high above 0.
-
-    Raises:
-        TypeError: where it is of another type.
-        ValueError: where it has another length, or is out of range.
-    """
+    """Check a clip: None, a number, or a pair (low, high); low in (0, 1], high above 0."""
     pair = value if isinstance(value, tuple) else (value, value)
     single = value is None or isinstance(value, tuple | numbers.Real)
     if not single or len(pair) != 2:
@@ -133,12 +128,7 @@ def check_range(
     high: float = float("inf"),
     above: bool = False,
 ) -> None:
-    """Check that a number is in [low, high], or in (low, high] where `above`; None passes.
-
-    Raises:
-        TypeError: where it is no number.
-        ValueError: with owner, option, value and range.
-    """
+    """Check that a number is in [low, high], or in (low, high] where `above`; None passes."""
     is_number = isinstance(value, numbers.Real)
     if value is not None and not is_number:
         raise TypeError(f"{owner}({name}=): got {value!r}, expected a number")

@@ -89,11 +89,7 @@ def require_measurable(args: TrainerConfig, eval_dataset: Any) -> None:
 
 
 def is_best(args: TrainerConfig, best: float | None, latest: Mapping[str, float]) -> bool:
-    """Whether the latest metrics are the best so far, by ``metric_for_best_model``.
-
-    Raises:
-        ValueError: where there is no such metric; it names close ones.
-    """
+    """Whether the latest metrics are the best so far, by ``metric_for_best_model``."""
     name = args.metric_for_best_model
     if name is None:
         return False

@@ -83,16 +83,7 @@ class Signals:
 
 
 def save_at_exit(run: RunState) -> Path | None:
-    """Save a run that ends, whatever ended it.
-
-    Returns:
-        the checkpoint to resume from; None in the middle of an update, or before anything was
-        learned.
-
-    Raises:
-        OSError: where the output directory could not be written to; a folder for temporary files
-            was then tried. `PeerError` on other processes.
-    """
+    """Save a run that ends, whatever ended it."""
     try:
         return _save(run)
     except (OSError, PeerError) as unsaved:
@@ -150,11 +141,7 @@ def save_after_error(run: RunState, error: Exception) -> Exception:
 
 
 def stop_at_once(run: RunState, number: int) -> None:
-    """Drop half an iteration after a second Ctrl-C or SIGTERM.
-
-    Raises:
-        KeyboardInterrupt, SystemExit: with several processes, which cannot save together now.
-    """
+    """Drop half an iteration after a second Ctrl-C or SIGTERM."""
     run.engine.zero_grad()
     where = f"Stopped within iteration {run.progress.global_step + 1}."
     if run.accelerator.num_processes == 1:
@@ -174,11 +161,7 @@ def print_terminated(run: RunState, saved: Path | None) -> None:
 
 
 def keep_fault(run: RunState, fault: Fault) -> tuple[str, Sequence[Suspect]]:
-    """Write the batch of a failed step to ``faults/``.
-
-    Returns:
-        a sentence on where it is, and the suspects with their prompts.
-    """
+    """Write the batch of a failed step to ``faults/``."""
     fault = with_prompts(fault, run.prompts.dealt, run.prompts.dataset)
     warm_up = "policy" not in fault.roles
     step = run.progress.global_step + 1

@@ -39,12 +39,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 def require_parts(given: Mapping[str, Any]) -> None:
-    """Check each of a trainer's arguments, by name, before anything is loaded.
-
-    Raises:
-        TypeError: where one is of the wrong kind: a dict for a config, a class for an object.
-        ValueError: where a dataset is malformed, or no reward has a weight.
-    """
+    """Check each of a trainer's arguments, by name, before anything is loaded."""
     for name, (kind, remedy) in KINDS.items():
         value = given.get(name)
         if isinstance(value, type):
@@ -172,12 +167,7 @@ def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tens
 def estimated(
     estimator: Callable[..., Any], rewards: Tensor, rollout: Rollout, reduce: Reduce
 ) -> Advantages:
-    """Call an advantage estimator, with values of 0 where there is no critic.
-
-    Raises:
-        TypeError: where it returns no `Advantages`.
-        ValueError: where these are not ``[B, T]``.
-    """
+    """Call an advantage estimator, with values of 0 where there is no critic."""
     values = rollout.values if rollout.values is not None else torch.zeros_like(rewards)
     found = call_with(
         estimator,

@@ -14,11 +14,7 @@ STATE = "mossrlhf_state.json"
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` once all of it is on the disk.
-
-    Raises:
-        OSError: where it could not be written; `path` is then as it was before.
-    """
+    """Yield a temporary folder that replaces `path` once all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +105,6 @@ def move_later_checkpoints(folder: Path, step: int) -> Path | None:
     """Move checkpoints after a step, which belong to another run, into ``earlier-<n>``.
 
     Left in place, the newest by number would be theirs: resumed from, and kept by `prune`.
-
-    Args:
-        folder: an output directory.
-        step: the last step of this run; -1 where it has taken none.
-
-    Returns:
-        the new folder; None where nothing was moved.
     """
     later = [p for p in checkpoints(folder) if int(_number(p)) > step]
     if not later:

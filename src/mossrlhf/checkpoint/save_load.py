@@ -46,16 +46,6 @@ def save_checkpoint(run: RunState, folder: Path | None = None) -> Path:
     It holds the models as transformers loads them (``policy/``, ``critic/``), trained parameters,
     optimizers, schedules, running moments, the random state of every process, places in the
     datasets, and the history.
-
-    Args:
-        run: what to save.
-        folder: where to; None for the output directory, where older checkpoints are pruned.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        OSError: where it could not be written; `PeerError` on the other processes.
     """
     accelerator = run.accelerator
     path = (folder or run.output_dir) / run.checkpoint.name
@@ -154,19 +144,6 @@ def load_checkpoint(run: RunState, source: str | Path | bool) -> None:
     """Bring a freshly built run to where a checkpoint was written.
 
     Nothing is changed before the checkpoint's state has been found whole and fitting.
-
-    Args:
-        run: built with the same models and components.
-        source: the checkpoint's folder; True for the newest in the output directory.
-
-    Raises:
-        FileNotFoundError: where there is no finished checkpoint.
-        TypeError: where `source` is neither a path nor True.
-        ValueError: where a file is damaged, or it was made by another model, shaper or version; it
-            names the newest whole checkpoint before it.
-
-    Warns:
-        UserWarning: of changed settings, another reference, another number of processes.
     """
     path = _find(run.output_dir, source)
     saved = read_state(path)

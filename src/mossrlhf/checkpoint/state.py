@@ -141,12 +141,7 @@ class RunState:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read the JSON of a checkpoint, and verify the checksums of its tensors.
-
-    Raises:
-        ValueError: where the checkpoint is damaged, not ours, or of a later format; it names the
-            newest whole checkpoint before it.
-    """
+    """Read the JSON of a checkpoint, and verify the checksums of its tensors."""
     try:
         return _whole_state(path)
     except ValueError as error:

@@ -21,12 +21,7 @@ from mossrlhf.types import Rollout
 def make_engine(
     model: ActorCritic, args: TrainerConfig, accelerator: Accelerator
 ) -> TrainingEngine:
-    """Return an `TrainingEngine`, or under DeepSpeed a `ZeroEngine`.
-
-    Raises:
-        ValueError: where DeepSpeed is to run at another stage than 2 or 3, to offload at stage 2,
-            to compute in float16, or has partitioned the models already.
-    """
+    """Return an `TrainingEngine`, or under DeepSpeed a `ZeroEngine`."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return TrainingEngine(model, args, accelerator)
     zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})

@@ -30,9 +30,6 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     """Pass an exception within the block on to all processes, which otherwise would hang.
 
     All processes reach the end of the block, so nothing within it may be collective.
-
-    Raises:
-        PeerError: on the processes without an exception; it says what the others raised.
     """
     if accelerator.num_processes == 1:
         yield
@@ -105,17 +102,7 @@ class OwnPrecision(Accelerator):
 
 
 def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> Accelerator:
-    """Return the user's accelerator, or make one: precision by `bf16`, else the launcher's choice.
-
-    Args:
-        args: precision, trackers, output directory, how long processes wait for each other.
-        given: the user's own, to be used instead.
-
-    Raises:
-        ValueError: where several processes have started in another precision, or were launched so
-            that each takes itself for the only one; where a tracker is unknown; where the user's
-            accelerator has DDP assume that all steps are alike.
-    """
+    """Return the user's accelerator, or make one; its precision is `bf16` or the launcher's."""
     if given is not None:
         return _adapt(_require_roles_in_turn(given))
     known = [str(kind) for kind in LoggerType]

@@ -54,10 +54,6 @@ def gathered(root: nn.Module, part: nn.Module | None = None) -> Iterator[None]:
     """Gather a model's weights on every process for the duration of the block; nestable.
 
     Processes enter and exit together; in between each may run as many forwards as it likes.
-
-    Args:
-        root: the outermost module that is sharded, unwrapped.
-        part: the module to be run; None for all of it.
     """
     part = root if part is None else part
     if root in _gathered or not is_sharded(part):
@@ -123,10 +119,6 @@ def whole(here: bool, *models: nn.Module | None) -> Iterator[None]:
     """Replace sharded weights by whole ones on the CPU, to be saved, for the duration of the block.
 
     Collective and nestable; one tensor at a time is gathered.
-
-    Args:
-        here: whether this process is the one that saves; elsewhere the models stay as they are.
-        models: sharded or not; None is skipped.
     """
     spread = [m for m in models if m is not None and m not in _whole and _is_spread(m)]
     places = [
@@ -250,14 +242,7 @@ def shard_alike(model: nn.Module, trained: nn.Module) -> nn.Module:
 def place_frozen(
     trained: nn.Module, *models: nn.Module | None, device: torch.device, args: TrainerConfig
 ) -> None:
-    """Shard frozen models like the trained one, or move them to the device or to the CPU.
-
-    Args:
-        trained: the `ActorCritic`, prepared.
-        models: reference and reward models; None is skipped.
-        device: where models run.
-        args: ``offload_frozen`` keeps them on the CPU between uses.
-    """
+    """Shard frozen models like the trained one, or move them to the device or to the CPU."""
     for model in models:
         if model is None:
             continue
@@ -292,15 +277,7 @@ _offloaded: WeakSet[nn.Module] = WeakSet()
 def on_device(
     root: nn.Module, *models: nn.Module | None, device: torch.device, gather: bool
 ) -> Iterator[None]:
-    """Move models kept on the CPU to the device, for the duration of the block; nestable.
-
-    Args:
-        root: the `ActorCritic`, with which the models may share weights.
-        models: any; None is skipped.
-        device: where to.
-        gather: whether to gather sharded models, so that each process may call them as often as
-            it likes.
-    """
+    """Move models kept on the CPU to the device, for the duration of the block; nestable."""
     with ExitStack() as stack:
         for model in models:
             if model is None:

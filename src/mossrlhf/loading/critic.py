@@ -34,20 +34,6 @@ def load_critic(
 ) -> RewardModel | None:
     """Make the critic: what was given, else a copy of the reward model, else of the policy.
 
-    Args:
-        critic: a `RewardModel`, a one-label classifier, a folder or hub name; False for no
-            critic; None for a copy of the first reward model with the policy's vocabulary, else
-            of the policy's backbone under a zero `ValueHead`. On the policy's own base model: a
-            ``peft.PeftConfig`` for a further adapter and a head, a folder of such, or a
-            `ValueHead` that reads the policy's hidden states.
-        policy: the policy.
-        rewards: reward models that read the policy's tokens.
-        seed: of a new adapter's first weights.
-
-    Raises:
-        ValueError: where its vocabulary is not the policy's, a weight is not finite, or an adapter
-            has no base model to share.
-
     Source: P1 §5.3.1: the critic starts from the reward model.
     """
     if critic is False:
@@ -127,20 +113,7 @@ def load_reward(
     name: str = "",
     policy: nn.Module | None = None,
 ) -> Any:
-    """Load a reward model from a folder or hub name, with its tokenizer where it has another.
-
-    Args:
-        reward: a path or name is loaded, an adapter that was trained on the policy's base model
-            as a further adapter of it; anything else is returned as it is, but a model with too
-            few tokens is refused.
-        tokenizer: the policy's.
-        name: the name in metrics; empty for "reward_model".
-        policy: whose base model it may share; None to load it whole.
-
-    Raises:
-        ValueError: where a model cannot read the policy's tokens and has no tokenizer, or a weight
-            is not finite.
-    """
+    """Load a reward model from a folder or hub name, with its tokenizer where it has another."""
     name = name or "reward_model"
     folder = adapter_folder(reward) if isinstance(reward, (str, Path)) else None
     if folder is not None and policy is not None and shares_base(policy, folder):

@@ -35,12 +35,7 @@ from mossrlhf.models.lora import is_peft_model, unwrap_peft, vocabulary_size
 def name_argument(
     argument: str, name: Any, errors: tuple[type[Exception], ...] = (OSError, ValueError)
 ) -> Iterator[None]:
-    """Report the argument and the folder or hub name of what cannot be loaded in the block.
-
-    Raises:
-        OSError: where there is nothing of that kind.
-        ValueError: where its files are damaged, or of something else.
-    """
+    """Report the argument and the folder or hub name of what cannot be loaded in the block."""
     caught: tuple[type[Exception], ...] = (*errors, SafetensorError)
     try:
         yield
@@ -53,11 +48,7 @@ def name_argument(
 
 
 def require_finite(model: nn.Module, argument: str) -> None:
-    """Refuse a model with a weight that is NaN or infinite.
-
-    Raises:
-        ValueError: with the argument and the parameter's name.
-    """
+    """Refuse a model with a weight that is NaN or infinite."""
     for name, parameter in model.named_parameters():
         numbers = parameter.is_floating_point() and not parameter.is_meta
         if numbers and not bool(torch.isfinite(parameter.detach()).all()):
@@ -72,20 +63,6 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
 
     An adapter the model comes with is trained further. Where `peft_config` asks for another one,
     the first is merged into the base model, so that the new one starts from its outputs.
-
-    Args:
-        model: a causal language model, with or without an adapter, or a folder or hub name of
-            one; the folder may hold an adapter alone.
-        peft_config: a ``peft.PeftConfig``; the base is then frozen. None trains all of it.
-        seed: of the new adapter's first weights, whatever was sampled before.
-
-    Raises:
-        TypeError: where `model` is neither, or `peft_config` is none.
-        ValueError: where nothing of it is trainable, a weight is not finite, its adapter cannot be
-            merged, or it is the unwrapped part of an adapted model.
-
-    Warns:
-        UserWarning: where an adapter is merged: what is saved needs the merged model.
 
     Source: P1 §3.2: the policy starts from the SFT model.
     """
@@ -198,22 +175,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
     """Make the reference model: what was given, else a frozen copy of the policy as it is now.
-
-    Args:
-        ref_model: a causal language model, a folder or hub name, or None.
-        policy: as `load_policy` returns it.
-
-    Returns:
-        the reference model; None where it is the policy with its adapters off, while these have no
-        effect yet.
-
-    Raises:
-        TypeError: where it is no model.
-        ValueError: where its vocabulary is not the policy's, or a weight is not finite.
-
-    Warns:
-        UserWarning: where the policy is copied, base model and all, since its adapters were
-            trained before, or its base model is trained along or has been rewritten.
 
     Source: P1 §3.2: the reference is the SFT model.
     """

@@ -12,11 +12,7 @@ from mossrlhf.models.lora import vocabulary_size
 
 
 def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model: a folder, a hub name, or a model loaded from one.
-
-    Raises:
-        ValueError: where the model does not know where it was loaded from.
-    """
+    """Load the tokenizer of a model: a folder, a hub name, or a model loaded from one."""
     name = str(model) if isinstance(model, (str, Path)) else ""
     if not name:
         name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
@@ -34,16 +30,7 @@ def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
 def require_vocabulary(
     policy: nn.Module, tokenizer: PreTrainedTokenizerBase, special: GenerationConfig | None = None
 ) -> None:
-    """Refuse a tokenizer, or special tokens, with ids that the policy does not embed.
-
-    Args:
-        policy: a transformers model, with or without adapters.
-        tokenizer: of the prompts.
-        special: has the ids that end and pad responses; None where they are not known.
-
-    Raises:
-        ValueError: with both sizes, in tokens.
-    """
+    """Refuse a tokenizer, or special tokens, with ids that the policy does not embed."""
     size = vocabulary_size(policy)
     if size < len(tokenizer):
         raise ValueError(
@@ -69,11 +56,7 @@ def policy_context(policy: nn.Module) -> int | None:
 
 
 def prompt_budget(policy: nn.Module, args: TrainerConfig, max_new_tokens: int) -> int | None:
-    """Return the longest prompt, in tokens, that leaves room for a response; None for no bound.
-
-    Raises:
-        ValueError: where prompt and response cannot both fit into the model's context.
-    """
+    """Return the longest prompt, in tokens, that leaves room for a response; None for no bound."""
     limit = policy_context(policy)
     if limit is None:
         return args.max_prompt_length

@@ -220,11 +220,7 @@ def require_supported(config: GenerationConfig, supported: Collection[str], back
 
 
 def unwrap_layer_adapters(model: nn.Module, backend: str) -> nn.Module:
-    """Return the base model, whose layers hold the adapters.
-
-    Raises:
-        ValueError: for adapters that act outside of layers, which a backend would ignore.
-    """
+    """Return the base model, whose layers hold the adapters."""
     base = unwrap_peft(model)
     for config in getattr(model, "peft_config", {}).values() if base is not model else ():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):

@@ -191,13 +191,6 @@ def inverse_cdf(p: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Te
     Blocks are summed in float32 and everything else in float64, so that a token of 1e-8 keeps its
     share; the rounding of a block's sum, about 1e-7 of it, goes to its last token.
 
-    Args:
-        p: ``[B, V]`` probabilities; they need not sum to 1.
-        uniform: ``[B]`` in [0, 1).
-
-    Returns:
-        ``[B]`` tokens, of probability above 0.
-
     Source: inverse transform sampling (Devroye, 1986, ch. II.2).
     """
     rows, size = p.shape
@@ -254,21 +247,7 @@ def generate_in_segments(
     uniform: Float[Tensor, "B T"],
     segment: int | None = None,
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Generate until each row has an end token, or T tokens.
-
-    Args:
-        model: with ``generate``.
-        ids: ``[B, P]`` prompts, padded on the left.
-        attention_mask: ``[B, P]`` False on that padding.
-        config: the effective one.
-        uniform: ``[B, T]`` numbers in [0, 1) to sample by.
-        segment: tokens after which finished rows leave the batch; None for never. The responses
-            are the same.
-
-    Returns:
-        ``[B, T]`` tokens, arbitrary after a row's first end token, and their log-probs under the
-        sampled distribution, nats; 0 for greedy decoding.
-    """
+    """Generate until each row has an end token, or T tokens."""
     sampling = bool(config.do_sample)
     given = greedy_config(config) if sampling else copy.deepcopy(config)
     given.return_dict_in_generate = True
