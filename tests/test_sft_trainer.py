@@ -59,7 +59,7 @@ def test_what_the_collator_remembers_changes_no_number(start, tokenizer, grouped
         trainer.data_collator = collator or trainer.data_collator
         losses.append(trainer.train().training_loss)
         trained.append(weights(trainer))
-        assert len(trainer.data_collator._known) == (0 if collator else len(records))
+        assert len(trainer.data_collator._cache) == (0 if collator else len(records))
     assert losses[0] == losses[1]
     assert torch.equal(*trained)
     assert not torch.equal(trained[0], weights(start(records)))

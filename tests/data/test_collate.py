@@ -485,14 +485,14 @@ def test_cache_is_bounded():
     for number in [*range(9), *range(9)]:
         assert known(number, lambda n=number: asked.append(n) or rows) == rows
     assert asked == [*range(9), *range(2, 9)]
-    assert (len(known._rows), known.used) == (2, 1800)
+    assert (len(known), known.used) == (2, 1800)
 
 
 @pytest.mark.parametrize("size", [None, 0])
 def test_cache_can_be_switched_off(size):
     known = EncodingCache(size)
     known("Hi", lambda: [[1]])
-    assert not known._rows
+    assert len(known) == 0
 
 
 def test_cache_keeps_no_errors():
@@ -504,18 +504,18 @@ def test_cache_keeps_no_errors():
     for _ in range(2):
         with pytest.raises(ValueError, match="too long"):
             known("Hi", broken)
-    assert not known._rows
+    assert len(known) == 0
 
 
 def test_copied_collators_have_empty_caches(english):
     collate = SFTCollator(english, max_length=14)
     collate(SFT[:2])
-    assert len(collate._cache._rows) == 2
+    assert len(collate._cache) == 2
     for other in (pickle.loads(pickle.dumps(collate)), copy.deepcopy(collate)):
-        assert (other._cache._rows, other._cache.size) == ({}, collate.cache_bytes)
+        assert (len(other._cache), other._cache.size) == (0, collate.cache_bytes)
         assert other.max_length == 14
         assert same(other(SFT[:2]), collate(SFT[:2]))
-    assert not replace(collate, max_length=8)._cache._rows
+    assert len(replace(collate, max_length=8)._cache) == 0
 
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)

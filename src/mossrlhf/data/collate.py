@@ -73,6 +73,9 @@ class EncodingCache:
     def __reduce__(self) -> tuple[type["EncodingCache"], tuple[int | None]]:
         return EncodingCache, (self.size,)
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def follow(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Forget everything where the tokenizer's template or tokens have changed."""
         special = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -118,7 +118,7 @@ dataset(
 row(
     "messages, where the tokenizer has no chat template",
     "ValueError: train_dataset: tokenizer: has no chat_template, which messages need; call "
-    "set_dialogue_template(tokenizer, 'en') or 'zh', or give strings as prompts",
+    "set_dialogue_template(tokenizer, 'en') or 'zh', or pass strings as prompts",
     lambda shop: plain(shop, train_dataset=[{"prompt": [{"role": "user", "content": "help"}]}]),
 )
 
