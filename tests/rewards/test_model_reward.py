@@ -211,6 +211,11 @@ def test_as_reward_model_refuses_a_bert_classifier_as_critic(bert):
         as_reward_model(bert, "critic")
 
 
+def test_as_scorer_refuses_other_modules():
+    with pytest.raises(ValueError, match="reward: got Linear, expected a RewardModel"):
+        as_scorer(nn.Linear(2, 1))
+
+
 def test_as_reward_model_refuses_other_modules_as_critic():
     with pytest.raises(ValueError, match="critic: got Linear, a critic needs a value at every"):
         as_reward_model(nn.Linear(2, 1), "critic")

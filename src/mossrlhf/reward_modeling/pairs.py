@@ -280,7 +280,7 @@ class PairModel(nn.Module):
             moments = {name: getattr(self.config, name, None) for name in SCORE_MOMENTS}
             write_json(moments, folder / ADAPTER / MOMENTS)
         if not (adapted and adapters_only):
-            # Adapters are merged from the model itself: those who use them do not shard weights.
+            # Adapters exclude sharding, so they are merged from the model itself.
             gathered = None if state is None or adapted else _below("reward_model.", state)
             self.reward_model.save_pretrained(folder, state_dict=gathered)
         if head := _below("lm_head.", self.state_dict() if state is None else state):

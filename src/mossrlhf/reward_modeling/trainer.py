@@ -287,8 +287,7 @@ class RewardTrainer(Trainer):
         finally:
             self.data_collator = collator
 
-    # The collator takes the columns it needs; `Trainer` would remove them, unlike the arguments
-    # of the model's forward.
+    # `Trainer` would remove the columns that the collator reads.
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset
 

@@ -174,7 +174,7 @@ def as_reward_model(model: nn.Module, name: str = "reward") -> RewardModel:
             )
         raise ValueError(f"{name}: got {type(model).__name__}, {remedy}")
     _require_one_label(model, head.out_features)
-    value_head = ValueHead(head.in_features, bias=head.bias is not None)
+    value_head = ValueHead(head.in_features)
     value_head.weight, value_head.bias = head.weight, head.bias
     return RewardModel(model.base_model, value_head)
 
