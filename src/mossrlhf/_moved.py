@@ -24,6 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "monitor": ("metrics",),
     "preference": ("reward_modeling.preference_strength",),
     "processes": ("distributed.processes",),
+    "recipes.stages": ("demo",),
     "retention": ("checkpoint.folders",),
     "reward_trainer": (
         "reward_modeling.trainer",

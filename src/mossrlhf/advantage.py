@@ -129,12 +129,8 @@ class GroupRelative:
     ) -> Advantages:
         """Estimate one advantage per response, the same for all its tokens.
 
-        Args:
-            rewards: ``[B, T]``; groups are consecutive rows.
-            values: ``[B, T]`` ignored.
-            mask: ``[B, T]`` tokens that count.
-            bootstrap: ignored.
-            reduce: ignored; groups never span processes.
+        Args are those of `AdvantageEstimator`; groups are consecutive rows, which never span
+        processes, and ``values`` and ``bootstrap`` are ignored.
         """
         returns = sequence_returns(rewards, mask)
         scale = {} if self.scale else {"eps": None}
@@ -171,12 +167,8 @@ class LeaveOneOut:
     ) -> Advantages:
         """Estimate one advantage per response, the same for all its tokens.
 
-        Args:
-            rewards: ``[B, T]``; groups are consecutive rows.
-            values: ``[B, T]`` ignored.
-            mask: ``[B, T]`` tokens that count.
-            bootstrap: ignored.
-            reduce: ignored; groups never span processes.
+        Args are those of `AdvantageEstimator`; groups are consecutive rows, which never span
+        processes, and ``values`` and ``bootstrap`` are ignored.
         """
         returns = sequence_returns(rewards, mask)
         relative = leave_one_out(returns, self.group_size)
@@ -206,12 +198,7 @@ class ReinforcePlusPlus:
     ) -> Advantages:
         """Estimate an advantage per token.
 
-        Args:
-            rewards: ``[B, T]``, KL penalty included.
-            values: ``[B, T]`` ignored.
-            mask: ``[B, T]`` tokens that count.
-            bootstrap: ignored.
-            reduce: sums a tensor over all processes.
+        Args are those of `AdvantageEstimator`; ``values`` and ``bootstrap`` are ignored.
         """
         advantages = reinforce_plus_plus(rewards, mask, self.gamma, reduce)
         returns = _spread(sequence_returns(rewards, mask), mask)

@@ -58,20 +58,14 @@ def upcast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def widest(x: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x` in the widest floating type its device has, for sums over many tokens.
-
-    Args:
-        x: any shape, any type.
-
-    float64, except on Apple's devices, which have no more than float32.
-    """
+    """Return `x` in float64, or float32 on Apple's devices, for sums over many tokens."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def masked_sum(
     x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dim: int | None = None
 ) -> Float[Tensor, "..."]:
-    """Σ x over the entries of the mask; what stands outside, NaN included, is ignored.
+    """Σ x over the entries of the mask; entries outside, NaN included, are ignored.
 
     Args:
         x: values, any shape.
@@ -84,12 +78,9 @@ def masked_sum(
 def masked_mean(
     x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dim: int | None = None
 ) -> Float[Tensor, "..."]:
-    """Σ x / count over the entries of the mask; 0 where the mask is empty.
+    """Σ x / count over the entries of the mask; 0 where it is empty.
 
-    Args:
-        x: values, any shape.
-        mask: of the same shape; True counts.
-        dim: dimension to reduce; None for all.
+    Args: those of `masked_sum`.
     """
     return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
 
@@ -193,21 +184,13 @@ def token_stats(
     entropy: bool = True,
     ref_logits: Float[Tensor, "*shape V"] | None = None,
 ) -> TokenStats:
-    """Log-probability, log-sum-exp and, where asked for, entropy and exact KL of every token.
+    """Compute log-prob, log-sum-exp and, on request, entropy and exact KL: `TokenStats` ``[...]``.
 
-    The reference that `kernels.token_stats` is held to.
+    The reference for `kernels.token_stats`.
 
-    Args:
-        logits: ``[..., V]``.
-        ids: ``[...]``.
-        temperature: τ the tokens were sampled at.
+    Args: those of `token_logprobs`, and:
         entropy: False leaves the entropy out.
-        ref_logits: ``[..., V]`` of the reference, for its log-probability and the KL divergence.
-
-    Returns:
-        `TokenStats` with ``[...]`` tensors, nats.
-
-    Source: `token_logprobs`, `entropy_from_logits` and `exact_kl`.
+        ref_logits: ``[..., V]`` of the reference, for its log-prob and the KL divergence.
     """
     return TokenStats(
         logprob=token_logprobs(logits, ids, temperature),
@@ -237,12 +220,10 @@ def kl_k2(
 ) -> Float[Tensor, "*shape"]:
     """k2 = ½ (log π − log π_ref)²: biased, but its gradient is the KL divergence's.
 
-    Args:
-        logprob: ``[...]`` of tokens sampled from π, nats.
-        ref_logprob: ``[...]`` under the reference.
+    The one to differentiate: k1's expected gradient is zero, k3's is that of the reverse
+    divergence. Source: Schulman (2020).
 
-    Source: Schulman (2020). The one to differentiate: k1's expected gradient is zero, k3's is
-        that of the reverse divergence.
+    Args: those of `kl_k1`.
     """
     return 0.5 * (logprob - ref_logprob) ** 2
 
@@ -250,13 +231,9 @@ def kl_k2(
 def kl_k3(
     logprob: Float[Tensor, "*shape"], ref_logprob: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """k3 = π_ref/π − 1 − log(π_ref/π): unbiased and never negative.
+    """k3 = π_ref/π − 1 − log(π_ref/π): unbiased and never negative (Schulman, 2020).
 
-    Args:
-        logprob: ``[...]`` of tokens sampled from π, nats.
-        ref_logprob: ``[...]`` under the reference.
-
-    Source: Schulman (2020).
+    Args: those of `kl_k1`.
     """
     log_ratio = ref_logprob - logprob
     return torch.expm1(log_ratio) - log_ratio
@@ -279,7 +256,7 @@ def exact_kl(
     logp = (upcast(logits) / temperature).log_softmax(-1)
     ref_logp = (upcast(ref_logits) / temperature).log_softmax(-1)
     probability = logp.exp()
-    # Two `where`s' worth of care: −∞ − −∞ must be gone before it meets a product or a gradient.
+    # −∞ − −∞ must be replaced before it reaches a product or a gradient.
     log_ratio = torch.where(probability != 0, logp - ref_logp, torch.zeros_like(logp))
     return (probability * log_ratio).sum(-1)
 
@@ -300,7 +277,7 @@ def gae(
     "t + 1" is the next token *of the mask*: the recursion carries across holes, which get 0.
 
     Args:
-        rewards: ``[B, T]``; what stands outside the mask is ignored.
+        rewards: ``[B, T]``; entries outside the mask are ignored.
         values: ``[B, T]`` of the state before each token.
         mask: ``[B, T]`` tokens that count.
         gamma: discount γ, per token.

@@ -183,7 +183,7 @@ class PPOMaxLoss:
         advantage: Float[Tensor, " N"],
         entropy: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, " N"]:
-        """Compute the policy's loss for each token; override it for another algorithm.
+        """Compute the policy's loss per token, ``[N]``; override it for another algorithm.
 
         Args:
             logprob: ``[N]`` under the policy being trained, nats.
@@ -191,10 +191,6 @@ class PPOMaxLoss:
             advantage: ``[N]``.
             entropy: ``[N]`` nats, negated where a target asks for less of it; None without an
                 entropy term.
-
-        Returns:
-            ``[N]`` loss per token.
-
         Source: P1 eq. 15.
         """
         loss = clipped_policy_loss(logprob, old_logprob, advantage, self.clip_range, self.dual_clip)
@@ -208,16 +204,12 @@ class PPOMaxLoss:
         old_value: Float[Tensor, " N"],
         returns: Float[Tensor, " N"],
     ) -> Float[Tensor, " N"]:
-        """Compute the critic's loss for each token.
+        """Compute the critic's loss per token, ``[N]``, before `value_coef`.
 
         Args:
             value: ``[N]`` of the critic being trained, in units of reward.
             old_value: ``[N]`` of the critic when the rollout was annotated.
             returns: ``[N]`` targets.
-
-        Returns:
-            ``[N]`` loss per token, before `value_coef`.
-
         Source: P1 eq. 16.
         """
         return clipped_value_loss(value, old_value, returns, self.value_clip)

@@ -80,7 +80,7 @@ class RolloutBuffer:
         return {"rollouts": list(self._rollouts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a `state` that `state_dict` returned."""
         self._rollouts = list(state["rollouts"])
 
 

@@ -45,10 +45,6 @@ def ppo_max(**options: Any) -> dict[str, Any]:
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
             ``critic_learning_rate`` sets the critic's to 3.3 times as much, P1's proportion.
-
-    Returns:
-        keyword arguments of `Trainer`.
-
     Source: P1 §5.4.
     """
     return _composed(
@@ -69,10 +65,6 @@ def vanilla_ppo(**options: Any) -> dict[str, Any]:
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`; the critic's learning rate follows the
             policy's as in `ppo_max`.
-
-    Returns:
-        keyword arguments of `Trainer`.
-
     Source: P1 §5.2 (vanilla PPO).
     """
     return _composed(
@@ -100,9 +92,6 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
         options: of `TrainerConfig`, or `COMPONENTS`. A ``learning_rate`` without a
             ``critic_learning_rate`` sets the critic's to three times as much, the scripts'
             proportion.
-
-    Returns:
-        keyword arguments of `Trainer`.
 
     Raises:
         ValueError: where the language is neither.
@@ -146,10 +135,6 @@ def trl_ppo(**options: Any) -> dict[str, Any]:
     Args:
         options: of `TrainerConfig`, or `COMPONENTS`. The critic learns at the policy's rate
             unless it is given a ``critic_learning_rate``.
-
-    Returns:
-        keyword arguments of `Trainer`.
-
     Source: TRL 1.12.0, ``trl.experimental.ppo``.
     """
     settings = {

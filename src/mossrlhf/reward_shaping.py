@@ -85,7 +85,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a `state` that `state_dict` returned."""
         self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
 
 
@@ -124,7 +124,7 @@ class RollingReturnMoments(RunningMoments):
         return {**super().state_dict(), "rolling": self.rolling}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a `state` that `state_dict` returned."""
         super().load_state_dict(state)
         self.rolling = state["rolling"]
 
@@ -285,7 +285,7 @@ class RewardShaper:
         return {"kl_coef": self.kl_coef, "moments": self.moments.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a `state` that `state_dict` returned."""
         self.kl_coef = state["kl_coef"]
         self.moments.load_state_dict(state["moments"])
 

@@ -203,8 +203,6 @@ class Trainer:
         self.max_prompt_length = prompt_budget(policy, self.args, self.sampler.max_new_tokens)
         return policy
 
-    # -------------------------------------------------------------------------------- training
-
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None
     ) -> list[dict[str, Any]]:
@@ -290,8 +288,6 @@ class Trainer:
         else:
             rollout = replace(rollout, scores=as_scores(scores, rollout))
         return self.update(self.estimate(self.annotate(rollout)))
-
-    # -------------------------------------------------------------------------------- stages
 
     def collect(self, prompts: PromptBatch | None = None) -> Rollout:
         """Sample responses to the next prompts.
@@ -426,8 +422,6 @@ class Trainer:
         described = rollout_metrics(rollout, self.engine.reduce)
         return {**described, **shares.compute(self.engine.reduce), **norms.compute(), **rates}
 
-    # -------------------------------------------------------------------------------- parts
-
     @property
     def model(self) -> ActorCritic:
         """The trained models, unwrapped."""
@@ -504,8 +498,6 @@ class Trainer:
             return None
         batch = self._collate(self.ptx.next(size))
         return {name: value.to(self.accelerator.device) for name, value in batch.items()}
-
-    # -------------------------------------------------------------------------------- evaluation
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, rewards: Any = None
@@ -628,8 +620,6 @@ class Trainer:
         total, processes = self.engine.reduce(shares).tolist()
         return total / processes
 
-    # -------------------------------------------------------------------------------- results
-
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the curves that tell whether PPO works.
 
@@ -663,12 +653,7 @@ class Trainer:
                 self.processing_class.save_pretrained(folder / "critic")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Upload policy and tokenizer to the hub.
-
-        Args:
-            repo_id: ``owner/name``.
-            kwargs: passed to ``PreTrainedModel.push_to_hub``.
-        """
+        """Upload policy and tokenizer: ``PreTrainedModel.push_to_hub(repo_id, **kwargs)``."""
         main = self.accelerator.is_main_process
         with whole(main, self.model):
             if main:

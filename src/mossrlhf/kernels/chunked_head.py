@@ -353,17 +353,9 @@ def linear_token_loss(
     `linear_token_stats`. Other tensors that `loss_fn` uses get no gradient. Not for losses scaled
     in float16: the gradient is rounded before the scale is applied.
 
-    Args:
-        hidden: ``[N, D]`` hidden states at the positions before each token.
-        weight: ``[V, D]`` of the output head; its gradient is accumulated in float32.
-        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
+    Args: those of `linear_token_stats`, and:
         loss_fn: takes `TokenStats` of n tokens and the slice of N they are, and returns their
             share of the loss and of its statistics, which are added up.
-        temperature: τ the tokens were sampled at, one for all or ``[N]``.
-        entropy: False leaves the entropy out.
-        bias: ``[V]`` b, or None.
-        scale: s, a factor on the logits.
-        softcap: c, or None for no cap.
 
     Returns:
         the sum of the shares; a second backward pass through it raises.
@@ -434,17 +426,7 @@ def head_token_stats(
 
     One that is neither linear nor whole (sharded by itself) runs once, on all N tokens.
 
-    Args:
-        head: maps ``[n, D]`` to logits ``[n, V]``.
-        hidden: ``[N, D]``.
-        ids: ``[N]``.
-        temperature: τ the tokens were sampled at, one for all or ``[N]``.
-        entropy: False leaves the entropy out.
-        scale: s, a factor on the logits.
-        softcap: c, or None for no cap.
-
-    Returns:
-        `TokenStats` of ``[N]``, nats.
+    Args: those of `linear_token_stats`, but a head that maps ``[n, D]`` to ``[n, V]``.
 
     Source: recomputed chunks: Chen et al. (arXiv 1604.06174).
     """
@@ -492,12 +474,7 @@ def head_token_loss(
 ) -> LossOutput:
     """Compute `linear_token_loss` of any head; one that is not linear costs a fourth product.
 
-    Args:
-        head: maps ``[n, D]`` to logits ``[n, V]``.
-        hidden: ``[N, D]``.
-        ids: ``[N]``.
-        loss_fn: takes `TokenStats` of some tokens and the slice of N they are.
-        options: of `head_token_stats`.
+    Args: those of `linear_token_loss`, but a head that maps ``[n, D]`` to ``[n, V]``.
     """
     if is_linear(head):
         found: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mossrlhf.data import encode_prompt, encode_response, pad, pad_id
+from mossrlhf.models.backbone import evaluation_mode, group_by_length
 from mossrlhf.options import check_range
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -64,10 +65,9 @@ def score_responses(
                 f"{max_length} are allowed; raise max_length, or shorten it"
             )
         rows.append(ids)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = torch.zeros(len(rows))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    for batch in group_by_length(lengths, batch_size):
         rewards[batch] = _rewards(model, *pad([rows[i] for i in batch], pad_id(tokenizer)))
     return rewards
 
@@ -89,13 +89,9 @@ def pair_margins(
 @torch.no_grad()
 def _rewards(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Compute finite rewards on the CPU, with the model in evaluation mode."""
-    device, modes = next(model.parameters()).device, [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
         rewards: Tensor = model(ids.to(device), mask.to(device)).float().cpu()
-    finally:
-        for module, training in modes:
-            module.training = training
     if broken := int((~rewards.isfinite()).sum()):
         raise ValueError(
             f"model: {broken} of {len(rewards)} rewards are not finite; it diverged in training "
