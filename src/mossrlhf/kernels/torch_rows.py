@@ -114,14 +114,24 @@ def gradient(
     _for_each_block(work, logits, temperature, 2 if ref_logits is None else 3)
 
 
+def block_rows(count: int, width: int) -> int:
+    """Return how many of N rows of V logits are computed at a time.
+
+    Args:
+        count: N.
+        width: V.
+    """
+    return min(count, max(1, BLOCK_BYTES // (4 * max(1, width))))
+
+
 def _for_each_block(
     work: Callable[[slice, Tensor, Tensor, Tensor], None], logits: Tensor, like: Tensor, count: int
 ) -> None:
     """Call `work` for each block, with three scratch tensors; of two the last is passed twice."""
     total, width = logits.shape
-    size = max(1, BLOCK_BYTES // (4 * max(1, width)))
-    scratch = [like.new_empty(min(size, total), width) for _ in range(count)]
-    for start in range(0, total, size):
+    size = block_rows(total, width)
+    scratch = [like.new_empty(size, width) for _ in range(count)]
+    for start in range(0, total, max(1, size)):
         rows = slice(start, min(start + size, total))
         x, e, *rest = (block[: rows.stop - start] for block in scratch)
         work(rows, x, e, rest[0] if rest else e)
@@ -148,8 +158,8 @@ def _shifted(
 
 
 def _expected(e: Tensor, x: Tensor) -> Tensor:
-    """Σ e·x over each row, where e = 0 times x = −∞ is 0."""
-    total = torch.linalg.vecdot(e, x)
+    """Σ e·x over each row, where e = 0 times x = −∞ is 0; x is overwritten."""
+    total = x.mul_(e).sum(-1)
     if total.device.type != "cpu" or bool(total.isnan().any()):
-        total = torch.linalg.vecdot(e, x.masked_fill(e == 0, 0.0))
+        total = x.masked_fill_(e == 0, 0.0).sum(-1)
     return total

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mossrlhf.functional.reduce import upcast
 from mossrlhf.kernels.head import chunks
+from mossrlhf.kernels.torch_rows import block_rows
 from mossrlhf.models import ActorCritic, RewardModel, SharedRewardModel
 from mossrlhf.models.token_path import output_head
 from mossrlhf.planning.dry import Dry, backward
@@ -110,6 +111,8 @@ def _head_room(hidden: Tensor, weight: Tensor, work: Work, wanted: Any) -> list[
             gradients[i] = given.new_zeros(given.shape, dtype=wide)
     rows = next(chunks(len(hidden), len(weight), work.cuda))
     logits = hidden.new_empty(rows.stop - rows.start, len(weight), dtype=wide)
+    if not work.cuda:  # two blocks of scratch memory while a chunk is computed
+        logits.new_empty(2 * block_rows(*logits.shape), len(weight))
     if any(g is not None for g in gradients) and dtype != wide:
         torch.empty_like(logits, dtype=dtype)
     del operands
