@@ -126,13 +126,9 @@ class Stages:
         accelerator: of the processes.
         encode: records → prompts as token ids, and their columns.
         sample: a sampler and token ids → the policy's responses.
-        score: the trainer's stage.
-        annotate: the trainer's stage.
+        score, annotate: the trainer's stages.
         reduce: sums a tensor over all processes.
-        sampler: the trainer's.
-        shaper: the trainer's.
-        advantage: the trainer's, for its γ.
-        seed: the trainer's.
+        sampler, shaper, advantage, seed: the trainer's.
         batch_size: responses that this process scores at a time.
         policy_on_device: the context in which the policy can be sampled from.
     """

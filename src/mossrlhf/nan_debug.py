@@ -211,16 +211,8 @@ def in_columns(minibatch: Rollout) -> list[tuple[str, int]]:
 class FailedStep:
     """What `diagnose` needs to repeat an optimizer step sample by sample.
 
-    Args:
-        model: policy and critic, unwrapped.
-        wrapped: the same, as accelerate wrapped it.
-        accelerator: of the processes.
-        given: this process's minibatch as it came.
-        minibatch: the same, prepared by the loss.
-        loss: what was to be minimized.
-        roles: who was to learn.
-        ptx: the batch of pre-training data, or None.
-        denominators: by role, what its loss is divided by.
+    `wrapped` is `model` as accelerate wrapped it, `minibatch` is `given` prepared by the loss, and
+    `denominators` are what the roles' losses are divided by.
     """
 
     model: ActorCritic

@@ -29,11 +29,8 @@ ROLES = ("critic", "policy")
 class StepOutput:
     """Statistics of an optimizer step.
 
-    Args:
-        stats: this process's shares by metric name (they add up over processes), scalars.
-        norms: gradient norms, equal on all processes, scalars.
-        weights: by role, the denominator of its statistics: tokens, states or labels of all
-            processes, scalars.
+    `stats` are this process's shares by metric, which add up over processes; `norms` the gradient
+    norms; `weights` by role the denominator of its statistics: tokens, states or labels. Scalars.
     """
 
     stats: dict[str, Tensor]
@@ -43,11 +40,6 @@ class StepOutput:
 
 class TrainingEngine:
     """The trained models with their optimizers and schedules; `step` updates them.
-
-    Args:
-        model: policy and critic.
-        args: learning rates, clipping, micro-batches.
-        accelerator: places the models and reduces over processes.
 
     Source: MOSS-RLHF's scripts (AdamW, β = (0.9, 0.95), ε = 1e-6).
     """
@@ -124,15 +116,9 @@ class TrainingEngine:
         Every loss is a sum over tokens divided by the tokens of the whole step, over all
         micro-batches and processes, so that neither changes anything but speed.
 
-        Args:
-            minibatch: this process's sequences, annotated and estimated.
-            loss: what to minimize.
-            roles: "policy" and "critic" as wanted; roles without an optimizer are skipped.
-            ptx: a batch of pre-training data for the policy, or None.
-
-        Raises:
-            NonFiniteError: (a FloatingPointError) where a loss or gradient is not finite. No
-                process has taken the step; the error names samples and where the batch was kept.
+        `minibatch` holds this process's sequences, annotated and estimated; `ptx` is a batch of
+        pre-training data for the policy. Raises `NonFiniteError` where a loss or gradient is not
+        finite: no process has taken the step, and the error names samples.
         """
         given, minibatch = minibatch, loss.prepare(minibatch, self.reduce)
         parts = self._parts(minibatch)

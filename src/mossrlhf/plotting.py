@@ -79,11 +79,7 @@ def plot_history(history: History, path: str | Path | None = None) -> "Figure":
         history: `Trainer.history`.
         path: where to write the figure, in the format of its suffix; None to write no file.
 
-    Returns:
-        the figure; a notebook shows it.
-
     Raises:
-        ImportError: without matplotlib; the message names the package to install.
         ValueError: if nothing has been logged yet.
 
     Source: P1 figures 4 and 9.
@@ -110,11 +106,7 @@ def plot_arms(
             drawn instead of the second panel; None for none.
         title: one line at the top; None for none.
 
-    Returns:
-        the figure; a notebook shows it.
-
     Raises:
-        ImportError: without matplotlib; the message names the package to install.
         ValueError: if nothing has been logged yet, or no run logs `true_quality`.
 
     Source: P1 figures 4 and 9.
@@ -311,11 +303,7 @@ def plot_reward_histograms(
         path: where to write the figure, in the format of its suffix; None to write no file.
         spans: parts of the run with equally many logged iterations, one row of histograms each.
 
-    Returns:
-        the figure; a notebook shows it. One column per reward; the dotted line is the mean.
-
     Raises:
-        ImportError: without matplotlib; the message names the package to install.
         ValueError: if no row has a reward that is a finite number.
 
     Source: P1 Fig. 13 (histograms of the reward over the steps of training).
@@ -377,9 +365,6 @@ def plot_critic(evaluation: "CriticEvaluation", path: str | Path | None = None) 
         the figure; a notebook shows it. Left: one point per state, with twice the standard error
         of its return. Right: the mean absolute error in each part of the response, above the
         noise that a perfect critic would show as well.
-
-    Raises:
-        ImportError: without matplotlib; the message names the package to install.
     """
     figure = new_figure()
     figure.set_size_inches(12, 5)

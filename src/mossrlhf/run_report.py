@@ -99,12 +99,8 @@ def plot_run(folder: str | Path, path: str | Path | None = None) -> "Figure":
         folder: of a run, or of several runs in subfolders.
         path: where to write the figure, in the format of its suffix; None to write no file.
 
-    Returns:
-        the figure; a notebook shows it.
-
     Raises:
         FileNotFoundError: if the folder holds no run.
-        ImportError: without matplotlib; the message names the package to install.
         ValueError: if no checkpoint in the folder has a history.
 
     Source: P1 figures 4 and 9.

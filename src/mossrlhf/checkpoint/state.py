@@ -56,19 +56,12 @@ class RunState:
     """The parts of a trainer that a run changes, and how far the run has come.
 
     Args:
-        args: the trainer's.
-        accelerator: the trainer's.
-        engine: models, optimizers, schedules.
-        ref_model: the reference; None where the policy's base stands in for it.
+        args, accelerator, engine, ref_model, shaper, prompts, ptx, callbacks: the trainer's.
         reward_models: the models among the rewards.
-        shaper: rewards of responses → rewards per token, with its running moments.
-        prompts: stream of the training set.
-        ptx: stream of pre-training data, or None.
         generator: order of the minibatches.
         save_models: writes the models as transformers loads them into a folder.
-        callbacks: all of them, in order.
         progress: step, history, best metric.
-        watches: watchers with a memory, by name.
+        watches: watches with a memory, by name.
         pretrained: iterations of critic warm-up taken.
         before: `snapshot` at the start of the current iteration; None between iterations.
         updating: whether models may have moved since the start of the current iteration.

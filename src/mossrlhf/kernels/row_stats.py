@@ -168,15 +168,8 @@ def row_gradient(
 
     Rows that are ignored, or whose coefficients are all zero, become zeros whatever they hold.
 
-    Args:
-        out: ``[N, V]`` any floating type.
-        logits: ``[N, V]``.
-        ids: ``[N]``.
-        temperature: ``[N]``.
-        ref_logits: ``[N, V]`` or None.
-        norms: ``[4, N]`` of `row_stats`.
-        coefs: ``[4, N]``: g, α, β, γ of the formula above.
-        softcap: c, where the logits are c·tanh(y/c) and the gradient is for y; else None.
+    `norms` ``[4, N]`` are of `row_stats`; `coefs` ``[4, N]`` are g, α, β, γ of the formula above;
+    `softcap` is c where the logits are c·tanh(y/c) and the gradient is for y, else None.
     """
     write_gradient(out, logits, ids, temperature, ref_logits, norms, coefs, softcap)
 
@@ -461,8 +454,8 @@ def _shifted(
 
 
 def _expected(e: Tensor, x: Tensor) -> Tensor:
-    """Σ e·x over each row, where e = 0 times x = −∞ is 0."""
-    total = torch.linalg.vecdot(e, x)
+    """Σ e·x over each row, where e = 0 times x = −∞ is 0; x is overwritten."""
+    total = x.mul_(e).sum(-1)
     if total.device.type != "cpu" or bool(total.isnan().any()):
-        total = torch.linalg.vecdot(e, x.masked_fill(e == 0, 0.0))
+        total = x.masked_fill_(e == 0, 0.0).sum(-1)
     return total

@@ -123,12 +123,6 @@ class RewardReport:
 
         Args:
             path: the image file, in the format of its suffix; None to write no file.
-
-        Returns:
-            the figure, which a notebook shows.
-
-        Raises:
-            ImportError: without matplotlib.
         """
         figure = new_figure()
         panels = [_plot_margins, _plot_rewards, _plot_calibration]
