@@ -26,7 +26,7 @@ study: $(VENV)/installed-plot  ## the paper's findings run again, into outputs/s
 test: $(VENV)/installed-dev  ## the tests, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 10
 
-lint: $(VENV)/installed-dev  ## style, format, import floors, sizes, documentation
+lint: $(VENV)/installed-dev  ## style, format, import layers, sizes, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo

@@ -1,9 +1,9 @@
 """Mutation check: a fault is put into the numerical code, and the nearest tests must see it.
 
     python tools/mutants.py                       # everything, on two cores: tens of minutes
-    python tools/mutants.py functional/reduce.py  # one file, or several
-    python tools/mutants.py --list shaping.py     # what would be tried
-    python tools/mutants.py shaping.py:123        # one line
+    python tools/mutants.py functional.py         # one file, or several
+    python tools/mutants.py --list loss.py        # what would be tried
+    python tools/mutants.py loss.py:123           # one line
 
 Signs, comparisons, clips, indices, masks, means and sums, detaches: one change at a time
 (``faults.py`` has the rules), never on disk. A mutant that no test sees is printed; one that
@@ -46,24 +46,22 @@ ROWS = (
     "kernels/test_known_failures.py",
 )
 NEAREST: dict[str, tuple[str, ...]] = {
-    "functional/advantages.py": ("functional/test_advantages.py", "test_advantage.py"),
-    "functional/logprobs.py": ("functional/test_logprobs.py", "models/test_token_logprobs.py"),
-    "functional/losses.py": ("functional/test_losses.py", "test_loss.py"),
-    "functional/reduce.py": ("functional/test_reduce.py", "functional/test_advantages.py"),
-    "kernels/dispatch.py": ("kernels/test_dispatch.py",),
-    "kernels/head.py": HEADS,
-    "kernels/linear.py": HEADS,
-    "kernels/rows.py": ROWS,
-    "kernels/torch_rows.py": ("kernels/test_torch_rows.py", *ROWS),
+    "functional.py": (
+        "functional/test_reduce.py",
+        "functional/test_logprobs.py",
+        "functional/test_advantages.py",
+        "functional/test_losses.py",
+        "test_advantage.py",
+        "test_loss.py",
+        "models/test_token_logprobs.py",
+    ),
+    "kernels/chunked_head.py": HEADS,
+    "kernels/row_stats.py": ("kernels/test_dispatch.py", "kernels/test_torch_rows.py", *ROWS),
     "kernels/triton_rows.py": ROWS,
     "advantage.py": ("test_advantage.py",),
-    "buffer.py": ("test_buffer.py", *TRAINER),
     "critic_evaluation.py": ("trainer/test_critic_evaluation.py",),
-    "engine.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
-    "loss/ppo_max.py": ("test_loss.py",),
-    "loss/rows.py": ("test_loss.py", *TRAINER),
-    "loss/separable.py": ("test_loss.py",),
-    "loss/statistics.py": ("test_loss.py",),
+    "loss.py": ("test_loss.py", *TRAINER),
+    "minibatches.py": ("test_buffer.py", *TRAINER),
     "models/actor_critic.py": ("models/test_actor_critic.py", *TRAINER),
     "models/backbone.py": ("models/test_backbone.py",),
     "models/reward_model.py": ("models/test_reward_model.py",),
@@ -72,16 +70,15 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "models/test_actor_critic.py",
         *TRAINER,
     ),
-    "rewards/model_reward.py": ("rewards/test_model_reward.py",),
-    "rewards/reward_set.py": ("rewards/test_reward_set.py",),
-    "sampling/assembling.py": ("sampling/test_assembling.py",),
+    "optimization.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
+    "reward_shaping.py": ("test_shaping.py",),
+    "rewards/model_reward.py": ("rewards/test_model_reward.py", "rewards/test_reward_set.py"),
+    "rewards/reward_set.py": ("rewards/test_reward_set.py", "rewards/test_model_reward.py"),
+    "sampling/base.py": ("sampling/test_assembling.py", "sampling/test_hf.py"),
     "sampling/continuous.py": ("sampling/test_continuous.py",),
-    "sampling/engines.py": ("sampling/test_vllm.py",),
-    "sampling/hf.py": ("sampling/test_hf.py",),
+    "sampling/hf.py": ("sampling/test_hf.py", "sampling/test_draws.py"),
     "sampling/vllm.py": ("sampling/test_vllm.py",),
-    "sampling/vllm_engine.py": ("sampling/test_vllm.py",),
-    "shaping.py": ("test_shaping.py",),
-    "stages.py": ("trainer/test_stages.py", *TRAINER, "trainer/test_distributed.py"),
+    "trainer.py": ("trainer/test_stages.py", *TRAINER, "trainer/test_distributed.py"),
     "types.py": ("test_types.py", "test_buffer.py", *TRAINER),
 }
 """Files to mutate, below src/mossrlhf, and the tests that must see it, below tests, in turn."""

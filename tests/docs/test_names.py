@@ -256,9 +256,9 @@ def test_rollout_has_the_fields_of_the_letters():
     assert {"scores", "values", "returns"} <= {field.name for field in dataclasses.fields(Rollout)}
 
 
-def test_every_module_has_its_floor_on_the_page(root):
+def test_every_module_has_its_layer_on_the_page(root):
     text = (root / "docs" / "design.md").read_text(encoding="utf-8")
-    table = text.split("| floor | modules |")[1].split("\n\n")[0]
+    table = text.split("| layer | modules |")[1].split("\n\n")[0]
     source = root / "src" / "mossrlhf"
     there = {path.stem for path in source.glob("[!_]*.py")}
     there |= {path.parent.name for path in source.glob("*/__init__.py")}
