@@ -23,6 +23,7 @@ from mossrlhf.loading.policy import at_least_float32, has_effect
 from mossrlhf.loading.tokenizer import prompt_budget
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ValueHead, rewriting_initialization
+from mossrlhf.models.backbone import PACKED_ATTENTION, attends_plainly
 from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.options import suggest
 from mossrlhf.rewards import ModelReward
@@ -134,11 +135,13 @@ class MemoryPlan:
 
         lines = [f"Memory of one device, {unit}\n{self.where}\n"]
         lines.append(f"{'weights':>23}{'gradients':>11}{'optimizer':>11}  parameters")
-        rows = [(n, r.weights, r.gradients, r.optimizer, str(r)) for n, r in self.roles.items()]
-        rows.append(("together", *(sum(row[i] for row in rows) for i in (1, 2, 3)), ""))
-        for name, weights, gradients, optimizer, words in rows:
-            line = f"{name:12}{cell(weights)}{cell(gradients)}{cell(optimizer)}  {words}"
-            lines.append(line.rstrip())
+        sums = [sum(getattr(r, n) for r in self.roles.values()) for n in ("gradients", "optimizer")]
+        for name, role in [
+            *self.roles.items(),
+            ("together", RoleMemory(0, 0, self.weights, *sums)),
+        ]:
+            cells = cell(role.weights) + cell(role.gradients) + cell(role.optimizer)
+            lines.append(f"{name:12}{cells}  {role}".rstrip())
         lines.append("")
         by = max(self.scoring, key=lambda name: self.scoring[name])
         table = [(f"activations, update of the {r}", n, "updated") for r, n in self.kept.items()]
@@ -346,12 +349,13 @@ class _Model:
         text.use_cache = False
         if layers is not None:
             text.num_hidden_layers = layers
-            if getattr(text, "layer_types", None):
+            if vars(text).get("layer_types"):
                 text.layer_types = (2 * text.layer_types)[:layers]
         auto: Any = AutoModelForCausalLM if self.writes else AutoModel
         with torch.device("meta"):
             made = auto.from_config(config, dtype=self.dtype)
-            made.requires_grad_(self.trained and not self.shares)
+            # Of frozen models too it is seen what they would keep: what they take in passing.
+            made.requires_grad_((self.trained or layers is not None) and not self.shares)
             _pack(made, quantized if isinstance(quantized, dict) else quantized.to_dict())
             if self.adapter is not None:
                 adapter = copy.deepcopy(self.adapter)
@@ -414,19 +418,19 @@ def _models(
 
     def valued(name: str, given: Any, **options: Any) -> _Model:
         """A critic or reward model, on the policy's base or separate."""
-        loads = not isinstance(given, (nn.Module, PeftConfig))
+        if isinstance(given, (str, Path)) and policy.adapter is not None:
+            saved = find_adapter_config_file(str(given)) is not None
+            given = PeftConfig.from_pretrained(str(given)) if saved else given
         if isinstance(given, PeftConfig) and policy.adapter is None:
             raise ValueError(
                 f"{name}: an adapter shares the policy's base, and the policy has none: all of it "
                 "is trained. Pass peft_config= too, or a whole model here"
             )
-        adapter = given if isinstance(given, PeftConfig) else None
-        if adapter is None and not isinstance(given, ValueHead):
-            found = _Model.of(name, given, torch.float32 if loads else None, **options)
-            adapter = found.adapter if loads and policy.adapter else None
-            if adapter is None:
-                return replace(found, adapter=None)
-        return replace(policy, adapter=adapter, writes=False, shares=True, **options)
+        if isinstance(given, (PeftConfig, ValueHead)):
+            adapter = given if isinstance(given, PeftConfig) else None
+            return replace(policy, adapter=adapter, writes=False, shares=True, **options)
+        loaded = None if isinstance(given, nn.Module) else torch.float32
+        return replace(_Model.of(name, given, loaded, **options), adapter=None)
 
     rewards = []
     for one in reward if isinstance(reward, (list, tuple)) else [reward]:
@@ -469,21 +473,16 @@ def _starts_changed(model: Any, adapter: Any, new: bool) -> bool:
 # ---- bytes of a run -----------------------------------------------------------------------------
 
 
-def _saved(
-    model: _Model, layers: int, rows: int, length: int, args: TrainerConfig, low: bool
-) -> tuple[int, int]:
-    """Bytes that a forward saves for a backward, be there one or not, and of its hidden states."""
-    built = (
-        model.build(layers).requires_grad_(True) if model.adapter is None else model.build(layers)
-    )
+def _saved(model: Any, rows: int, length: int, args: TrainerConfig, low: bool) -> tuple[int, int]:
+    """Bytes that a model's forward saves for its backward, and those of its hidden states."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         memo: dict[int, Any] = {}
-        for t in _tensors(built):  # FSDP2 gathers weights in the type it computes in
+        for t in _tensors(model):  # FSDP2 gathers weights in the type it computes in
             dtype = torch.bfloat16 if low and t.dtype == torch.float32 else t.dtype
             fake = torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="cpu")
             weight = isinstance(t, nn.Parameter)
             memo[id(t)] = nn.Parameter(fake, t.requires_grad) if weight else fake
-        copied = copy.deepcopy(built, memo).train(not args.disable_dropout)
+        copied = copy.deepcopy(model, memo).train(not args.disable_dropout)
         saved: list[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
@@ -493,7 +492,10 @@ def _saved(
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             ids = torch.zeros(rows, length, dtype=torch.long)
-            hidden = unwrap_peft(copied).base_model(ids).last_hidden_state
+            body: Any = unwrap_peft(copied).base_model
+            if attends_plainly(body.config):  # or transformers would make a mask of fake positions
+                body.config.get_text_config()._attn_implementation = PACKED_ATTENTION
+            hidden = body(ids).last_hidden_state
         weights = {id(t.untyped_storage()) for t in _tensors(copied)}
         storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
         kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
@@ -505,9 +507,12 @@ def _taken(
     low: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes of activations, by role: kept for a backward, at the peaks of update and scoring."""
-    policy, text, length = models["policy"][0], models["policy"][0].text, sizes["length"]
-    vocabulary, width, bf16 = text.vocab_size, text.hidden_size, args.bf16
-    update, scoring, kept_by = {}, {}, {}
+    policy, bf16 = models["policy"][0], args.bf16
+    vocabulary, width = policy.text.vocab_size, policy.text.hidden_size
+    table = 0 if policy.adapter else 4 * vocabulary * width  # gradient of an embedding
+    update: dict[str, int] = {}
+    scoring: dict[str, int] = {}
+    kept_by, known = {}, {}
 
     def chunk(rows: str) -> int:
         tokens = sizes[rows] * sizes["response"]
@@ -515,48 +520,61 @@ def _taken(
 
     def head(rows: str, gradients: int) -> int:
         """A chunk of logits, hidden states, operands in bfloat16, and gradients where there are."""
-        hidden, weight = sizes[rows] * sizes["response"] * width, vocabulary * width
-        low = 2 * (weight + gradients * chunk(rows)) if bf16 and cuda else 0
-        of_weight = 0 if policy.adapter else weight
-        return low + 4 * (chunk(rows) + hidden + gradients * (hidden + of_weight))
+        hidden = sizes[rows] * sizes["response"] * width
+        low = 2 * (vocabulary * width + gradients * chunk(rows)) if bf16 and cuda else 0
+        blocks = 0 if cuda else 2 * min(MIB, 4 * chunk(rows))  # `kernels.torch_rows`
+        return low + blocks + 4 * (chunk(rows) + hidden) + gradients * (4 * hidden + table)
 
-    def kept(model: _Model, rows: int) -> tuple[int, int, int]:
+    def kept(model: _Model, rows: str) -> tuple[int, int, int]:
         """Bytes kept for a backward: outside of layers, in each layer, and between two."""
-        one, two = (_saved(model, depth, rows, length, args, low) for depth in (1, 2))
-        return 2 * one[0] - two[0], two[0] - one[0], two[1]
+        key = id(model.config), id(model.adapter), model.dtype, model.trained, sizes[rows]
+        if key not in known:
+            given = sizes[rows], sizes["length"], args, low
+            (one, _), (two, between) = (_saved(model.build(depth), *given) for depth in (1, 2))
+            known[key] = 2 * one - two, two - one, between
+        return known[key]
 
     def casts(model: _Model) -> int:
         """What autocast keeps of trained weights for as long as it lasts."""
         return sum(2 * t.numel() for t in model.moved() if t.dim() > 1) if bf16 and not low else 0
 
-    again, passing = args.gradient_checkpointing, 0
     for name, members in models.items():
         for model in members or [policy] * (name == "reference"):
             rows = "reward" if name == "reward" else "scored"
-            _, layer, between = kept(model, sizes[rows])
+            _, layer, between = kept(model, rows)
             most = max(layer // 2, head(rows, 0) if model.writes else 0)
             scoring[name] = max(casts(model) + 2 * between + most, scoring.get(name, 0))
-            if model.trained and name in ("policy", "critic"):
-                outside, layer, between = kept(model, sizes["updated"])
-                kept_by[name] = outside + model.layers * (between if again else layer)
-                most = layer // 4 + (layer if again else 0)  # in the backward of a layer
-                head_takes = head("updated", 1) if model.writes else 0
-                update[name] = kept_by[name] + max(most, head_takes)
-            if name == "policy":
-                passing = (2 * between + layer // 2) // (sizes["updated"] * length)
-    heads, at_once = text.num_attention_heads, sizes["sampled"]
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    each = groups * (getattr(text, "head_dim", None) or width // heads)
-    # Rotated keys have the type of the hidden states, values that of the products.
-    stored = 2 if low else policy.dtype.itemsize if policy.adapter else 4
-    layer = at_once * (length - 1) * each * (stored + (2 if bf16 else stored))
-    cache = layer * policy.layers
-    prompts = sizes["prompt"] * (passing * at_once + cache // length)
-    last = cache + (layer * heads // groups if groups < heads else 0)  # repeated for all heads
-    logits = 8 * 4 * at_once * vocabulary  # and what they become when they are warped
-    sampling = casts(policy) + logits + max(prompts, last)
-    found = dict(update=update, scoring=scoring, sampling=sampling)
+    again = args.gradient_checkpointing
+    for name in ("critic", "policy"):
+        for model in models[name]:
+            outside, layer, between = kept(model, "updated")
+            kept_by[name] = outside + model.layers * (between if again else layer)
+            most = layer // 4 + (layer if again else 0)  # in the backward of a layer
+            most = max(most, head("updated", 1) if model.writes else 0)
+            update[name] = max(kept_by[name] + most, table)
+    layer = kept(policy, "scored")[1] // (2 * sizes["scored"] * sizes["length"])
+    cache, sampling = _sampling(policy, sizes, layer, bf16, low)
+    found = dict(update=update, scoring=scoring, sampling=sampling + casts(policy))
+    found["tied"] = table if policy.config.tie_word_embeddings else 0  # has two gradients
     return {**found, "kept": kept_by, "kv_cache": cache, "logits": 4 * chunk("updated")}
+
+
+def _sampling(
+    policy: _Model, sizes: Mapping[str, int], passing: int, bf16: bool, low: bool
+) -> tuple[int, int]:
+    """Bytes of the KV cache, and the peak of sampling, where a token takes so much in passing."""
+    text, rows, length = policy.text, sizes["sampled"], sizes["length"]
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    width = groups * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    # Rotated keys have the type of the hidden states, values that of the products.
+    stored = 2 if low else 2 if bf16 else 4
+    layer = rows * (length - 1) * width * (stored + (2 if bf16 else stored))
+    cache = layer * policy.layers
+    prompts = sizes["prompt"] * (passing * rows + cache // length)
+    last = cache + (layer * heads // groups if groups < heads else 0)  # repeated for all heads
+    logits = 5 * 4 * rows * text.vocab_size  # and what becomes of them
+    return cache, logits + max(prompts, last)
 
 
 def _spread(
@@ -604,8 +622,8 @@ def _spread(
     before = peak = 0
     for name in ("critic", "policy") if roles["critic"].trained else ("policy",):
         activations = taken["update"][name]
-        mine = roles[name].gradients
-        both = mine + activations if several else max(mine, activations)
+        mine, tied = roles[name].gradients, taken["tied"] if name == "policy" else 0
+        both = mine + activations if several else max(mine + tied, activations)
         peak, before = max(peak, before + both), before + mine
     held = sum(role.weights + role.optimizer for role in roles.values())
     held += 0 if sharding else extra  # DDP's buckets are there from the start
@@ -635,17 +653,17 @@ def _suggestion(plan: MemoryPlan, memory: float) -> str:
                 break
         else:
             break
-    sizes = (
-        f"{n / GIB:.3g} GiB" if n >= GIB else f"{n / MIB:.3g} MiB" for n in (memory, current.peak)
-    )
-    room, size = sizes
-    peak = f"the peak ({current.peak_phase}) is {size}"
+    room, peak = _gib(memory), f"the peak ({current.peak_phase}) is {_gib(current.peak)}"
     *first, last = made.values() or ("no change",)
     listed = f"{', '.join(first)} and {last}" if first else last
     if not current.fits(memory):
         remedy = "take a smaller model, shorter responses or larger devices"
         return f"Nothing tried here makes it fit {room}: with {listed} {peak}; {remedy}."
     return f"To fit {room}, {listed}: then {peak}." if made else f"It fits {room}: {peak}."
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB" if size >= GIB else f"{size / MIB:.3g} MiB"
 
 
 def _changes(plan: MemoryPlan, memory: float) -> Iterator[tuple[str, dict[str, Any]]]:

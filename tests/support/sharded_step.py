@@ -4,8 +4,11 @@ Accelerate passes over both on a CPU, so its state is told what a GPU's launcher
 from there on it calls ``fully_shard`` and ``deepspeed.initialize`` itself.
 """
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -151,6 +154,34 @@ def in_force(trainer: Any, kind: str) -> dict[str, bool]:
     }
 
 
+@contextmanager
+def held_gradients(trainer: Any, kind: str) -> Iterator[list[int]]:
+    """Note after each micro-batch how many bytes of gradients are held in plain tensors.
+
+    Accelerate forgets FSDP2 every now and then on a CPU, and would not let gradients wait.
+    """
+    seen: list[int] = []
+    accumulate = trainer.engine._accumulate
+    state = trainer.accelerator.state
+    known = state.distributed_type
+
+    def noted(*given: Any, **options: Any) -> Any:
+        if kind == "fsdp2":
+            state.distributed_type = DistributedType.FSDP
+        output = accumulate(*given, **options)
+        parameters = [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter)]
+        gradients = [p.grad for p in parameters if type(p.grad) is torch.Tensor]
+        seen.append(sum({id(g): g.nbytes for g in gradients}.values()))
+        return output
+
+    trainer.engine._accumulate = noted
+    try:
+        yield seen
+    finally:
+        state.distributed_type = known
+        del trainer.engine._accumulate
+
+
 def flat(trainer: Any) -> torch.Tensor:
     """All weights, one after the other."""
     from mossrlhf.distributed.sharding import gathered_tensor
@@ -172,7 +203,8 @@ def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
     # The reference before anyone else, and the critic alone first, as in its warm-up.
     result["reference"] = trainer.answer(trainer.eval_dataset, reference=True).completions()
     estimated = trainer.estimate(trainer.annotate(trainer.score(rollout)))
-    result["warm-up"] = trainer.update(estimated, ("critic",))
+    with held_gradients(trainer, case.kind) as result["held"]:
+        result["warm-up"] = trainer.update(estimated, ("critic",))
     result["critic alone"] = flat(trainer)
     result["metrics"] = trainer.step(rollout)
     again = trainer.annotate(rollout)

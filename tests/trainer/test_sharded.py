@@ -1,5 +1,6 @@
 """A step under FSDP2 and under ZeRO equals one process's, from scoring to its checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from launching import launch
 from rollouts import recorded_rollout
 from safetensors.torch import load_file
 
-from mossrlhf import ToyWorld
+from mossrlhf import ToyWorld, TrainerConfig, plan
 
 ONE = ("one:float64", "one:float64:adapters", "one:float32")
 
@@ -90,6 +91,28 @@ def test_a_step_under_fsdp2_equals_one_process(one, tmp_path):
     two = sharded(tmp_path, one, *words)
     for word in words:
         compare("fsdp2", one[word.partition(":")[2]], [r[word] for r in two], 1e-12)
+    compare_held_gradients(two)
+
+
+def compare_held_gradients(two: list[dict[str, dict]]) -> None:
+    """Between micro-batches FSDP2 holds a role's whole gradient, which `plan` counts."""
+    config = ToyWorld().model_config(hidden_size=16, num_layers=2)
+    config.tie_word_embeddings = False
+    several = TrainerConfig(rollout_size=8, minibatch_size=8, micro_batch_size=2)
+    asked = dict(processes=2, sharding="fsdp", prompt_tokens=8, max_new_tokens=8)
+    ahead = [
+        plan(config, dtype=torch.float64, args=args, **asked)
+        for args in (several, replace(several, micro_batch_size=4))
+    ]
+    critic, policy = (2 * ahead[0].roles[role].gradients for role in ("critic", "policy"))
+    for result in two:
+        held = result["fsdp2:float64"]["held"]
+        steps = held[: len(held) // 2], held[len(held) // 2 :]
+        for *waiting, last in steps:
+            assert waiting == pytest.approx([critic] * len(waiting), rel=0.01)
+            assert waiting
+            assert last == 0  # it has been shared out
+    assert ahead[0].extra - ahead[1].extra == max(critic, policy)
 
 
 def test_a_step_under_zero_equals_one_process(one, tmp_path):
