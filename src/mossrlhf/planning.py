@@ -23,7 +23,7 @@ from mossrlhf.loading.policy import at_least_float32, has_effect
 from mossrlhf.loading.tokenizer import prompt_budget
 from mossrlhf.loss import PPOMaxLoss
 from mossrlhf.models import ValueHead, rewriting_initialization
-from mossrlhf.models.backbone import PACKED_ATTENTION, attends_plainly
+from mossrlhf.models.backbone import PACKED_ATTENTION, attends_to_everything
 from mossrlhf.models.lora import unwrap_peft
 from mossrlhf.options import suggest
 from mossrlhf.rewards import ModelReward
@@ -136,10 +136,8 @@ class MemoryPlan:
         lines = [f"Memory of one device, {unit}\n{self.where}\n"]
         lines.append(f"{'weights':>23}{'gradients':>11}{'optimizer':>11}  parameters")
         sums = [sum(getattr(r, n) for r in self.roles.values()) for n in ("gradients", "optimizer")]
-        for name, role in [
-            *self.roles.items(),
-            ("together", RoleMemory(0, 0, self.weights, *sums)),
-        ]:
+        together = RoleMemory(0, 0, self.weights, *sums)
+        for name, role in {**self.roles, "together": together}.items():
             cells = cell(role.weights) + cell(role.gradients) + cell(role.optimizer)
             lines.append(f"{name:12}{cells}  {role}".rstrip())
         lines.append("")
@@ -183,8 +181,8 @@ def plan(  # noqa: D417
 ) -> MemoryPlan:
     """Plan how much of each device's memory a run of `Trainer` needs, and in which phase.
 
-    Only configurations are read. Models are made of them without weights, and their first two
-    layers run on fake tensors to see what they keep for a backward pass.
+    Models are made of configurations without weights, and their first two layers run on fake
+    tensors to see what they keep for a backward pass.
 
     Args:
         model: the policy, as for `Trainer`; here and below a transformers configuration will do.
@@ -493,7 +491,7 @@ def _saved(model: Any, rows: int, length: int, args: TrainerConfig, low: bool) -
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             ids = torch.zeros(rows, length, dtype=torch.long)
             body: Any = unwrap_peft(copied).base_model
-            if attends_plainly(body.config):  # or transformers would make a mask of fake positions
+            if attends_to_everything(body.config):  # or transformers makes a mask of fake ids
                 body.config.get_text_config()._attn_implementation = PACKED_ATTENTION
             hidden = body(ids).last_hidden_state
         weights = {id(t.untyped_storage()) for t in _tensors(copied)}
@@ -568,7 +566,7 @@ def _sampling(
     groups = getattr(text, "num_key_value_heads", None) or heads
     width = groups * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     # Rotated keys have the type of the hidden states, values that of the products.
-    stored = 2 if low else 2 if bf16 else 4
+    stored = 2 if low else policy.dtype.itemsize if policy.adapter else 4
     layer = rows * (length - 1) * width * (stored + (2 if bf16 else stored))
     cache = layer * policy.layers
     prompts = sizes["prompt"] * (passing * rows + cache // length)

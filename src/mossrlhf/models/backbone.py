@@ -104,7 +104,7 @@ def can_pack(backbone: Any) -> bool:
         isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
         for module in backbone.modules()
     )
-    if recomputes or not _attends_to_everything(backbone.config):
+    if recomputes or not attends_to_everything(backbone.config):
         return False
     return _remembered(_packable, backbone, _probe_packing)
 
@@ -156,7 +156,7 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def _attends_to_everything(config: Any) -> bool:
+def attends_to_everything(config: Any) -> bool:
     """Whether all layers use sdpa, and attend to all tokens up to the current one."""
     text = text_config(config)
     implementation = getattr(text, "_attn_implementation", None)
