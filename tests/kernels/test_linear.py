@@ -169,7 +169,7 @@ class TestAutograd:
     def test_second_backward_of_a_loss_raises(self):
         loss = linear_token_loss(*drawn(), ppo).loss
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="was computed once and has been handed on"):
+        with pytest.raises(RuntimeError, match="was computed once and is freed"):
             loss.backward()
 
     def test_second_backward_of_statistics_comes_again(self):

@@ -11,7 +11,7 @@ from small_models import LANGUAGE_MODELS, V, padded, small_batch
 from torch import nn
 
 from mossrlhf import ToyWorld
-from mossrlhf.kernels import head as head_module
+from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.models import (
     ActorCritic,
     RewardModel,
@@ -167,7 +167,8 @@ class TestActorCritic:
 
     def test_fused_policy_loss_gets_a_chunk_at_a_time(self, monkeypatch):
         monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
-        monkeypatch.setattr(head_module, "CPU_ROWS", 16)
+        monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
+        monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 16)
         world = ToyWorld(lang="en", seed=0)
         batch = recorded_rollout(world)
         model = ActorCritic(tiny("llama", world.tokenizer()), temperature=0.7)

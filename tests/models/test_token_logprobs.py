@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mossrlhf import ToyWorld
 from mossrlhf.functional import token_stats
-from mossrlhf.kernels import head as head_module
+from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.loading.policy import checkpoint_activations
 from mossrlhf.models import (
     IGNORED_LABEL,
@@ -49,7 +49,8 @@ def small():
 def few_rows(monkeypatch):
     """Chunks of sixteen tokens, so that a batch is several of them, the last one short."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(head_module, "CPU_ROWS", 16)
+    monkeypatch.setattr(head_module, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def test_a_file_cut_off_by_the_system_leaves_the_checkpoint_before(folder, ended
     said = f"OSError: output_dir: checkpoint-2 could not be written to {str(run)!r}"
     assert said in row["output"]
     assert "Nothing could be saved" in row["output"]
-    assert "Free space or choose another folder, and go on with" in row["output"]
+    assert "Free space or choose another folder, and resume with" in row["output"]
 
 
 def test_a_reward_that_raises_on_one_process_stops_both(folder, ended):

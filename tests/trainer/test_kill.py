@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path, before, after):
         "step": 2, "trained": True, "policy": True, "critic": True, "prompts": True, "moments": True
     }  # fmt: skip
     assert len(told) == 1
-    assert f"written by {before} processes and goes on with {after}" in told[0]
+    assert f"written by {before} processes and is resumed by {after}" in told[0]
     assert json.loads((last_checkpoint(tmp_path / "run") / STATE).read_text())["global_step"] == 3
 
 

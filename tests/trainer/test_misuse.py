@@ -183,7 +183,7 @@ def test_a_shaper_without_moments_cannot_go_on_with_moments(make, parameters):
     trainer.train()
     other = make(shaper=lambda rollout: rollout.mask * rollout.scores[:, None])
     before = parameters(other.model)
-    message = re.escape("the checkpoint's shaper remembers ['count', 'kl_coef', 'm2', 'mean', 'mo")
+    message = re.escape("the checkpoint's shaper holds ['count', 'kl_coef', 'm2', 'mean', 'mo")
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=trainer.output_dir / "checkpoint-1")
     assert torch.equal(parameters(other.model), before)

@@ -373,7 +373,7 @@ def require_record(record: Mapping[str, Any], where: str) -> None:
         )
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(f"{where} has an empty prompt, expected a text, or messages")
+            raise ValueError(f"{where} has an empty prompt, expected a string, or messages")
         return
     for turn in prompt:
         _require_message(turn, where)
@@ -389,7 +389,7 @@ def require_record(record: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
+def _prompt_of(record: Mapping[str, Any], where: str) -> str | Sequence[Any]:
     """Return the prompt of a record; raise unless it is a string, or a list that is not empty."""
     expected = "a string, or a list of messages that ends with the user's"
     if "prompt" not in record:

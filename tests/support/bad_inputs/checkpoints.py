@@ -159,7 +159,7 @@ row(
 row(
     "another reference than the run began with",
     "warning: resume_from_checkpoint: the reference is not the one the run began with, so the KL "
-    "penalty holds the policy to something else",
+    "penalty is measured from something else",
     lambda shop: resume(shop, saved(shop), ref_model=shop.policy(initializer_range=0.05)),
 )
 row(
@@ -169,7 +169,7 @@ row(
 )
 row(
     "moments that the shaper has no place for",
-    "ValueError: resume_from_checkpoint: the checkpoint's shaper remembers ['count', …]; build the "
+    "ValueError: resume_from_checkpoint: the checkpoint's shaper holds ['count', …]; build the "
     "trainer with the same kind of shaper and of moments",
     lambda shop: resume(shop, saved(shop), shaper=lambda rollout: rollout.mask * 1.0),
 )
