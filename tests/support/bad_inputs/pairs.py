@@ -29,9 +29,9 @@ row(
     lambda shop: trainer(shop, [{"prompt": "help"}]),
 )
 row(
-    "answers that are messages",
-    "ValueError: train_dataset[0]: records: chosen is a list (…), expected a string, that text "
-    "alone without its prompt; read them with …load_pairs (PairCollator)",
+    "responses that are messages",
+    "ValueError: train_dataset[0]: records: chosen is a list (…), expected a string, the text "
+    "alone without the prompt; read them with …load_pairs (PairCollator)…",
     lambda shop: trainer(shop, [{**PAIR, "chosen": [{"role": "assistant", "content": "me"}]}]),
 )
 row(
