@@ -104,3 +104,12 @@ def test_no_private_operator_is_called():
     texts = {name: path.read_text("utf-8") for name, path in FILES.items()}
     assert [name for name, text in texts.items() if "torch.ops.mkldnn" in text] == []
     assert {name for name, text in texts.items() if "torch._C" in text} == PRIVATE_TORCH
+
+
+def test_an_iteration_runs_through_at_most_30_files(script, tmp_path):
+    """What a reader must open to follow one; the figure is printed (`-rP`)."""
+    tool = script("tools/iteration_files.py")
+    files = tool.files_of_an_iteration(tool.make_trainer(str(tmp_path)))
+    print(f"{len(files)} files, {sum(files.values())} functions")
+    assert {"trainer.py", "optimization.py", "loss.py"} <= set(files)
+    assert len(files) <= 30
