@@ -1,4 +1,4 @@
-"""Ours and TRL's iterations in turn, each in a process of its own, and what the page says of it."""
+"""Iterations of ours and of two peers in turn, each in its own process, and the page's tables."""
 
 import argparse
 import json
@@ -22,21 +22,29 @@ FIGURES = ROOT / "benchmarks" / "results" / "ppo_iteration.json"
 PAGE = ROOT / "docs" / "performance.md"
 MARKS = ("<!-- written by: benchmarks/ppo_iteration.py --compare -->\n", "<!-- end -->\n")
 
-OURS, THEIRS = "ppo_iteration.py", "trl_iteration.py"
+OURS, TRL, LOOP = "ppo_iteration.py", "trl_iteration.py", "minimal_loop.py"
+STAGES = ("collect", "score", "annotate", "estimate", "update")
 TINY = ["--shape", "tiny", "--iters", "6"]
 MANY = ["--rollouts", "128", "--minibatches", "4", "--iters", "2"]
 RAGGED = [OURS, *MANY, "--lengths", "log-normal", "--response", "256"]
 
-AGAINST = {
-    "wide": ("wide, TRL", "wide"),
-    "tiny": ("tiny, TRL", "tiny", "tiny, 896 tokens at a time"),
-}
-"""Runs of ours that are held against one of TRL's, the first."""
+WORKS = {
+    "wide": {
+        "TRL 1.12": "wide, TRL", "minimal loop": "wide, minimal loop", "mossrlhf": "wide",
+    },
+    "tiny": {
+        "TRL 1.12": "tiny, TRL", "minimal loop": "tiny, minimal loop", "mossrlhf": "tiny",
+        "mossrlhf, 896 tokens at a time": "tiny, 896 tokens at a time",
+    },
+}  # fmt: skip
+"""By work, who does it, and by which of `RUNS`."""
 
 RUNS: dict[str, Sequence[str]] = {
-    "wide, TRL": [THEIRS],
+    "wide, TRL": [TRL],
+    "wide, minimal loop": [LOOP],
     "wide": [OURS],
-    "tiny, TRL": [THEIRS, *TINY],
+    "tiny, TRL": [TRL, *TINY],
+    "tiny, minimal loop": [LOOP, *TINY],
     "tiny": [OURS, *TINY],
     "tiny, 896 tokens at a time": [OURS, *TINY, "--max-tokens", "896"],
     "log-normal lengths": RAGGED,
@@ -65,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         for name, (script, *words) in {**RUNS, **left_out}.items():
             if turn >= rounds.get(name, args.rounds):
                 continue
-            python = args.peer if script == THEIRS else sys.executable
+            python = args.peer if script == TRL else sys.executable
             found[name].append(run([python, str(HERE / script), *words, "--device", args.device]))
             print(name, json.dumps(found[name][-1]), flush=True)
         keep(args, found)
@@ -91,6 +99,7 @@ def keep(args: argparse.Namespace, found: Mapping[str, list[Any]]) -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"mossrlhf": mossrlhf.__version__, **versions(), "trl": "1.12.0"},
+        "overhead": {work: overhead(found, work, memory_of(device)) for work in WORKS},
         "runs": found,
     }
     FIGURES.write_text(json.dumps(of_devices, indent=1) + "\n", encoding="utf-8")
@@ -102,7 +111,7 @@ def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for figures in of_devices.values():
         used, device, runs = figures["versions"], figures["device"], figures["runs"]
-        cuda = device["type"] == "cuda"
+        memory = memory_of(device)
         lines += [
             "",
             f"{device['name']}, {figures['threads']} threads; torch {used['torch']}. Medians of "
@@ -112,19 +121,20 @@ def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
             "| score | annotate | update | floor's share |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for work, (peer, *ours) in AGAINST.items():
-            lines.append(row([work, "TRL 1.12"], runs[peer], runs[peer], cuda))
-            for name in ours:
-                more = name.removeprefix(work).removeprefix(", ")
-                who = f"mossrlhf, {more}" if more else "mossrlhf"
-                lines.append(row([work, who], runs[name], runs[peer], cuda))
-        lines += ["", *lengths(runs), "", *worth(runs)]
+        for work, names in WORKS.items():
+            theirs = runs[names["TRL 1.12"]]
+            lines += [row([work, who], runs[n], theirs, memory) for who, n in names.items()]
+        lines += ["", *overheads(figures["overhead"]), "", *lengths(runs), "", *worth(runs)]
     return between(page, MARKS, [*lines, ""])
 
 
-def row(head: list[str], runs: Sequence[Any], theirs: Sequence[Any], cuda: bool) -> str:
+def memory_of(device: Mapping[str, Any]) -> str:
+    """Return which figure is a device's peak memory."""
+    return "peak_gpu_mb" if device["type"] == "cuda" else "peak_rss_mb"
+
+
+def row(head: list[str], runs: Sequence[Any], theirs: Sequence[Any], memory: str) -> str:
     """Lay out the runs of one."""
-    memory = "peak_gpu_mb" if cuda else "peak_rss_mb"
     seconds, peak = middle(runs, "median"), middle(runs, memory)
     faster, leaner = middle(theirs, "median") / seconds, peak / middle(theirs, memory)
     cells = [*head, f"{seconds:.3g}", f"{faster:.2f}", f"{peak:,.0f}", f"{leaner:.2f}"]
@@ -133,6 +143,34 @@ def row(head: list[str], runs: Sequence[Any], theirs: Sequence[Any], cuda: bool)
         cells.append(f"{median(found):.3g}" if found else "")
     cells.append(f"{middle(runs, 'share_of_floor'):.0%}" if "share_of_floor" in runs[0] else "")
     return f"| {' | '.join(cells)} |"
+
+
+def overhead(runs: Mapping[str, Sequence[Any]], work: str, memory: str) -> dict[str, float]:
+    """Return ours over the minimal loop: each stage's time, an iteration's, and peak memory."""
+    ours, loop = (runs[WORKS[work][who]] for who in ("mossrlhf", "minimal loop"))
+
+    def seconds(done: Sequence[Any], stage: str) -> float:
+        return float(median(run["stages"][stage] for run in done))
+
+    found = {stage: seconds(ours, stage) / seconds(loop, stage) for stage in STAGES}
+    found["iteration"] = middle(ours, "median") / middle(loop, "median")
+    found["peak memory"] = middle(ours, memory) / middle(loop, memory)
+    return {name: round(ratio, 3) for name, ratio in found.items()}
+
+
+def overheads(by_work: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Lay out ours over the minimal loop, by work."""
+    names = list(next(iter(by_work.values())))
+    return [
+        "Ours over the minimal loop, stage by stage:",
+        "",
+        f"| work | {' | '.join(names)} |",
+        "|" + "---|" * (len(names) + 1),
+        *(
+            f"| {work} | {' | '.join(f'× {ratios[name]:.2f}' for name in names)} |"
+            for work, ratios in by_work.items()
+        ),
+    ]
 
 
 def lengths(runs: Mapping[str, Sequence[Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The work of a PPO iteration, ours and TRL's alike: shapes, models, prompts, a stopwatch."""
+"""The work of a PPO iteration, the same for all peers: shapes, models, prompts, a stopwatch."""
 
 import argparse
 import time
@@ -34,7 +34,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch, in each process")
     parser.add_argument("--processes", type=int, default=1, help="each with a rollout of its own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compare", action="store_true", help="with TRL, in turn")
+    parser.add_argument("--compare", action="store_true", help="with two peers, in turn")
     parser.add_argument("--peer", help="the Python of TRL's environment")
     parser.add_argument("--rounds", type=int, default=5, help="of a comparison")
     args = parser.parse_args(words)

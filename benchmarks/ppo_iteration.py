@@ -13,8 +13,9 @@ an iteration. The last line printed is JSON: seconds of each iteration, their me
 each stage, peak memory of the process, and what share of the time the arithmetic alone would take
 at the rate of a large matrix product, measured in the same process.
 
-``--compare`` runs this and `benchmarks/trl_iteration.py`, the same work by TRL 1.12, in turn, each
-in a process of its own. TRL needs an environment of its own, whose Python is ``--peer``:
+``--compare`` runs this and two peers in turn, each in its own process: the same work by TRL 1.12
+(`benchmarks/trl_iteration.py`), and by the smallest loop in plain torch
+(`benchmarks/minimal_loop.py`). TRL needs its own environment, whose Python is ``--peer``:
 ``pip install torch==2.13.0 trl==1.12.0 datasets``.
 """
 
@@ -100,7 +101,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     cuda = args.device == "cuda"
     # Without the first, which loads and compiles what the others use.
     seconds, history = median(watch.seconds[1:] or watch.seconds), history[1:] or history
-    stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 4) for s in STAGES}
+    stages = {s: round(median(h[f"time/{s}_seconds"] for h in history), 6) for s in STAGES}
     tokens = median(h["response/length_tokens"] for h in history) * args.rollouts
     operations = arithmetic(args, tokens / args.rollouts)
     rate = product_rate(torch.device(args.device))
