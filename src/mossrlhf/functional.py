@@ -42,7 +42,6 @@ __all__ = [
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes; the identity where there is one."""
 
-
 # -------------------------------------------------------------------------------- masks and means
 
 

@@ -25,15 +25,8 @@ from mossrlhf.types import LossOutput, Rollout, TokenStats
 class TokenRows:
     """What the policy's loss knows of N tokens besides their log-probs, in ``batch.mask`` order.
 
-    Entries are 0 where a token's weight is 0.
-
-    Args:
-        weights: ``[N]`` in the loss.
-        old_logprob: ``[N]`` log-prob in the ratio's denominator, nats.
-        advantage: ``[N]``.
-        ref_logprob: ``[N]`` under the reference, nats; None where no term uses it.
-        drift: ``[N]`` log π_old − log π_sampler, nats; None where no term uses it.
-        entropy_side: ``[N]`` 1 to raise the entropy, −1 to lower it; None without a target.
+    Entries are 0 where a token's weight is 0, and None where no term of the loss uses them:
+    `drift` is log π_old − log π_sampler, `entropy_side` 1 to raise the entropy and −1 to lower it.
     """
 
     weights: Float[Tensor, " N"]
@@ -391,10 +384,8 @@ class PPOMaxLoss:
         For loops without a `Trainer`, which takes the two in turn: the gradient of the sum, at
         half the peak memory.
 
-        Args:
-            stats: `TokenStats` of the N tokens of ``batch.mask``, under the policy being trained.
-            batch: an annotated minibatch, after `prepare` where a switch needs it.
-            value: ``[M]`` for the states of ``batch.states``; None where there is no critic.
+        `stats` are of the N tokens of ``batch.mask``, `value` ``[M]`` of the states of
+        ``batch.states``, or None without a critic; call `prepare` first where a switch needs it.
 
         Source: P1 §3.2.
         """

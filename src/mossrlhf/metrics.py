@@ -241,11 +241,7 @@ class CollapseWatch:
         return {"flags": list(self.flags)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Restore a `state` that `state_dict` returned."""
         self.flags = deque(state["flags"], maxlen=LATELY)
 
     @property
@@ -254,13 +250,8 @@ class CollapseWatch:
         return any(self.flags)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
-        """Check the metrics of one iteration; warn unless the policy was collapsed `lately`.
-
-        Args:
-            metrics: with ``kl/ref_per_sequence`` and ``response/distinct_2``.
-
-        Returns:
-            whether the policy has collapsed.
+        """Return whether the policy has collapsed, by ``kl/ref_per_sequence`` and
+        ``response/distinct_2`` among the `metrics`; warn unless it was collapsed `lately`.
         """
         kl = metrics.get("kl/ref_per_sequence")
         distinct = metrics.get("response/distinct_2")
@@ -310,11 +301,7 @@ class StillWatch:
         return {"still": self.still}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state, after the parameters have been restored.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Restore a `state` of `state_dict`, after the parameters have been restored."""
         self.still = int(state["still"])
         self._before = self._sampled()
 
@@ -325,13 +312,9 @@ class StillWatch:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def __call__(self, learning_rate: float) -> float:
-        """Compare with the last call; warn once when the patience runs out.
+        """Return the share of sampled weights that changed since the last call.
 
-        Args:
-            learning_rate: of the policy; at 0 no change is expected.
-
-        Returns:
-            share of the sampled weights that changed.
+        Warn once when the patience runs out; at a `learning_rate` of 0 no change is expected.
         """
         now = self._sampled()
         changed = float((now != self._before).float().mean()) if now.numel() else 1.0

@@ -27,7 +27,11 @@ class Sampler(Protocol):
         """Longest possible response, in tokens."""
 
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Generate one response for each of B prompts (token ids)."""
+        """Generate one response for each of B prompts, lists of token ids, none of them empty.
+
+        Returns a `Rollout` of B sequences on the model's device, with `sampler_logprobs` of the
+        sampled distribution where they are known.
+        """
 
 
 FREE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

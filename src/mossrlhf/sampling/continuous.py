@@ -83,14 +83,7 @@ class ContinuousSampler(ConfiguredSampler):
         return cls._for_tokenizer(tokenizer, generation_config, batching=batching)
 
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Generate one response for each prompt.
-
-        Args:
-            model: a transformers model with ``generate_batch``; adapters inside of its layers.
-            prompts: B lists of token ids, none empty.
-
-        Returns:
-            a `Rollout` of B sequences on the model's device.
+        """Generate one response for each prompt; Args: those of `Sampler`.
 
         Raises:
             ValueError: if there is no prompt, or an empty one, or the model is not supported.

@@ -142,11 +142,7 @@ class SamplingProcessor(LogitsProcessor):
 
     Use it with `greedy_config`, under which `generate` takes the only token left above −∞.
     Penalties are applied before it, nothing after it. A row's tokens depend on its own logits and
-    numbers alone, not on the other rows.
-
-    Args:
-        config: the effective one.
-        uniform: ``[B, T]`` numbers in [0, 1), one for each token to sample.
+    numbers alone: `uniform` ``[B, T]``, in [0, 1), one for each token to sample.
     """
 
     def __init__(self, config: GenerationConfig, uniform: Float[Tensor, "B T"]) -> None:
@@ -375,15 +371,7 @@ class HFSampler(ConfiguredSampler):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Generate one response for each prompt.
-
-        Args:
-            model: a transformers model with ``generate``.
-            prompts: B lists of token ids, none empty.
-
-        Returns:
-            a `Rollout` of B sequences on the model's device, with `sampler_logprobs` of the
-            sampled distribution; without them for greedy decoding.
+        """Generate one response for each prompt; Args: those of `Sampler`.
 
         Raises:
             ValueError: if there is no prompt, or an empty one.

@@ -103,10 +103,7 @@ class Synchronizer:
     Changes are detected by the sum of each weight's bits, computed on its device, and by torch's
     counters of in-place changes: the first sees optimizers that bypass the counters (DeepSpeed),
     the second sees changes that keep the sum. Adapters that were switched on or off are seen too.
-    Reading all weights takes about as long as decoding one token.
-
-    Args:
-        engine: that receives the weights; `times` counts how often.
+    Reading all weights takes about as long as decoding one token. `times` counts the transfers.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -452,14 +449,7 @@ class VLLMSampler(ConfiguredSampler):
         )
 
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Generate one response for each prompt, with the model's current weights.
-
-        Args:
-            model: a transformers model; adapters inside of its layers.
-            prompts: B lists of token ids, none empty.
-
-        Returns:
-            a `Rollout` of B sequences on the model's device.
+        """Generate one response for each prompt with the current weights; Args: those of `Sampler`.
 
         Raises:
             ValueError: if there is no prompt, or an empty one, or the engine has another
