@@ -389,7 +389,7 @@ def require_record(record: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _prompt_of(record: Mapping[str, Any], where: str) -> str | Sequence[Any]:
+def _prompt_of(record: Mapping[str, Any], where: str) -> Any:
     """Return the prompt of a record; raise unless it is a string, or a list that is not empty."""
     expected = "a string, or a list of messages that ends with the user's"
     if "prompt" not in record:
