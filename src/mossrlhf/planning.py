@@ -3,7 +3,7 @@
 import copy
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,6 +34,8 @@ GIB, MIB = 2**30, 2**20
 
 TOKEN_BYTES = 29
 """Of a response token in a rollout: seven float32 numbers and a mask."""
+
+ABSENT = {"critic": "none", "reference": "the policy, adapters off", "reward": "none given"}
 
 ZERO_BUCKET = 4 * 500_000_000
 """Bytes of gradients that DeepSpeed reduces at a time by default."""
@@ -77,8 +79,7 @@ class MemoryPlan:
         phases: "sampling", "scoring" and "update" → the peak of each, everything included.
         where: processes, device and precision, in words.
         sizes: tokens of a sequence, and sequences at once, by what is done with them.
-        given: the arguments of `plan` but its model.
-        planned: `plan` of the same model, as a function of all these arguments.
+        planned: `plan` with its arguments; call it with others to plan again.
     """
 
     roles: Mapping[str, RoleMemory]
@@ -92,8 +93,7 @@ class MemoryPlan:
     phases: Mapping[str, int]
     where: str
     sizes: Mapping[str, int]
-    given: Mapping[str, Any] = field(repr=False, compare=False)
-    planned: Callable[..., "MemoryPlan"] = field(repr=False, compare=False)
+    planned: "partial[MemoryPlan]" = field(repr=False, compare=False)
 
     @property
     def weights(self) -> int:
@@ -117,7 +117,7 @@ class MemoryPlan:
 
     def again(self, **changed: Any) -> "MemoryPlan":
         """Plan the same run with arguments of `plan` `changed`, any but its model."""
-        return self.planned(**{**self.given, **changed})
+        return self.planned(**changed)
 
     def fits(self, memory: float) -> bool:
         """Return whether the peak is within `memory` bytes; leave a tenth of a device free."""
@@ -209,7 +209,7 @@ def plan(  # noqa: D417
         TypeError: where an argument is of the wrong kind.
     """
     given = {name: value for name, value in locals().items() if name != "model"}
-    _require_plannable(given)
+    _check_arguments(given)
     args = args or TrainerConfig()
     args.require_shareable(processes)
     follows = "offloaded" if args.offload_frozen else "whole"
@@ -230,15 +230,12 @@ def plan(  # noqa: D417
         )
     sharding = sharding if processes > 1 else None
     with torch.random.fork_rng(devices=[]):
-        models = _models(model, reward, critic, ref_model, peft_config, dtype)
+        models = _role_models(model, reward, critic, ref_model, peft_config, dtype)
         prompt_budget(models["policy"][0].whole, args, response)
         sizes = _sizes(args, processes, prompt, response, sampler, models["reward"])
-        low = args.bf16 and sharding in ("fsdp", "zero3")
-        taken = _taken(models, sizes, args, device == "cuda", low)
-        offloads = follows == "offloaded" and device == "cuda"  # on a CPU they are there already
-        spread = _spread(models, sizes, taken, processes, sharding, offloads, args.bf16)
+        memory = _Device(models, sizes, args, device == "cuda", processes, sharding).memory()
     if reward is not None and not models["reward"]:
-        spread["roles"]["reward"] = RoleMemory(note="a function")
+        memory["roles"]["reward"] = RoleMemory(note="a function")
     where = [
         f"{processes} processes ({sharding or 'DDP'})" if processes > 1 else "1 process",
         f"{device}, {'adapters' if models['policy'][0].adapter else 'all weights trained'}",
@@ -246,17 +243,11 @@ def plan(  # noqa: D417
         "checkpointed" if args.gradient_checkpointing else "not checkpointed",
     ]
     return MemoryPlan(
-        **{name: taken[name] for name in ("kept", "scoring", "kv_cache", "logits")},
-        **spread,
-        rollout=sizes["bytes"],
-        where=", ".join(where),
-        sizes=sizes,
-        given=given,
-        planned=partial(plan, model),
+        **memory, where=", ".join(where), sizes=sizes, planned=partial(plan, model, **given)
     )
 
 
-def _require_plannable(given: Mapping[str, Any]) -> None:
+def _check_arguments(given: Mapping[str, Any]) -> None:
     kinds = {name: KINDS[name] for name in ("args", "generation_config", "loss", "sampler")}
     kinds["peft_config"] = PeftConfig, "a peft.PeftConfig, such as LoraConfig(...)"
     kinds["dtype"] = torch.dtype, "a torch.dtype, such as torch.bfloat16"
@@ -298,7 +289,7 @@ def _sizes(
 
 
 @dataclass(frozen=True)
-class _Model:
+class _RoleModel:
     """What a role's model is made of: a configuration, or the policy's and its own adapter."""
 
     config: Config
@@ -310,7 +301,7 @@ class _Model:
     batch: int = 0
 
     @classmethod
-    def of(cls, name: str, given: Any, dtype: torch.dtype | None, **options: Any) -> "_Model":
+    def of(cls, name: str, given: Any, dtype: torch.dtype | None, **options: Any) -> "_RoleModel":
         adapter, known = None, given
         if isinstance(given, nn.Module):
             adapter = getattr(given, "peft_config", {}).get(getattr(given, "active_adapter", None))
@@ -340,7 +331,7 @@ class _Model:
         return int(self.text.num_hidden_layers)
 
     def build(self, layers: int | None = None) -> Any:
-        """Make the model on the meta device, with all of its layers or with the first."""
+        """Make the model on the meta device, with all of its layers or the first `layers`."""
         config: Any = copy.deepcopy(self.config)
         quantized = vars(config).pop("quantization_config", None) or {}
         text = config.get_text_config()
@@ -354,7 +345,9 @@ class _Model:
             made = auto.from_config(config, dtype=self.dtype)
             # Of frozen models too it is seen what they would keep: what they take in passing.
             made.requires_grad_((self.trained or layers is not None) and not self.shares)
-            _pack(made, quantized if isinstance(quantized, dict) else quantized.to_dict())
+            _count_quantized(
+                made, quantized if isinstance(quantized, dict) else quantized.to_dict()
+            )
             if self.adapter is not None:
                 adapter = copy.deepcopy(self.adapter)
                 adapter.inference_mode = False
@@ -371,13 +364,13 @@ class _Model:
     def whole(self) -> Any:
         return self.build()
 
-    def own(self) -> list[Tensor]:
+    def own_tensors(self) -> list[Tensor]:
         """Parameters and buffers, but those of a base it shares."""
         return [t for t in _tensors(self.whole) if t.requires_grad or not self.shares]
 
-    def moved(self) -> list[Tensor]:
+    def trained_tensors(self) -> list[Tensor]:
         """Parameters that its optimizer moves."""
-        return [t for t in self.own() if t.requires_grad and self.trained]
+        return [t for t in self.own_tensors() if t.requires_grad and self.trained]
 
     @cached_property
     def parts(self) -> tuple[int, int, int]:
@@ -388,7 +381,7 @@ class _Model:
         return _nbytes(_tensors(self.whole)) - sum(layers), sum(layers), max(layers, default=0)
 
 
-def _pack(model: Any, asked: Mapping[str, Any]) -> None:
+def _count_quantized(model: Any, asked: Mapping[str, Any]) -> None:
     """Have weights counted as bitsandbytes holds them."""
     bits = 4 if asked.get("load_in_4bit") else 8 if asked.get("load_in_8bit") else 0
     for layer in model.modules() if bits else ():
@@ -407,14 +400,14 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(getattr(t, "packed", t.numel() * t.element_size()) for t in tensors)
 
 
-def _models(
+def _role_models(
     model: Any, reward: Any, critic: Any, ref_model: Any, peft_config: Any, dtype: Any
-) -> dict[str, list[_Model]]:
+) -> dict[str, list[_RoleModel]]:
     """What `Trainer` makes of its arguments, by role; no reference is the policy, adapters off."""
-    policy = _Model.of("model", model, dtype, writes=True, trained=True)
+    policy = _RoleModel.of("model", model, dtype, writes=True, trained=True)
     policy = replace(policy, adapter=peft_config or policy.adapter)
 
-    def valued(name: str, given: Any, **options: Any) -> _Model:
+    def valued(name: str, given: Any, **options: Any) -> _RoleModel:
         """A critic or reward model, on the policy's base or separate."""
         if isinstance(given, (str, Path)) and policy.adapter is not None:
             saved = find_adapter_config_file(str(given)) is not None
@@ -428,7 +421,7 @@ def _models(
             adapter = given if isinstance(given, PeftConfig) else None
             return replace(policy, adapter=adapter, writes=False, shares=True, **options)
         loaded = None if isinstance(given, nn.Module) else torch.float32
-        return replace(_Model.of(name, given, loaded, **options), adapter=None)
+        return replace(_RoleModel.of(name, given, loaded, **options), adapter=None)
 
     rewards = []
     for one in reward if isinstance(reward, (list, tuple)) else [reward]:
@@ -446,15 +439,15 @@ def _models(
         critics = [replace((*alike, replace(policy, adapter=None, writes=False))[0], trained=True)]
     references = []
     if ref_model is not None:
-        references = [_Model.of("ref_model", ref_model, dtype, writes=True)]
+        references = [_RoleModel.of("ref_model", ref_model, dtype, writes=True)]
     elif policy.adapter is None:
         references = [replace(policy, dtype=at_least_float32(policy.dtype), trained=False)]
-    elif _starts_changed(model, policy.adapter, new=peft_config is not None):
+    elif _changed_by_new_adapters(model, policy.adapter, new=peft_config is not None):
         references = [replace(policy, trained=False)]
     return {"policy": [policy], "critic": critics, "reference": references, "reward": rewards}
 
 
-def _starts_changed(model: Any, adapter: Any, new: bool) -> bool:
+def _changed_by_new_adapters(model: Any, adapter: Any, new: bool) -> bool:
     """Whether adapters change the policy from the start, so that its reference is a copy."""
     if not new:  # those in a folder have been trained
         return not isinstance(model, nn.Module) or has_effect(model)
@@ -471,169 +464,230 @@ def _starts_changed(model: Any, adapter: Any, new: bool) -> bool:
 # ---- bytes of a run -----------------------------------------------------------------------------
 
 
-def _saved(model: Any, rows: int, length: int, args: TrainerConfig, low: bool) -> tuple[int, int]:
-    """Bytes that a model's forward saves for its backward, and those of its hidden states."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        memo: dict[int, Any] = {}
-        for t in _tensors(model):  # FSDP2 gathers weights in the type it computes in
-            dtype = torch.bfloat16 if low and t.dtype == torch.float32 else t.dtype
-            fake = torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="cpu")
-            weight = isinstance(t, nn.Parameter)
-            memo[id(t)] = nn.Parameter(fake, t.requires_grad) if weight else fake
-        copied = copy.deepcopy(model, memo).train(not args.disable_dropout)
-        saved: list[Tensor] = []
+@dataclass(frozen=True)
+class _Device:
+    """One device's share of a run, all sizes in bytes."""
 
-        def note(tensor: Tensor) -> Tensor:
-            saved.append(tensor)
-            return tensor
+    models: Mapping[str, list[_RoleModel]]
+    sizes: Mapping[str, int]
+    args: TrainerConfig
+    cuda: bool
+    processes: int
+    sharding: str | None
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            body: Any = unwrap_peft(copied).base_model
-            if attends_to_everything(body.config):  # or transformers makes a mask of fake ids
-                body.config.get_text_config()._attn_implementation = PACKED_ATTENTION
-            hidden = body(ids).last_hidden_state
-        weights = {id(t.untyped_storage()) for t in _tensors(copied)}
-        storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
-        kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
-        return kept, hidden.untyped_storage().nbytes()
+    @property
+    def gathers(self) -> bool:
+        """Whether each process holds a part of the weights and gathers them to compute."""
+        return self.sharding in ("fsdp", "zero3")
 
+    @property
+    def low(self) -> bool:
+        """Whether weights are gathered in bfloat16."""
+        return self.args.bf16 and self.gathers
 
-def _taken(
-    models: Mapping[str, list[_Model]], sizes: Mapping[str, int], args: TrainerConfig, cuda: bool,
-    low: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Bytes of activations, by role: kept for a backward, at the peaks of update and scoring."""
-    policy, bf16 = models["policy"][0], args.bf16
-    vocabulary, width = policy.text.vocab_size, policy.text.hidden_size
-    table = 0 if policy.adapter else 4 * vocabulary * width  # gradient of an embedding
-    update: dict[str, int] = {}
-    scoring: dict[str, int] = {}
-    kept_by, known = {}, {}
+    @property
+    def policy(self) -> _RoleModel:
+        return self.models["policy"][0]
 
-    def chunk(rows: str) -> int:
-        tokens = sizes[rows] * sizes["response"]
-        return vocabulary * next(chunks(tokens, vocabulary, cuda)).stop
+    # ---- activations
 
-    def head(rows: str, gradients: int) -> int:
-        """A chunk of logits, hidden states, operands in bfloat16, and gradients where there are."""
-        hidden = sizes[rows] * sizes["response"] * width
-        low = 2 * (vocabulary * width + gradients * chunk(rows)) if bf16 and cuda else 0
-        blocks = 0 if cuda else 2 * min(MIB, 4 * chunk(rows))  # `kernels.torch_rows`
-        return low + blocks + 4 * (chunk(rows) + hidden) + gradients * (4 * hidden + table)
+    @cached_property
+    def saved(self) -> dict[tuple[Any, ...], tuple[int, int, int]]:
+        return {}
 
-    def kept(model: _Model, rows: str) -> tuple[int, int, int]:
-        """Bytes kept for a backward: outside of layers, in each layer, and between two."""
-        key = id(model.config), id(model.adapter), model.dtype, model.trained, sizes[rows]
-        if key not in known:
-            given = sizes[rows], sizes["length"], args, low
-            (one, _), (two, between) = (_saved(model.build(depth), *given) for depth in (1, 2))
-            known[key] = 2 * one - two, two - one, between
-        return known[key]
+    def saved_for_backward(self, model: _RoleModel, rows: int) -> tuple[int, int, int]:
+        """Kept for a backward: outside of the layers, in each layer, and between two of them."""
+        key = id(model.config), id(model.adapter), model.dtype, model.trained, rows
+        if key not in self.saved:
+            one, _ = self._forward(model.build(1), rows)
+            two, between = self._forward(model.build(2), rows)
+            self.saved[key] = 2 * one - two, two - one, between
+        return self.saved[key]
 
-    def casts(model: _Model) -> int:
+    def _forward(self, model: Any, rows: int) -> tuple[int, int]:
+        """What a model's forward saves for its backward, and its hidden states."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            memo: dict[int, Any] = {}
+            for t in _tensors(model):  # FSDP2 gathers weights in the type it computes in
+                dtype = torch.bfloat16 if self.low and t.dtype == torch.float32 else t.dtype
+                fake = torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="cpu")
+                weight = isinstance(t, nn.Parameter)
+                memo[id(t)] = nn.Parameter(fake, t.requires_grad) if weight else fake
+            copied = copy.deepcopy(model, memo).train(not self.args.disable_dropout)
+            saved: list[Tensor] = []
+
+            def note(tensor: Tensor) -> Tensor:
+                saved.append(tensor)
+                return tensor
+
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+                ids = torch.zeros(rows, self.sizes["length"], dtype=torch.long)
+                body: Any = unwrap_peft(copied).base_model
+                if attends_to_everything(body.config):  # or transformers makes a mask of fake ids
+                    body.config.get_text_config()._attn_implementation = PACKED_ATTENTION
+                hidden = body(ids).last_hidden_state
+            weights = {id(t.untyped_storage()) for t in _tensors(copied)}
+            storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
+            kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+            return kept, hidden.untyped_storage().nbytes()
+
+    @property
+    def embedding_gradient(self) -> int:
+        text = self.policy.text
+        return 0 if self.policy.adapter else 4 * text.vocab_size * text.hidden_size
+
+    def logits(self, rows: int) -> int:
+        """One chunk of logits, in float32."""
+        tokens, vocabulary = rows * self.sizes["response"], self.policy.text.vocab_size
+        return 4 * vocabulary * next(chunks(tokens, vocabulary, self.cuda)).stop
+
+    def head(self, rows: int, gradients: bool) -> int:
+        """A chunk of logits, hidden states, bfloat16 operands and, where asked, gradients."""
+        text, logits = self.policy.text, self.logits(rows)
+        hidden = 4 * rows * self.sizes["response"] * text.hidden_size
+        size = logits + hidden
+        if not self.cuda:
+            size += 2 * min(MIB, logits)  # the blocks of `kernels.row_stats`
+        elif self.args.bf16:
+            size += 2 * text.vocab_size * text.hidden_size + (logits // 2 if gradients else 0)
+        return size + (hidden + self.embedding_gradient if gradients else 0)
+
+    def casts(self, model: _RoleModel) -> int:
         """What autocast keeps of trained weights for as long as it lasts."""
-        return sum(2 * t.numel() for t in model.moved() if t.dim() > 1) if bf16 and not low else 0
+        matrices = [t for t in model.trained_tensors() if t.dim() > 1]
+        return sum(2 * t.numel() for t in matrices) if self.args.bf16 and not self.low else 0
 
-    for name, members in models.items():
-        for model in members or [policy] * (name == "reference"):
-            rows = "reward" if name == "reward" else "scored"
-            _, layer, between = kept(model, rows)
-            most = max(layer // 2, head(rows, 0) if model.writes else 0)
-            scoring[name] = max(casts(model) + 2 * between + most, scoring.get(name, 0))
-    again = args.gradient_checkpointing
-    for name in ("critic", "policy"):
-        for model in models[name]:
-            outside, layer, between = kept(model, "updated")
-            kept_by[name] = outside + model.layers * (between if again else layer)
-            most = layer // 4 + (layer if again else 0)  # in the backward of a layer
-            most = max(most, head("updated", 1) if model.writes else 0)
-            update[name] = max(kept_by[name] + most, table)
-    layer = kept(policy, "scored")[1] // (2 * sizes["scored"] * sizes["length"])
-    cache, sampling = _sampling(policy, sizes, layer, bf16, low)
-    found = dict(update=update, scoring=scoring, sampling=sampling + casts(policy))
-    found["tied"] = table if policy.config.tie_word_embeddings else 0  # has two gradients
-    return {**found, "kept": kept_by, "kv_cache": cache, "logits": 4 * chunk("updated")}
+    def kept(self, model: _RoleModel) -> int:
+        """What the forward of one micro-batch keeps for its backward."""
+        outside, layer, between = self.saved_for_backward(model, self.sizes["updated"])
+        return outside + model.layers * (between if self.args.gradient_checkpointing else layer)
 
+    def update(self, model: _RoleModel) -> int:
+        """The peak of a forward and backward."""
+        rows = self.sizes["updated"]
+        _, layer, _ = self.saved_for_backward(model, rows)
+        most = layer // 4 + (layer if self.args.gradient_checkpointing else 0)
+        most = max(most, self.head(rows, True) if model.writes else 0)
+        return max(self.kept(model) + most, self.embedding_gradient)
 
-def _sampling(
-    policy: _Model, sizes: Mapping[str, int], passing: int, bf16: bool, low: bool
-) -> tuple[int, int]:
-    """Bytes of the KV cache, and the peak of sampling, where a token takes so much in passing."""
-    text, rows, length = policy.text, sizes["sampled"], sizes["length"]
-    heads = text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    width = groups * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    # Rotated keys have the type of the hidden states, values that of the products.
-    stored = 2 if low else policy.dtype.itemsize if policy.adapter else 4
-    layer = rows * (length - 1) * width * (stored + (2 if bf16 else stored))
-    cache = layer * policy.layers
-    prompts = sizes["prompt"] * (passing * rows + cache // length)
-    last = cache + (layer * heads // groups if groups < heads else 0)  # repeated for all heads
-    logits = 5 * 4 * rows * text.vocab_size  # and what becomes of them
-    return cache, logits + max(prompts, last)
+    def scoring(self, name: str) -> int:
+        """The peak of scoring one micro-batch by a role's largest model, 0 without one."""
+        rows, peaks = self.sizes["reward" if name == "reward" else "scored"], [0]
+        for model in self.models[name] or [self.policy] * (name == "reference"):
+            _, layer, between = self.saved_for_backward(model, rows)
+            most = max(layer // 2, self.head(rows, False) if model.writes else 0)
+            peaks.append(self.casts(model) + 2 * between + most)
+        return max(peaks)
 
+    def cache_layer(self) -> int:
+        """One layer's part of the KV cache."""
+        text = self.policy.text
+        groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # Rotated keys have the type of the hidden states, values that of the products.
+        keys = 2 if self.low else self.policy.dtype.itemsize if self.policy.adapter else 4
+        values = 2 if self.args.bf16 else keys
+        return self.sizes["sampled"] * (self.sizes["length"] - 1) * groups * head * (keys + values)
 
-def _spread(
-    models: Mapping[str, list[_Model]], sizes: Mapping[str, int], taken: Mapping[str, Any],
-    processes: int, sharding: str | None, offloads: bool, bf16: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """What a device holds of each role, what is lent to it, what sharing costs, and the peaks."""
-    gathers, fsdp = sharding in ("fsdp", "zero3"), sharding == "fsdp"
+    def sampling(self) -> int:
+        """The peak of sampling."""
+        text, rows, length = self.policy.text, self.sizes["sampled"], self.sizes["length"]
+        cache = self.cache_layer() * self.policy.layers
+        _, layer, _ = self.saved_for_backward(self.policy, self.sizes["scored"])
+        token = layer // (2 * self.sizes["scored"] * length)
+        prompts = self.sizes["prompt"] * (token * rows + cache // length)
+        heads = text.num_attention_heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        # The last token: keys and values of a layer are repeated for all heads.
+        last = cache + (self.cache_layer() * heads // groups if groups < heads else 0)
+        logits = 5 * 4 * rows * text.vocab_size  # and what becomes of them
+        return self.casts(self.policy) + logits + max(prompts, last)
 
-    def part(size: int) -> int:
-        return -(-size // processes) if sharding else size
+    # ---- weights
 
-    outside, layers, layer = models["policy"][0].parts if gathers else (0, 0, 0)
-    halves = 2 if bf16 else 1
-    whole, gathered = (outside + layers) // halves, (outside + 2 * layer) // halves
-    absent = {"critic": "none", "reference": "the policy, adapters off", "reward": "none given"}
-    roles, lent, gradients = {}, {}, {}
-    for name, members in models.items():
-        own, moved = ([t for m in members for t in some(m)] for some in (_Model.own, _Model.moved))
-        gradients[name], weights = _nbytes(moved), _nbytes(own)
-        alone = [] if moved else [model for model in members if not model.shares]
+    def part(self, size: int) -> int:
+        return -(-size // self.processes) if self.sharding else size
+
+    def gathered(self, layers: int | None = None) -> int:
+        """Weights of the policy that are gathered at once: what is in no layer, and some layers."""
+        outside, every, largest = self.policy.parts if self.gathers else (0, 0, 0)
+        size = outside + (every if layers is None else layers * largest)
+        return size // 2 if self.args.bf16 else size
+
+    def role(self, name: str) -> tuple[RoleMemory, int]:
+        """What a role holds throughout, and what comes to the device only while it scores."""
+        members, lent = self.models[name], 0
+        own = [t for model in members for t in model.own_tensors()]
+        trained = [t for model in members for t in model.trained_tensors()]
+        weights, gradients = _nbytes(own), _nbytes(trained)
+        alone = [] if trained else [model for model in members if not model.shares]
         note = "on the policy's base" if any(model.shares for model in members) else ""
-        if offloads and alone:
-            lent[name] = sum(_nbytes(model.own()) for model in alone)
-            weights, note = weights - lent[name], "on the CPU until it scores"
-        # Of frozen models FSDP2 leaves whole what is in no layer.
-        stays = sum(model.parts[0] for model in alone) if fsdp else 0
-        if gathers and name == "reward" and members:
-            lent[name] = sum(sum(model.parts[:2]) for model in alone) - stays
-            lent[name] += whole if len(alone) < len(members) else 0
+        if self.args.offload_frozen and not self.gathers and self.cuda and alone:
+            lent = sum(_nbytes(model.own_tensors()) for model in alone)
+            weights, note = weights - lent, "on the CPU until it scores"
+        # FSDP2 leaves what is in no layer of a frozen model whole.
+        whole = sum(model.parts[0] for model in alone) if self.sharding == "fsdp" else 0
+        if self.gathers and name == "reward" and members:
+            lent = sum(sum(model.parts[:2]) for model in alone) - whole
+            lent += self.gathered() if len(alone) < len(members) else 0
         # Two moments and a count of steps; DeepSpeed has a float32 copy of the weights as well.
-        states = (2 if sharding in (None, "fsdp") else 3) * gradients[name] + 4 * len(moved)
-        roles[name] = RoleMemory(
+        states = (2 if self.sharding in (None, "fsdp") else 3) * gradients + 4 * len(trained)
+        held = RoleMemory(
             parameters=sum(t.numel() for t in own if isinstance(t, nn.Parameter)),
-            trained=sum(t.numel() for t in moved),
-            weights=stays + part(weights - stays) if gathers else weights,
-            gradients=part(gradients[name]),
-            optimizer=part(states),
-            note=note if members else absent[name],
+            trained=sum(t.numel() for t in trained),
+            weights=whole + self.part(weights - whole) if self.gathers else weights,
+            gradients=self.part(gradients),
+            optimizer=self.part(states),
+            note=note if members else ABSENT[name],
         )
-    several, every = sizes["minibatch"] > sizes["updated"], sum(gradients.values())
-    extra = gathered + (min(every, ZERO_BUCKET) if sharding else every) if processes > 1 else 0
-    if fsdp:  # until the last micro-batch it adds up a role's gradient whole, in float32
-        extra = gathered + (max(gradients.values()) if several else 0)
-    before = peak = 0
-    for name in ("critic", "policy") if roles["critic"].trained else ("policy",):
-        activations = taken["update"][name]
-        mine, tied = roles[name].gradients, taken["tied"] if name == "policy" else 0
-        both = mine + activations if several else max(mine + tied, activations)
-        peak, before = max(peak, before + both), before + mine
-    held = sum(role.weights + role.optimizer for role in roles.values())
-    held += 0 if sharding else extra  # DDP's buckets are there from the start
-    others = max(size for name, size in taken["scoring"].items() if name != "reward")
-    others += lent.get("reference", 0) + gathered
-    scoring = max(taken["scoring"].get("reward", 0) + lent.get("reward", 0), others)
-    phases = {
-        "sampling": held + taken["sampling"] + whole,
-        "scoring": held + sizes["bytes"] + scoring,
-        "update": held + sizes["bytes"] + peak + (extra if sharding else 0),
-    }
-    return dict(roles=roles, lent=lent, extra=extra, phases=phases)
+        return held, lent
+
+    # ---- the whole
+
+    def memory(self) -> dict[str, Any]:
+        """The fields of a `MemoryPlan` that are bytes."""
+        both = {name: self.role(name) for name in self.models}
+        roles = {name: role for name, (role, _) in both.items()}
+        lent = {name: size for name, (_, size) in both.items() if size}
+        trained = {name: self.models[name][0] for name in ("critic", "policy") if self.models[name]}
+        gradients = [_nbytes(model.trained_tensors()) for model in trained.values()]
+        several = self.sizes["minibatch"] > self.sizes["updated"]
+        extra = self.gathered(2)
+        if self.sharding == "fsdp":  # a role's gradient is whole until the last micro-batch
+            extra += max(gradients) if several else 0
+        elif self.processes > 1:
+            extra += min(sum(gradients), ZERO_BUCKET) if self.sharding else sum(gradients)
+        before = update = 0
+        tied_weights = self.policy.config.tie_word_embeddings  # has two gradients
+        for name, model in trained.items():
+            mine, activations = roles[name].gradients, self.update(model)
+            tied = self.embedding_gradient if tied_weights and name == "policy" else 0
+            both_now = mine + activations if several else max(mine + tied, activations)
+            update, before = max(update, before + both_now), before + mine
+        scoring = {name: size for name in self.models if (size := self.scoring(name))}
+        held = sum(role.weights + role.optimizer for role in roles.values())
+        held += 0 if self.sharding else extra  # DDP's buckets are there from the start
+        others = max(size for name, size in scoring.items() if name != "reward")
+        others += lent.get("reference", 0) + self.gathered(2)
+        scored = max(scoring.get("reward", 0) + lent.get("reward", 0), others)
+        rollout = self.sizes["bytes"]
+        phases = {
+            "sampling": held + self.sampling() + self.gathered(),
+            "scoring": held + rollout + scored,
+            "update": held + rollout + update + (extra if self.sharding else 0),
+        }
+        return dict(
+            roles=roles,
+            kept={name: self.kept(model) for name, model in trained.items()},
+            scoring=scoring,
+            kv_cache=self.cache_layer() * self.policy.layers,
+            logits=self.logits(self.sizes["updated"]),
+            rollout=rollout,
+            extra=extra,
+            lent=lent,
+            phases=phases,
+        )
 
 
 # ---- suggestions --------------------------------------------------------------------------------
@@ -666,7 +720,7 @@ def _gib(size: float) -> str:
 
 def _changes(plan: MemoryPlan, memory: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that may lower the peak, in words and as arguments of `plan`."""
-    given, sizes, phase = plan.given, plan.sizes, plan.peak_phase
+    given, sizes, phase = plan.planned.keywords, plan.sizes, plan.peak_phase
     args, sampler = given["args"] or TrainerConfig(), given["sampler"]
 
     def option(**changed: Any) -> tuple[str, dict[str, Any]]:
