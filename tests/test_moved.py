@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 import mossrlhf
-from mossrlhf._moved import MOVED
+from mossrlhf._moved import MOVED, RENAMED
 
 DOCUMENTED = {
     "buffer": ["RolloutBuffer", "micro_batches"],
@@ -37,6 +37,16 @@ def test_a_documented_name_keeps_its_old_import(old):
             found = getattr(module, name)
         assert found is getattr(import_module(f"mossrlhf.{MOVED[old][0]}"), name, found)
         assert found.__name__ == name or name == "Reduce"
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_function_keeps_its_old_name(old):
+    (module, name), (_, now) = old.split("."), RENAMED[old].split(".")
+    module = import_module(f"mossrlhf.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now mossrlhf.{RENAMED[old]}"):
+        assert getattr(module, name) is getattr(module, now)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        module.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("old", MOVED)

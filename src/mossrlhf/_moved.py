@@ -1,4 +1,4 @@
-"""Old module names, importable for one release with a `DeprecationWarning`."""
+"""Old names of modules and functions, importable for one release with a `DeprecationWarning`."""
 
 import sys
 import warnings
@@ -31,7 +31,13 @@ MOVED: dict[str, tuple[str, ...]] = {
         "reward_modeling.pairs",
         "reward_modeling.report",
     ),
-    "roles": ("loading.policy", "loading.critic", "loading.tokenizer", "models.lora"),
+    "roles": (
+        "loading.policy",
+        "loading.critic",
+        "loading.tokenizer",
+        "models.lora",
+        "distributed.processes",
+    ),
     "shaping": ("reward_shaping",),
     "sharding": ("distributed.sharding",),
     "shards": ("serialization",),
@@ -39,6 +45,32 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tracking": ("logging",),
 }
 """Old module → the modules that its public names are in now."""
+
+RENAMED = {
+    "models.as_it_spoke": "models.checkpoint_contexts",
+    "models.beside": "models.copy_shared",
+    "models.is_over": "models.shares_base",
+    "models.speaking_as": "models.active_adapter",
+    "models.trained_beneath": "models.trained_base_parameters",
+}
+"""Old name → new name of what was renamed in its module."""
+
+
+def renamed(module: str, name: str) -> Any:
+    """Look a renamed name up for the ``__getattr__`` of its module, with a warning."""
+    old = f"{module.removeprefix('mossrlhf.')}.{name}"
+    if old not in RENAMED:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(old, RENAMED[old])
+    return getattr(import_module(module), RENAMED[old].rpartition(".")[2])
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"mossrlhf.{old} is now mossrlhf.{new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 class MovedModule(ModuleType):
@@ -54,12 +86,7 @@ class MovedModule(ModuleType):
             for new in MOVED[old]:
                 module = import_module(f"mossrlhf.{new}")
                 if hasattr(module, name):
-                    warnings.warn(
-                        f"mossrlhf.{old}.{name} is now mossrlhf.{new}.{name}; the old name goes "
-                        "with the next release",
-                        DeprecationWarning,
-                        stacklevel=2,
-                    )
+                    _warn(f"{old}.{name}", f"{new}.{name}")
                     return getattr(module, name)
         raise AttributeError(f"module 'mossrlhf.{old}' has no attribute {name!r}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from rollouts import recorded_rollout
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from mossrlhf import ActorCritic, RewardModel, ToyWorld, ValueHead
 from mossrlhf.loading.policy import load_policy
@@ -15,6 +15,7 @@ from mossrlhf.models import (
     active_adapter,
     add_adapters,
     is_quantized,
+    merged_state_dict,
     rewriting_initialization,
     save_adapters,
     share_base,
@@ -209,6 +210,21 @@ def test_saving_merges_adapters_into_dequantized_weights(quantized, tmp_path, wo
     ids, mask = rollout.input_ids, rollout.attention_mask
     with torch.no_grad():
         torch.testing.assert_close(alone(ids, mask), model(ids, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantized_policy_merges_beside_a_critic_in_other_layers(make, quantized, policy):
+    adapter = dict(LORA, init_lora_weights=False)
+    trainer = make(
+        model=quantized(), peft_config=LoraConfig(**{**adapter, "target_modules": ["q_proj"]}),
+        critic=LoraConfig(**{**adapter, "target_modules": ["v_proj"]}), ref_model=quantized(),
+    )  # fmt: skip
+    base = trainer.policy.get_base_model()
+    config = copy.deepcopy(base.config)
+    forget_quantization(config)
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(merged_state_dict(base))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, trainer.policy(IDS).logits)
 
 
 def test_a_quantized_critic_is_refused(make, world, quantized):

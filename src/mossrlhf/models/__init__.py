@@ -1,5 +1,8 @@
 """The trained modules: a reward model that is also the critic, the policy's log-probabilities."""
 
+from functools import partial
+
+from mossrlhf._moved import renamed
 from mossrlhf.models.actor_critic import ActorCritic
 from mossrlhf.models.lora import (
     active_adapter,
@@ -48,3 +51,5 @@ __all__ = [
     "rewriting_initialization", "save_adapters", "share_base", "shares_base", "token_path",
     "trained_base_parameters", "weights_digest", "whole_logits",
 ]  # fmt: skip
+
+__getattr__ = partial(renamed, __name__)

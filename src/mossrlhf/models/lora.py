@@ -481,6 +481,8 @@ def plain_layer(layer: Any) -> nn.Linear:
     base = bare_module(layer)
     weight = dequantize_module_weight(base).detach().clone()
     for adapter in () if getattr(layer, "disable_adapters", True) else layer.active_adapters:
+        if not any(adapter in getattr(layer, parts) for parts in layer.adapter_layer_names):
+            continue  # the active adapter has no part in this layer
         if not hasattr(layer, "get_delta_weight"):
             raise ValueError(f"{type(layer).__name__} adds no matrix to a weight of few bits")
         weight += layer.get_delta_weight(adapter).to(weight.dtype)
