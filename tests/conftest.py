@@ -24,6 +24,9 @@ jaxtyping.install_import_hook("mossrlhf", "shapecheck.checker")
 
 torch.set_num_threads(1)  # the workers share the cores; small tensors gain nothing from more
 
+# After the hook: it imports the package.
+from tiny_trainer import build, make, parameters, policy, reward_model, world  # noqa: E402, F401
+
 # The same examples on every run and machine, however slow; nothing kept in between.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -158,12 +158,22 @@ def test_one_signature(estimator):
 
 @pytest.mark.parametrize(
     "option",
-    [{"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.1}, {"value_lam": 2.0}, {"clip": 0.0}],
-)
+    [
+        {"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.1}, {"value_lam": 2.0}, {"correction": 2},
+        {"clip": 0.0},
+    ],
+)  # fmt: skip
 def test_refusals(option):
     (name,) = option
     with pytest.raises(ValueError, match=rf"AdvantageEstimator\({name}=\)"):
         AdvantageEstimator(**option)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative, LeaveOneOut])
+def test_a_group_has_two_responses_at_least(estimator):
+    assert estimator(group_size=2).group_size == 2
+    with pytest.raises(ValueError, match=r"\(group_size=\)"):
+        estimator(group_size=1)
 
 
 @pytest.mark.parametrize("option", ["gamma", "lam", "value_lam"])

@@ -38,11 +38,11 @@ TRAINER = (
     "trainer/test_switches.py",
     "trainer/test_training.py",
 )
-HEADS = ("kernels/test_linear.py", "kernels/test_head.py")
+HEADS = ("kernels/test_chunked_head.py", "kernels/test_chunked_head_sizes.py")
 ROWS = (
-    "kernels/test_row_gradient.py",
-    "kernels/test_rows.py",
-    "kernels/test_rows_limits.py",
+    "kernels/test_row_stats_gradient.py",
+    "kernels/test_row_stats.py",
+    "kernels/test_row_stats_limits.py",
     "kernels/test_known_failures.py",
 )
 NEAREST: dict[str, tuple[str, ...]] = {
@@ -56,30 +56,34 @@ NEAREST: dict[str, tuple[str, ...]] = {
         "models/test_token_logprobs.py",
     ),
     "kernels/chunked_head.py": HEADS,
-    "kernels/row_stats.py": ("kernels/test_dispatch.py", "kernels/test_torch_rows.py", *ROWS),
+    "kernels/row_stats.py": (
+        "kernels/test_row_stats_backend.py",
+        "kernels/test_row_stats_blocks.py",
+        *ROWS,
+    ),
     "kernels/triton_rows.py": ROWS,
     "advantage.py": ("test_advantage.py",),
-    "critic_evaluation.py": ("trainer/test_critic_evaluation.py",),
+    "critic_evaluation.py": ("test_critic_evaluation.py",),
     "loss.py": ("test_loss.py", *TRAINER),
-    "minibatches.py": ("test_buffer.py", *TRAINER),
+    "minibatches.py": ("test_minibatches.py", *TRAINER),
     "models/actor_critic.py": ("models/test_actor_critic.py", *TRAINER),
     "models/backbone.py": ("models/test_backbone.py",),
-    "models/reward_model.py": ("models/test_reward_model.py",),
+    "models/reward_model.py": ("models/test_reward_model.py", "loading/test_critic.py"),
     "models/token_logprobs.py": (
         "models/test_token_logprobs.py",
         "models/test_actor_critic.py",
         *TRAINER,
     ),
-    "optimization.py": ("trainer/test_engine.py", *TRAINER, "trainer/test_distributed.py"),
-    "reward_shaping.py": ("test_shaping.py",),
+    "optimization.py": ("test_optimization.py", *TRAINER, "distributed/test_two_processes.py"),
+    "reward_shaping.py": ("test_reward_shaping.py",),
     "rewards/model_reward.py": ("rewards/test_model_reward.py", "rewards/test_reward_set.py"),
     "rewards/reward_set.py": ("rewards/test_reward_set.py", "rewards/test_model_reward.py"),
-    "sampling/base.py": ("sampling/test_assembling.py", "sampling/test_hf.py"),
+    "sampling/base.py": ("sampling/test_base.py", "sampling/test_hf.py"),
     "sampling/continuous.py": ("sampling/test_continuous.py",),
-    "sampling/hf.py": ("sampling/test_hf.py", "sampling/test_draws.py"),
+    "sampling/hf.py": ("sampling/test_hf.py", "sampling/test_hf_tokens.py"),
     "sampling/vllm.py": ("sampling/test_vllm.py",),
-    "trainer.py": ("trainer/test_stages.py", *TRAINER, "trainer/test_distributed.py"),
-    "types.py": ("test_types.py", "test_buffer.py", *TRAINER),
+    "trainer.py": ("trainer/test_stages.py", *TRAINER, "distributed/test_two_processes.py"),
+    "types.py": ("test_types.py", "test_minibatches.py", *TRAINER),
 }
 """Files to mutate, below src/mossrlhf, and the tests that must see it, below tests, in turn."""
 

@@ -41,6 +41,19 @@ def test_functions_are_called_by_keyword_with_every_column(tokenizer, rollout):
     }
 
 
+def test_functions_may_have_arguments_with_defaults_and_need_those_without(tokenizer, rollout):
+    def plus(completions, bonus=1.0):
+        return [bonus for _ in completions]
+
+    def hinted(completions, hint):
+        return [hint for _ in completions]
+
+    rewards, _, _ = RewardSet(plus, tokenizer)(rollout)
+    assert rewards.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="reward 'hinted' asks for 'hint'"):
+        RewardSet(hinted, tokenizer)(rollout)
+
+
 def test_functions_get_decoded_prompts_if_the_dataset_has_none(tokenizer, rollout):
     bare = Rollout(**{**vars(rollout), "columns": {}})
     seen = []
@@ -284,3 +297,11 @@ def test_to_moves_the_models(tokenizer, classifier):
     reward_set = RewardSet([model, fine], tokenizer).to("meta")
     assert reward_set.models()[0].device.type == "meta"
     assert reward_set.same_tokenizer() == reward_set.models()
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.tensor(1j), torch.ones(0)])
+def test_a_reward_is_one_real_number_per_response(tokenizer, rollout, wrong):
+    with pytest.raises(ValueError, match="is no number"):
+        RewardSet(lambda completions, **_: [torch.ones(1), wrong], tokenizer)(rollout)
+    rewards, _, _ = RewardSet(lambda completions, **_: [torch.ones(1), 2], tokenizer)(rollout)
+    assert rewards.tolist() == [1.0, 2.0]

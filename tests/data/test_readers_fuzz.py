@@ -1,7 +1,7 @@
 """Whatever is read, readers raise nothing but `DataError`, and lose no line.
 
-`MOSSRLHF_FUZZ_EXAMPLES=10000 pytest tests/data/test_fuzz.py` tries more than the few hundred of
-every day.
+`MOSSRLHF_FUZZ_EXAMPLES=10000 pytest tests/data/test_readers_fuzz.py` tries more than the few
+hundred examples of every day.
 """
 
 import json

@@ -13,7 +13,7 @@ from mossrlhf.checkpoint.folders import checkpoints
 from mossrlhf.nan_debug import read_fault
 from mossrlhf.serialization import load_tensors
 
-SCRIPT = Path(__file__).parent.parent / "support" / "faults.py"
+SCRIPT = Path(__file__).parent / "support" / "faults.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Of what is written, every record is read, or named with its place and the reason: none is lost.
 
 Records of every format, good ones and broken ones, as JSON lines, as a JSON list, from memory, and
-as a stream, through each reader. More than the few hundred of every day are written by
-`MOSSRLHF_FUZZ_RECORDS=10000 pytest -s tests/data/test_fuzz_records.py`, which prints their number.
+as a stream, through each reader. More than the few hundred of every day, and their number printed:
+`MOSSRLHF_FUZZ_RECORDS=10000 pytest -s tests/data/test_readers_records.py`.
 """
 
 import json

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from snippets import cells, run, shrink
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_blocks_keep_their_line_numbers():

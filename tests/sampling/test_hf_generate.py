@@ -1,14 +1,10 @@
-"""What is done for speed keeps out of the way of what others do."""
-
-import copy
+"""What `HFSampler` passes to ``generate``, and what it requires of it."""
 
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mossrlhf import HFSampler
-from mossrlhf.optimization import pack_optimizer, unpack_optimizer
 
 
 def llama(kind=LlamaForCausalLM, **config):
@@ -18,14 +14,14 @@ def llama(kind=LlamaForCausalLM, **config):
     return kind(LlamaConfig(**shape, **heads, **config)).eval()
 
 
-def drawn(model):
+def sampled(model):
     sampler = HFSampler(
         generation_config=GenerationConfig(max_new_tokens=4), eos_token_id=2, pad_token_id=0
     )
     return sampler(model, [[5, 6, 7], [8]])
 
 
-def test_processes_draw_at_their_own_pace():
+def test_processes_sample_without_waiting_for_each_other():
     """`generate` would have each wait for the slowest at every token, and segments differ."""
     asked = []
 
@@ -34,7 +30,7 @@ def test_processes_draw_at_their_own_pace():
             asked.append(kwargs["synced_gpus"])
             return super().generate(*args, **kwargs)
 
-    drawn(llama(Noting))
+    sampled(llama(Noting))
     assert asked == [False]
 
 
@@ -44,17 +40,4 @@ def test_a_generate_that_ignores_our_logits_processor_is_refused():
             return super().generate(ids, **kwargs)
 
     with pytest.raises(ValueError, match="has passed over logits_processor="):
-        drawn(llama(Deaf))
-
-
-def test_a_checkpoint_says_nothing_of_how_steps_are_computed():
-    """One of a release whose optimizers were not fused is gone on with by a fused one."""
-    weight = nn.Parameter(torch.ones(3))
-    old, new = (torch.optim.AdamW([weight], lr=0.1, fused=fused) for fused in (None, True))
-    weight.grad = torch.ones(3)
-    old.step()
-    tensors, plain = pack_optimizer(old)
-    unpack_optimizer(new, copy.deepcopy(tensors), copy.deepcopy(plain))
-    assert new.param_groups[0]["fused"] is True
-    assert new.param_groups[0]["lr"] == 0.1
-    new.step()
+        sampled(llama(Deaf))

@@ -1,14 +1,17 @@
 """Schedules, rates and bounds: what the optimizers are told to do."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from transformers import get_scheduler
 
 from mossrlhf import PPOMaxLoss, RewardShaper
 from mossrlhf import optimization as engine
 from mossrlhf.models import IGNORED_LABEL
+from mossrlhf.optimization import pack_optimizer, unpack_optimizer
 
 
 def rates(trainer, role, steps):
@@ -239,3 +242,16 @@ def test_pre_training_data_is_cut_up_like_everything_else(make, world, limit, ro
     assert sizes == rows
     assert torch.linalg.vector_norm(cut - whole) <= 1e-12 * torch.linalg.vector_norm(whole)
     assert same == pytest.approx(loss, rel=1e-12)
+
+
+def test_a_fused_optimizer_resumes_from_one_that_was_not_fused():
+    """Optimizers of an earlier release were not fused."""
+    weight = nn.Parameter(torch.ones(3))
+    old, new = (torch.optim.AdamW([weight], lr=0.1, fused=fused) for fused in (None, True))
+    weight.grad = torch.ones(3)
+    old.step()
+    tensors, plain = pack_optimizer(old)
+    unpack_optimizer(new, copy.deepcopy(tensors), copy.deepcopy(plain))
+    assert new.param_groups[0]["fused"] is True
+    assert new.param_groups[0]["lr"] == 0.1
+    new.step()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,3 +294,21 @@ def test_missing_parts_are_named(rollout):
         shaper()(replace(rollout, scores=None))
     with pytest.raises(ValueError, match="kl_coef is None"):
         shaper().adapt(1.0, target=2.0)
+
+
+def model_with_moments(mean, std):
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(score_mean=mean, score_std=std)
+    return model
+
+
+def test_moments_of_a_reward_model_weigh_256_scores():
+    moments = RunningMoments.of_reward_model(model_with_moments(2.0, 3.0))
+    assert moments.state_dict() == {"count": 256.0, "mean": 2.0, "m2": 9.0 * 255}
+    assert RunningMoments.of_reward_model(model_with_moments(2.0, 3.0), count=2).m2 == 9.0
+
+
+@pytest.mark.parametrize(("mean", "std", "count"), [(None, 3, 9), (2, None, 9), (2, 3, 1.5)])
+def test_moments_of_a_reward_model_need_both_numbers_and_a_count_of_two(mean, std, count):
+    with pytest.raises(ValueError, match="expected two numbers"):
+        RunningMoments.of_reward_model(model_with_moments(mean, std), count=count)
