@@ -1,4 +1,4 @@
-"""The smallest honest PPO loop: plain torch and `generate`, whole logits, nothing of this package.
+"""The smallest honest PPO loop: plain torch and `generate`, full logits, nothing of this package.
 
     python benchmarks/minimal_loop.py [--shape tiny]
 
@@ -129,7 +129,7 @@ class Loop:
         return VALUE_COEF * (per_state * part["states"]).sum() / part["states"].sum()
 
     def logprobs(self, model: LlamaForCausalLM, batch: Batch) -> Tensor:
-        """Return ``[B, T]`` log-probs of the response tokens, from whole logits ``[B, T, V]``."""
+        """Return ``[B, T]`` log-probs of the response tokens, from full logits ``[B, T, V]``."""
         hidden = model.model(batch["ids"], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, -self.args.response - 1 : -1]).float()
         targets = batch["ids"][:, -self.args.response :]

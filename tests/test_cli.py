@@ -41,7 +41,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path, capsy
         cli.main(["demo", "--output_dir", str(tmp_path)])
     assert ended.value.code == 1
     assert capsys.readouterr().err == (
-        'mossrlhf demo: drawing needs matplotlib: pip install "mossrlhf[plot]"\n'
+        'mossrlhf demo: plotting needs matplotlib: pip install "mossrlhf[plot]"\n'
     )
 
 

@@ -247,7 +247,7 @@ def test_page_names_missing_files(tmp_path):
     require_self_contained(page)
     for name in ("config.json", "summary.json", "samples.md", "checkpoint-<step>/"):
         assert f"Missing: {name}:" in page.text
-    assert "There is no history to draw" in page.text
+    assert "There is no history to plot" in page.text
     assert not (folder / "report.html").exists()
 
 

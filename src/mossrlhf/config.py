@@ -42,7 +42,7 @@ class TrainerConfig:
         max_prompt_length: tokens; longer dialogues lose their oldest turns. None: what the
             model's context leaves beside a response.
         critic_pretrain_steps: iterations in which the critic alone learns, before step 1.
-        bootstrap_truncated: whether the critic's value stands in for the rest of a truncated
+        bootstrap_truncated: whether the critic's value replaces the rest of a truncated
             response.
         offload_frozen: whether reference and reward models are kept on the CPU between uses.
         bf16: whether to compute in bfloat16 (autocast; parameters stay float32).

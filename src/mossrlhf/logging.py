@@ -113,7 +113,7 @@ class Trackers:
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"report_to: {name} {what} ({type(error).__name__}: {error}); training goes on, "
+                f"report_to: {name} {what} ({type(error).__name__}: {error}); training continues, "
                 "and `history` keeps every number. This warning is given once",
                 UserWarning,
                 stacklevel=2,

@@ -171,7 +171,7 @@ def win_rates(
     theirs: Float[Tensor, " B"],
     reduce: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Share of prompts on which one answer scores above, level with, or below the other.
+    """Share of prompts on which one response scores above, level with, or below the other.
 
     Source: P1 §5.5 (win, tie, lose against the SFT model).
     """

@@ -29,7 +29,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Suspect:
-    """A sample of which something is not finite.
+    """A sample with a value that is not finite.
 
     Args:
         term: what: a column of the rollout ("advantages"), or "forward" or "backward" of a role.

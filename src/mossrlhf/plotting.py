@@ -173,7 +173,7 @@ def _plot_panels(
     curves = [{k: m for k, m in panel.curves.items() if m in logged} for panel in panels]
     shown = [replace(p, curves=c) for p, c in zip(panels, curves, strict=True) if c]
     if not shown:
-        raise ValueError("history: there is nothing in it to draw yet; call train() first")
+        raise ValueError("history: it has nothing to plot yet; call train() first")
     figure = new_figure()
     columns = math.ceil(math.sqrt(len(shown)))
     rows, axes = math.ceil(len(shown) / columns), None
@@ -399,7 +399,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "mossrlhf[plot]"') from error
+        raise ImportError('plotting needs matplotlib: pip install "mossrlhf[plot]"') from error
 
 
 def new_figure() -> "Figure":

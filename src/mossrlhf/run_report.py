@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "plot_run", "read_run", "run_page", "write_report"]
 
 TRUE_QUALITY = "reward/true_quality/mean"
-"""The toy world measures it; it is drawn where a run logs it."""
+"""The toy world measures it; it is plotted where a run logs it."""
 
 STILL_SHARE, STILL_ITERATIONS = 0.05, 3
 """As in `StillWatch`: the share of weights that must change, and logged iterations in a row."""
@@ -346,7 +346,7 @@ def _curves_picture(run: RunFolder) -> dict[str, Any]:
     if any(inner.history for inner in (run, *run.runs)):
         return _picture(lambda: _curves(run))
     note = (
-        "There is no history to draw: no checkpoint that can be read. train() writes one at its "
+        "There is no history to plot: no checkpoint that can be read. train() writes one at its "
         "end, and one every save_steps iterations."
     )
     return {"png": None, "notes": [note]}

@@ -109,7 +109,7 @@ class Trainer:
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        ValueError: where the parts do not fit together; it says which and what to do.
+        ValueError: where the parts do not fit together; the error says which and what to do.
         TypeError: where one of them is of no use at all.
 
     Source: P1 Algorithm 1.
@@ -690,7 +690,7 @@ class Trainer:
         """How tokens are scored, by which backend, and how the gradient of their loss is made."""
         path, chosen = token_path(self.policy), backend(self.accelerator.device)
         if not path.by_hidden:
-            return f"by whole logits, since {path.reason}"
+            return f"by full logits, since {path.reason}"
         why = self.engine.why_not_fused(self.loss)
         if why is None and "as a module" in path.reason:
             why = "a module is run twice"

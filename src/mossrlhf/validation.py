@@ -110,7 +110,7 @@ def require_fitting_parts(
         )
     if generation_config is not None and sampler is not None:
         raise ValueError(
-            "generation_config: got one beside a sampler, which draws by its own; give it to "
+            "generation_config: got one beside a sampler, which has its own; give it to "
             "the sampler instead: HFSampler.for_tokenizer(tokenizer, generation_config)"
         )
     args.require_shareable(processes)

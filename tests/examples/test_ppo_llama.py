@@ -224,7 +224,7 @@ def test_without_matplotlib_ones_own_model_is_trained_all_the_same(
     example.main(words)
     lines = [line for line in capsys.readouterr().out.splitlines() if "curves.png" in line]
     assert lines == [
-        'curves.png is not drawn: drawing needs matplotlib: pip install "mossrlhf[plot]"'
+        'curves.png is not drawn: plotting needs matplotlib: pip install "mossrlhf[plot]"'
     ]
     assert (tmp_path / "run" / "samples.md").exists()
 

@@ -125,3 +125,9 @@ def test_variance_is_of_the_population_unless_asked_otherwise():
 def test_sums_over_many_tokens_are_in_float64():
     assert widest(torch.ones(2)).dtype == torch.float64
     assert widest(torch.ones(2, dtype=torch.long)).dtype == torch.float64
+
+
+def test_whiten_adds_1e_8_to_the_variance_by_default():
+    x = torch.tensor([-1e-4, 1e-4], dtype=torch.float64)
+    got = whiten(x, torch.ones(2, dtype=torch.bool))
+    torch.testing.assert_close(got, x / (1e-8 + 1e-8) ** 0.5)

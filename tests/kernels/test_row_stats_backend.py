@@ -54,11 +54,11 @@ def test_of_logits():
 
 def test_use_backend_holds_inside_only():
     with use_backend("triton"):
-        assert backend("cpu") == dispatch.Backend("triton", "use_backend() says so")
+        assert backend("cpu") == dispatch.Backend("triton", "by use_backend()")
         with use_backend("torch"):
             assert backend("cuda").name == "torch"
         assert backend("cpu").name == "triton"
-    assert backend("cpu").reason != "use_backend() says so"
+    assert backend("cpu").reason != "by use_backend()"
 
 
 def test_use_backend_ends_with_an_error():

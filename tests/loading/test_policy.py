@@ -189,13 +189,13 @@ def test_load_reference_copies_a_policy_whose_base_was_rewritten(base):
 def test_load_reference_copies_a_policy_whose_biases_are_trained(policy):
     adapted = load_policy(policy(0, attention_bias=True), lora(bias="lora_only"))
     before = adapted(IDS).logits.detach()
-    with pytest.warns(UserWarning, match=r"trained beneath its adapter \(.*bias.*leave bias='none"):
+    with pytest.warns(UserWarning, match=r"trained besides its adapter \(.*bias.*leave bias='none"):
         reference = load_reference(None, adapted)
     disturb(adapted)
     with as_reference(reference, adapted) as model:
         assert torch.equal(model(IDS).logits, before)
     assert not torch.equal(adapted(IDS).logits, before)
-    with pytest.raises(ValueError, match=r"critic: .* trained beneath the policy's own"):
+    with pytest.raises(ValueError, match=r"critic: .* trained besides the policy's own"):
         share_base(adapted, lora(), "critic")
 
 

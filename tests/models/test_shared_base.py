@@ -287,7 +287,7 @@ def test_an_adapter_of_another_base_model_gets_its_own(make, policy, base, separ
     policy(7, num_hidden_layers=2).save_pretrained(tmp_path / "other")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     alone(other, REWARD, 3, tmp_path / "theirs")
-    with pytest.warns(UserWarning, match=r"trained over other weights .* costs the memory of one"):
+    with pytest.warns(UserWarning, match=r"trained on another base .* costs its memory"):
         trainer = make(model=base, peft_config=POLICY, reward=tmp_path / "theirs")
     [reward] = trainer.rewards.same_tokenizer()
     assert not isinstance(reward, SharedRewardModel)

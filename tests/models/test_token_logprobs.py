@@ -203,7 +203,7 @@ def test_a_model_whose_backbone_fails_is_scored_by_full_logits():
     model.model.forward = None
     path = token_path(Shifted(model))
     assert not path.by_hidden
-    assert path.reason.startswith("asked by its hidden states, it raises TypeError")
+    assert path.reason.startswith("computing its hidden states alone raises TypeError")
 
 
 @pytest.mark.parametrize("change", ["softcap", "patch", "hook", "global hook", "subclass"])
@@ -422,11 +422,11 @@ def test_a_trainer_warns_once_of_full_logits(make, world):
             return output
 
     model.__class__ = Louder
-    with pytest.warns(UserWarning, match="scored by whole logits.*the two differ") as warned:
+    with pytest.warns(UserWarning, match="scored by full logits.*the two differ") as warned:
         trainer = make(model=model)
-    named = [str(w.message).split(":")[0] for w in warned if "whole logits" in str(w.message)]
+    named = [str(w.message).split(":")[0] for w in warned if "full logits" in str(w.message)]
     assert named == ["model", "ref_model"]
-    assert "whole logits" in str(trainer)
+    assert "full logits" in str(trainer)
     trainer.train()
 
 

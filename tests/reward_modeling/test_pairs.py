@@ -206,7 +206,7 @@ def test_gathered_weights_are_saved_with_adapters_merged(tmp_path):
     [
         (dict(config=replace(LORA, lora_alpha=8)), "lora_alpha 16 there, 8 here"),
         (dict(config=replace(LORA, use_rslora=True)), "use_rslora False there, True here"),
-        (dict(model=reward_model(seed=5)), "trained on other weights than the model has"),
+        (dict(model=reward_model(seed=5)), "trained on another base than the model's"),
         (dict(config=None), "holds adapters alone, and the model in training has none"),
         (dict(config=None, whole=True), None),
         (dict(damage="adapter_config.json"), "adapter.*cannot be read"),

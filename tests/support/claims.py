@@ -41,7 +41,7 @@ def memory_of_an_update(kept):
     ours, whole = (kept["paths"][path] for path in ("kernels", "plain"))
     return [
         f"A PPO update over {ours['response_tokens']:,} tokens and 151,936 words peaks at "
-        f"{ours['peak_above_mb'] / 1e3:.1f} GB above its models, where whole logits take "
+        f"{ours['peak_above_mb'] / 1e3:.1f} GB above its models, where full logits take "
         f"{whole['peak_above_mb'] / 1e3:.1f} ("
     ]
 
@@ -55,7 +55,7 @@ def two_ways_to_score(kept):
     held = [f"{one['gradients_and_optimizer_mb']:.0f}" for one in (ours, whole)]
     return [
         f"| hidden states, in chunks | {peaks[0]} MB | {held[0]} MB |",
-        f"| whole logits (`models.whole_logits()`) | {peaks[1]} MB | {held[1]} MB |",
+        f"| full logits (`models.whole_logits()`) | {peaks[1]} MB | {held[1]} MB |",
         "agree to seven digits",
         f"`{kept['command']}`",
     ]

@@ -1,4 +1,4 @@
-"""`RunState`: what a run changes as it goes on, and what a checkpoint stores of it."""
+"""`RunState`: what changes during a run, and what a checkpoint stores of it."""
 
 import json
 import warnings

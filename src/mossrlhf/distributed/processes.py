@@ -121,7 +121,7 @@ def make_accelerator(args: TrainerConfig, given: Accelerator | None = None) -> A
             raise ValueError(
                 f"TrainerConfig(bf16={args.bf16}): these processes have begun to run in mixed "
                 f"precision {begun.mixed_precision!r}, expected {wanted!r}, which several of them "
-                "cannot change; pass accelerator= with the one they have, or start anew"
+                "cannot change; pass accelerator= with the one they have, or start again"
             )
         _change_precision(wanted)
     made = OwnPrecision(

@@ -73,7 +73,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> B
         dtype: of the logits.
     """
     if _forced:
-        return Backend(_forced[-1], "use_backend() says so")
+        return Backend(_forced[-1], "by use_backend()")
     return _chosen(torch.device(device).type, dtype)
 
 

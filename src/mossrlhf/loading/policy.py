@@ -83,7 +83,7 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         raise ValueError(
             "model: an adapter is inside it, put there by PEFT or by an earlier Trainer with "
             "peft_config=; pass that trainer's policy to train the adapter on, policy.unload() "
-            "for the bare model, or load the model anew"
+            "for the bare model, or load the model again"
         )
     require_finite(model, "model")
     keep_differentiable(model)
@@ -209,7 +209,7 @@ def _why_copied(policy: Any) -> str | None:
     costs = "the reference is a copy of the whole policy, which costs the memory of a second base"
     if trained := trained_base_parameters(policy):
         return (
-            f"parameters of the policy's base are trained beneath its adapter "
+            f"parameters of the policy's base are trained besides its adapter "
             f"({', '.join(trained[:3])}), so {costs}. To do without, leave bias='none' in "
             "peft_config"
         )
@@ -218,11 +218,11 @@ def _why_copied(policy: Any) -> str | None:
     names = map(rewriting_initialization, policy.peft_config.values())
     if name := next(filter(None, names), None):
         return (
-            f"init_lora_weights={name!r} has rewritten the base beneath the policy's adapter, so "
+            f"init_lora_weights={name!r} has rewritten the base of the policy's adapter, so "
             f"{costs}. To do without, leave init_lora_weights as it is"
         )
     return (
-        f"the policy's adapter already changes what it says, so {costs}. To do without, pass "
+        f"the policy's adapter already changes its outputs, so {costs}. To do without, pass "
         "peft_config=: the adapter is merged and a new one put on top"
     )
 

@@ -349,8 +349,8 @@ def load_adapters(model: Any, folder: Path, adapter: str = "default") -> None:
     _require_same_config(backbone.peft_config[adapter], folder)
     if base not in (None, _base_checksum(backbone)):
         raise ValueError(
-            f"{folder / WEIGHTS}: these adapters were trained on other weights than the model has "
-            "beneath them; begin with the model that training began with"
+            f"{folder / WEIGHTS}: these adapters were trained on another base than the model's; "
+            "load the model that they were trained on"
         )
     absent = {name: torch.empty(0) for name in _tokens_of_others(backbone, adapter)}
     with torch.no_grad():
@@ -411,11 +411,11 @@ def shares_base(policy: Any, folder: Path) -> bool:
         base = (file.metadata() or {}).get(_BASE)
     if base == _base_checksum(unwrap_peft(policy).base_model):
         return True
-    found = "does not say over what" if base is None else "was trained over other weights"
+    found = "may have another base" if base is None else "was trained on another base"
     warnings.warn(
-        f"{folder}: this adapter {found} than the policy has beneath its own, so it gets a base to "
-        "itself, which costs the memory of one; train it over the model the policy starts from, "
-        "with RewardTrainer(peft_config=)",
+        f"{folder}: this adapter {found} than the policy's, so it gets a separate one, which costs "
+        "its memory; train the adapter on the model the policy starts from, with "
+        "RewardTrainer(peft_config=)",
         UserWarning,
         stacklevel=4,
     )

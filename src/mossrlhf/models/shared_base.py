@@ -84,7 +84,7 @@ class SharedRewardModel(RewardModel):
             save_adapters(self, Path(path), self.adapter)
 
     def merged(self) -> RewardModel:
-        """Return a model of its own: a copy of the base model with this one's adapter merged."""
+        """Return a separate model: a copy of the base model with this one's adapter merged."""
         alone = RewardModel(copy.deepcopy(self.backbone), copy.deepcopy(self.score))
         with active_adapter(alone.backbone, self.adapter) if self.adapter else nullcontext():
             for name, layer in merged_modules(alone.backbone).items():
@@ -136,7 +136,7 @@ def share_base(
         changed = [key for key in before if after[key] != before[key]]
         raise ValueError(
             f"{name}: putting its adapter on has changed the base it shares ({changed[0]}); load "
-            "the policy anew, and leave the adapter's initialization as it is"
+            "the policy again, and leave the adapter's initialization as it is"
         )
     backbone: Any = unwrap_peft(policy).base_model
     backbone.peft_config = adapted.peft_config  # PEFT looks here for what it is to write
@@ -146,7 +146,7 @@ def share_base(
 def _require_shareable(policy: nn.Module, peft_config: Any, name: str) -> None:
     if not is_peft_model(policy):
         raise ValueError(
-            f"{name}: an adapter shares the policy's base, and the policy has none of its own: all "
+            f"{name}: an adapter shares the policy's base, and the policy has no adapter: all "
             "of it is trained. Pass peft_config= for the policy too, or a whole model here"
         )
     if getattr(peft_config, "modules_to_save", None):
@@ -156,14 +156,14 @@ def _require_shareable(policy: nn.Module, peft_config: Any, name: str) -> None:
         )
     if (found := rewriting_initialization(peft_config)) is not None:
         raise ValueError(
-            f"{name}: got init_lora_weights={found!r}, which rewrites the base beneath the "
-            "adapter, and with it what policy and reference say; leave init_lora_weights as it is"
+            f"{name}: got init_lora_weights={found!r}, which rewrites the base of the adapter, "
+            "and with it the outputs of policy and reference; leave init_lora_weights as it is"
         )
     if trained := trained_base_parameters(policy):
         raise ValueError(
-            f"{name}: an adapter shares the policy's base, and that is trained beneath the "
-            f"policy's own ({', '.join(trained[:3])}), so what this says would move along. Pass "
-            "peft_config= with bias='none' for the policy, or a whole model here"
+            f"{name}: an adapter shares the policy's base, and that is trained besides the "
+            f"policy's own ({', '.join(trained[:3])}), so this one's outputs would change too. "
+            "Pass peft_config= with bias='none' for the policy, or a whole model here"
         )
 
 

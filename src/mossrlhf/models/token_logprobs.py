@@ -202,7 +202,7 @@ def token_path(model: nn.Module) -> TokenPath:
     differently. It is probed rather than looked up, since models scale, cap or bias their logits.
     """
     if _full_logits.get():
-        return TokenPath(False, "whole_logits() says so")
+        return TokenPath(False, "by whole_logits()")
     known = _known.get(model)
     if known is None or (known.scale, known.softcap) != logit_scaling(unwrap_peft(model)):
         known = _known[model] = _probe(model)
@@ -221,7 +221,7 @@ def announce(model: nn.Module | None, name: str) -> None:
     path = token_path(model)
     if not path.by_hidden and not _full_logits.get():
         warnings.warn(
-            f"{name}: its tokens are scored by whole logits, whose memory grows with the "
+            f"{name}: its tokens are scored by full logits, whose memory grows with the "
             f"vocabulary, since {path.reason}",
             UserWarning,
             stacklevel=2,
@@ -242,7 +242,9 @@ def _probe(model: nn.Module) -> TokenPath:
             gap, largest, tolerance = _compare(model, scale, softcap)
     except Exception as error:  # whatever a model raises that cannot be probed
         raised = f"{type(error).__name__}: {error!s:.100}"
-        return TokenPath(False, f"asked by its hidden states, it raises {raised}", scale, softcap)
+        return TokenPath(
+            False, f"computing its hidden states alone raises {raised}", scale, softcap
+        )
     if not 0 < largest < torch.inf or not gap <= tolerance * largest:
         why = f"its logits are not its head's: the two differ by up to {gap:.2g} of {largest:.2g}"
         return TokenPath(False, why, scale, softcap)

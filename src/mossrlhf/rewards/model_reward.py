@@ -187,5 +187,5 @@ def _require_one_label(model: nn.Module, labels: int) -> None:
     if labels != 1:
         raise ValueError(
             f"reward: {type(model).__name__} has {labels} labels, expected 1; write a function "
-            "that says which of them is the reward"
+            "that selects the reward"
         )

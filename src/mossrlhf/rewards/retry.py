@@ -25,7 +25,7 @@ class PatientReward:
     device), so that a failed attempt does not change the run. The error of the last attempt stops
     the run; resumed from the checkpoint it writes then, the run repeats the iteration.
 
-    A thread cannot be killed: a call that timed out goes on in a daemon thread, with its side
+    A thread cannot be killed: a call that timed out continues in a daemon thread, with its side
     effects on files and random state, and its result is discarded. The run ends with at most
     ``retries + 1`` such threads. With several processes ``ddp_timeout`` must be longer than all
     attempts together.

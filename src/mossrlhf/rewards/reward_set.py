@@ -257,7 +257,7 @@ def _as_tensor(output: Any, name: str, rollout: Rollout, completions: Sequence[s
 def _as_list(output: Any, name: str, size: int) -> list[float | None]:
     try:
         if isinstance(output, str | bytes | Mapping | Set):
-            raise TypeError("its order says nothing of the completions'")
+            raise TypeError("its order is not that of the completions")
         if inspect.iscoroutine(output):
             output.close()
             raise TypeError("it was never awaited; write a plain function: asyncio.run(judge(…))")

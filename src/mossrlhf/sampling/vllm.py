@@ -34,7 +34,7 @@ from mossrlhf.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How an engine shall sample; neither its own nor a checkpoint's defaults apply.
+    """How an engine samples; neither its own nor a checkpoint's defaults apply.
 
     Args:
         temperature: 0 for the likeliest token each time.
@@ -43,7 +43,7 @@ class SamplingSettings:
         min_p: 0 for all tokens.
         repetition_penalty: 1 for none.
         max_new_tokens: length limit, in tokens.
-        ends: the only token ids that end a response, of which they are the last.
+        ends: the only token ids that end a response, as the last one.
     """
 
     temperature: float
@@ -493,7 +493,7 @@ class VLLMSampler(ConfiguredSampler):
             if one.finish_reason not in ("stop", "length"):
                 raise RuntimeError(
                     f"engine: broke response {index} off (finish_reason={one.finish_reason!r}); "
-                    "its log says why"
+                    "see its log"
                 )
             tokens = one.token_ids
             stopped = one.finish_reason == "stop"

@@ -432,7 +432,7 @@ class ShardWriter:
 
     Args:
         folder: of the shards.
-        budget: bytes after which a shard is written; a larger tensor has a shard of its own.
+        budget: bytes after which a shard is written; a larger tensor has its own shard.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:

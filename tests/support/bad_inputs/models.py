@@ -183,7 +183,7 @@ row(
 row(
     "a classifier of three labels for a reward",
     "ValueError: reward: BertForSequenceClassification has 3 labels, expected 1; write a function "
-    "that says which of them is the reward",
+    "that selects the reward",
     lambda shop: shop.trainer(reward=classifier(3)),
 )
 row(

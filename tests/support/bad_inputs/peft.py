@@ -102,7 +102,7 @@ def baseless(shop):
 
 row(
     "a critic's adapter, where the policy has none",
-    "ValueError: critic: an adapter shares the policy's base, and the policy has none of its own: "
+    "ValueError: critic: an adapter shares the policy's base, and the policy has no adapter: "
     "all of it is trained. Pass peft_config= for the policy too, or a whole model here",
     lambda shop: shop.trainer(critic=lora()),
 )
@@ -110,28 +110,28 @@ row(
 
 row(
     "a critic's adapter whose initialization rewrites the base it shares",
-    "ValueError: critic: got init_lora_weights='pissa', which rewrites the base beneath the "
-    "adapter, and with it what policy and reference say; leave init_lora_weights as it is",
+    "ValueError: critic: got init_lora_weights='pissa', which rewrites the base of the "
+    "adapter, and with it the outputs of policy and reference; leave init_lora_weights as it is",
     lambda shop: shop.trainer(critic=lora(init_lora_weights="pissa"), peft_config=lora()),
 )
 row(
     "a policy's adapter whose initialization rewrites its base",
-    "warning: ref_model: got None, and init_lora_weights='olora' has rewritten the base beneath "
+    "warning: ref_model: got None, and init_lora_weights='olora' has rewritten the base of "
     "the policy's adapter, so the reference is a copy of the whole policy, which costs the memory "
     "of a second base. To do without, leave init_lora_weights as it is",
     lambda shop: shop.trainer(critic=False, peft_config=lora(init_lora_weights="olora")),
 )
 row(
     "biases of the base trained beside the policy's adapter",
-    "warning: …ref_model: got None, and parameters of the policy's base are trained beneath its "
+    "warning: …ref_model: got None, and parameters of the policy's base are trained besides its "
     "adapter (…bias…), so the reference is a copy of the whole policy, which costs the memory of "
     "a second base. To do without, leave bias='none' in peft_config",
     lambda shop: shop.trainer(model=shop.policy(attention_bias=True), peft_config=lora(bias="all")),
 )
 row(
     "those, and a critic's adapter on that base",
-    "ValueError: critic: an adapter shares the policy's base, and that is trained beneath the "
-    "policy's own (…bias…), so what this says would move along. Pass peft_config= with "
+    "ValueError: critic: an adapter shares the policy's base, and that is trained besides the "
+    "policy's own (…bias…), so this one's outputs would change too. Pass peft_config= with "
     "bias='none' for the policy, or a whole model here",
     lambda shop: shop.trainer(
         model=shop.policy(attention_bias=True), peft_config=lora(bias="all"), critic=lora()

@@ -111,7 +111,7 @@ returns("… a single number", f"ValueError: reward 'odd' returned float, {LIST}
 returns("… a text", f"ValueError: reward 'odd' returned str, {LIST}its order", lambda texts: "12")
 returns(
     "… a dict",
-    f"ValueError: reward 'odd' returned dict, {LIST}its order says nothing of the completions'",
+    f"ValueError: reward 'odd' returned dict, {LIST}its order is not that of the completions",
     lambda texts: dict.fromkeys(texts, 1.0),
 )
 returns(

@@ -132,7 +132,7 @@ config(
 )
 row(
     "a sampler and a generation config",
-    "ValueError: generation_config: got one beside a sampler, which draws by its own; give it to "
+    "ValueError: generation_config: got one beside a sampler, which has its own; give it to "
     "the sampler instead",
     lambda shop: shop.trainer(sampler=sampler(), generation_config=GenerationConfig()),
 )
