@@ -386,14 +386,7 @@ def reinforce_plus_plus(
 def sequence_returns(
     rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
-    """Σ_t r_t over the tokens of the mask: the undiscounted return of each response.
-
-    Args:
-        rewards: ``[B, T]``.
-        mask: ``[B, T]`` tokens that count.
-
-    Source: P1 §3.2.
-    """
+    """Σ_t r_t over the tokens of the mask: the undiscounted return of each response (P1 §3.2)."""
     return masked_sum(rewards, mask, dim=1)
 
 

@@ -27,11 +27,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
 
 
 class ConsoleTable:
-    """Prints one line per logged step, at most 80 columns wide, and a heading every few lines.
-
-    Args:
-        every: lines between headings.
-    """
+    """Prints a line of at most 80 columns per logged step, and a heading `every` few lines."""
 
     def __init__(self, every: int = 20) -> None:
         self.every = every
@@ -77,11 +73,7 @@ def _fit(value: float | None, width: int, digits: int) -> str:
 
 
 class Trackers:
-    """Logs metrics to accelerate's trackers; one that fails costs a warning, never the run.
-
-    Args:
-        accelerator: its ``log_with`` names the trackers, which run on the main process.
-    """
+    """Logs metrics to accelerate's trackers; one that fails costs a warning, never the run."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -122,12 +114,7 @@ class Trackers:
 
 @dataclass(frozen=True)
 class Completions:
-    """Writes the first completions of each step to ``completions.jsonl``.
-
-    Args:
-        path: the file; its folder is created.
-        limit: completions per step.
-    """
+    """Writes the first `limit` completions of each step to `path`, whose folder is created."""
 
     path: Path
     limit: int = 8

@@ -22,6 +22,9 @@ from mossrlhf.version import __version__
 DESCRIPTION = "fault.json"
 """The file that is written last and read first."""
 
+PLAIN = ("terms", "roles", "loss", "denominators", "process")
+"""Fields of a `Fault` that JSON holds as they are."""
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient is not finite; no process has taken the step."""
@@ -94,12 +97,8 @@ def write_fault(fault: Fault, folder: Path) -> Path:
     )
     plain = {
         "version": __version__,
-        "terms": list(fault.terms),
+        **{name: getattr(fault, name) for name in PLAIN},
         "suspects": [asdict(suspect) for suspect in fault.suspects],
-        "roles": list(fault.roles),
-        "loss": fault.loss,
-        "denominators": dict(fault.denominators),
-        "process": fault.process,
         # What JSON does not know (an image, a date) is for people to read.
         "columns": json.loads(json.dumps(dict(rollout.columns), default=repr)),
     }
@@ -134,14 +133,10 @@ def read_fault(folder: str | Path) -> Fault:
     given: dict[str, Any] = dict(parts.get("rollout", {}))
     rollout = Rollout(**given, columns=plain["columns"], extra=parts.get("extra", {}))
     return Fault(
-        terms=plain["terms"],
+        **{name: plain[name] for name in PLAIN},
         suspects=[Suspect(**suspect) for suspect in plain["suspects"]],
         rollout=rollout,
-        roles=plain["roles"],
-        loss=plain["loss"],
-        denominators=plain["denominators"],
         ptx=parts.get("ptx", {}),
-        process=plain["process"],
     )
 
 
@@ -233,10 +228,7 @@ def diagnose(
 ) -> NonFiniteError:
     """Find the samples at fault and keep the batch; collective, with one error for all processes.
 
-    Args:
-        step: the step that was not taken; its gradients must have been dropped.
-        terms: names of what is not finite.
-        keep: stores a `Fault`, and returns a sentence on where and its suspects with prompts.
+    `keep` stores a `Fault`, and returns a sentence on where and its suspects with prompts.
     """
     process, processes = step.accelerator.process_index, step.accelerator.num_processes
     weights = [n for n, p in step.model.named_parameters() if not _finite(p.detach())]
@@ -264,12 +256,7 @@ def diagnose(
 
 
 def in_models(step: FailedStep) -> list[tuple[str, int]]:
-    """Run each sample alone, forward and then backward, until one is not finite.
-
-    Returns:
-        "forward" or "backward" of a role and the sample, of the first role that has any; nothing
-        where the weights are spread over processes.
-    """
+    """Run each sample alone, forward and then backward, and return those that are not finite."""
     if step.accelerator.distributed_type not in WHOLE:
         return []
     for backward in (False, True):

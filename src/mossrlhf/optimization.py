@@ -173,10 +173,7 @@ class TrainingEngine:
         return parts + [_weightless(parts[0])] * self._missing(len(parts))
 
     def _missing(self, count: int) -> int:
-        """How many micro-batches of weight zero this process adds to have as many as any other.
-
-        Under a token budget processes may split differently, but every backward synchronizes.
-        """
+        """How many micro-batches of weight zero this process adds to have as many as any other."""
         if self.accelerator.num_processes == 1:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)

@@ -43,10 +43,7 @@ ZERO_BUCKET = 4 * 500_000_000
 
 @dataclass(frozen=True)
 class RoleMemory:
-    """Bytes that one role holds on a device for the whole run, and its numbers of parameters.
-
-    Where it is not a separate model on the device, `note` says what it is.
-    """
+    """Bytes that one role holds throughout; `note` describes a role without a separate model."""
 
     parameters: int = 0
     trained: int = 0
@@ -330,6 +327,10 @@ class _RoleModel:
     def layers(self) -> int:
         return int(self.text.num_hidden_layers)
 
+    @property
+    def kv_heads(self) -> int:
+        return getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+
     def build(self, layers: int | None = None) -> Any:
         """Make the model on the meta device, with all of its layers or the first `layers`."""
         config: Any = copy.deepcopy(self.config)
@@ -474,6 +475,7 @@ class _Device:
     cuda: bool
     processes: int
     sharding: str | None
+    saved: dict[Any, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def gathers(self) -> bool:
@@ -488,12 +490,6 @@ class _Device:
     @property
     def policy(self) -> _RoleModel:
         return self.models["policy"][0]
-
-    # ---- activations
-
-    @cached_property
-    def saved(self) -> dict[tuple[Any, ...], tuple[int, int, int]]:
-        return {}
 
     def saved_for_backward(self, model: _RoleModel, rows: int) -> tuple[int, int, int]:
         """Kept for a backward: outside of the layers, in each layer, and between two of them."""
@@ -583,12 +579,12 @@ class _Device:
     def cache_layer(self) -> int:
         """One layer's part of the KV cache."""
         text = self.policy.text
-        groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         # Rotated keys have the type of the hidden states, values that of the products.
         keys = 2 if self.low else self.policy.dtype.itemsize if self.policy.adapter else 4
         values = 2 if self.args.bf16 else keys
-        return self.sizes["sampled"] * (self.sizes["length"] - 1) * groups * head * (keys + values)
+        width = self.policy.kv_heads * head * (keys + values)
+        return self.sizes["sampled"] * (self.sizes["length"] - 1) * width
 
     def sampling(self) -> int:
         """The peak of sampling."""
@@ -597,14 +593,11 @@ class _Device:
         _, layer, _ = self.saved_for_backward(self.policy, self.sizes["scored"])
         token = layer // (2 * self.sizes["scored"] * length)
         prompts = self.sizes["prompt"] * (token * rows + cache // length)
-        heads = text.num_attention_heads
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        # The last token: keys and values of a layer are repeated for all heads.
-        last = cache + (self.cache_layer() * heads // groups if groups < heads else 0)
+        last = cache
+        if self.policy.kv_heads < text.num_attention_heads:  # a layer's are repeated for all heads
+            last += self.cache_layer() * text.num_attention_heads // self.policy.kv_heads
         logits = 5 * 4 * rows * text.vocab_size  # and what becomes of them
         return self.casts(self.policy) + logits + max(prompts, last)
-
-    # ---- weights
 
     def part(self, size: int) -> int:
         return -(-size // self.processes) if self.sharding else size
@@ -642,8 +635,6 @@ class _Device:
             note=note if members else ABSENT[name],
         )
         return held, lent
-
-    # ---- the whole
 
     def memory(self) -> dict[str, Any]:
         """The fields of a `MemoryPlan` that are bytes."""

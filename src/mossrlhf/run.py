@@ -323,10 +323,7 @@ class Run:
             self.bar.update()
 
     def _agree(self) -> None:
-        """Make flags set on one process (by a signal, a callback) hold on all.
-
-        A process that stopped, evaluated or saved alone would leave the others waiting.
-        """
+        """Make flags set on one process (by a signal, a callback) hold on all."""
         names = ("should_training_stop", "should_evaluate", "should_save")
         flags = torch.tensor([float(getattr(self.control, name)) for name in names])
         agreed = self.run_state.engine.reduce(flags.to(self.accelerator.device)) > 0

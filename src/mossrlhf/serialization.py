@@ -104,14 +104,9 @@ class ShardError(ValueError):
 
 
 class Shards:
-    """The tensors of a checkpoint's folder, read one at a time.
+    """The tensors of a checkpoint in transformers' layout, whole or in shards, read one at a time.
 
-    Args:
-        folder: in transformers' layout: ``model.safetensors`` or ``pytorch_model.bin``, whole or in
-            shards with an index.
-
-    Raises:
-        ShardError: if there is no checkpoint, or a shard is missing or damaged.
+    Raises `ShardError` if there is no checkpoint, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -30,9 +30,7 @@ class _AtOnce(BaseException):
 class Signals:
     """Handlers of Ctrl-C and SIGTERM: the first is a request, the second interrupts.
 
-    Args:
-        stop: called with the signal's number and False when it arrives, from within its handler,
-            and with True after a second one has interrupted the block.
+    `stop` is called with the number and False in the handler, with True after an interruption.
     """
 
     def __init__(self, stop: Callable[[int, bool], None]) -> None:

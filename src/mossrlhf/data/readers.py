@@ -402,12 +402,8 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Located]:
 
 
 def _elements(file: BinaryIO, path: Path) -> Iterator[Located]:
-    """Yield the elements of a JSON list, counted from 0.
-
-    The list is split at its own commas and each element is parsed by itself, so that a bad one can
-    be skipped. The file is mapped, not read: the list may be larger than memory.
-    """
-    text = mmap(file.fileno(), 0, access=ACCESS_READ)
+    """Yield the elements of a JSON list, counted from 0; a bad one does not end it."""
+    text = mmap(file.fileno(), 0, access=ACCESS_READ)  # it may be larger than memory
     start = depth = number = 0
     mark = b""
     for place, mark in _marks(text):

@@ -1,8 +1,4 @@
-"""The accelerator of a run, and errors of one process that reach the others.
-
-Accelerate keeps one precision for the whole process, in `AcceleratorState._mixed_precision`; that
-and `AcceleratorState._shared_state` are the privates used here, as accelerate 1.15 has them.
-"""
+"""The accelerator of a run, and errors of one process that reach the others."""
 
 import os
 from collections.abc import Iterator
@@ -63,14 +59,11 @@ def is_shared(error: Exception) -> bool:
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether an exception of a collective operation means that another process is gone.
-
-    Gloo raises plain `RuntimeError`s, which are recognized by their words.
-    """
+    """Whether an exception of a collective operation means that another process is gone."""
     kinds = (distributed.DistBackendError, distributed.DistNetworkError)
     if isinstance(error, kinds) and distributed.is_initialized():
         return True
-    said = str(error)
+    said = str(error)  # gloo raises plain RuntimeErrors
     return isinstance(error, RuntimeError) and any(
         words in said
         for words in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")

@@ -494,10 +494,7 @@ def _is_partitioned(weight: Tensor | None) -> bool:
 
 
 def _within(head: Any, work: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """Call `work` with a head's weight, under ZeRO-3 within a call of the head.
-
-    ZeRO-3's hooks, which gather and release the weight, then see one ordinary call.
-    """
+    """Call `work` with a head's weight; within a call of the head, which ZeRO-3's hooks see."""
     if not _is_partitioned(head._parameters["weight"]):
         return work(hidden)
     head.forward = work

@@ -238,9 +238,7 @@ def temperatures(
 ) -> Float[Tensor, " N"]:
     """Return ``[N]`` temperatures in the type statistics are computed in, on the logits' device.
 
-    Raises:
-        ValueError: where there is neither one nor N of them, one requires a gradient, or one is
-            not positive (not checked on a GPU, where that would synchronize).
+    On a GPU, where that would synchronize, it is not checked that they are positive.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
@@ -441,10 +439,8 @@ def _may_differ_from_one(temperature: Tensor) -> bool:
 def _shifted(
     out: Tensor, logits: Tensor, temperature: Tensor, divide: bool, highest: Tensor | None = None
 ) -> Tensor:
-    """Write x − max x into `out`, with x = z/τ, and return max z of each row, where not given.
-
-    The difference is taken before it is divided: logits far from zero keep their digits.
-    """
+    """Write x − max x into `out`, with x = z/τ, and return max z of each row, where not given."""
+    # The difference is taken before it is divided: logits far from zero keep their digits.
     if highest is None:
         highest = logits.amax(-1).to(out)
     torch.sub(logits, highest[:, None], out=out)

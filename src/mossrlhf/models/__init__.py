@@ -35,13 +35,6 @@ from mossrlhf.models.token_logprobs import (
     whole_logits,
 )
 
-PRIVATES = {
-    "peft 0.21": ("_active_adapter", "_disable_adapters"),
-    "torch 2.13": ("_checkpoint", "_forward_pre_hooks"),
-    "transformers 5.23": ("_attn_implementation", "_hf_peft_config_loaded", "_no_split_modules"),
-}
-"""What `models` and `loading` use of other libraries' privates, by the version it was read in."""
-
 __all__ = [
     "IGNORED_LABEL", "SCORE_MOMENTS", "ActorCritic", "RewardModel", "SharedRewardModel",
     "TokenPath", "ValueHead", "active_adapter", "adapter_folder", "add_adapters", "announce",

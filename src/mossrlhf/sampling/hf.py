@@ -42,11 +42,7 @@ from mossrlhf.types import Rollout
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` that copies its keys and values once in `room` tokens.
-
-    Args:
-        room: tokens to allocate whenever the buffers are full.
-    """
+    """A `DynamicLayer` that allocates `room` tokens whenever its buffers are full."""
 
     keys: Tensor
     values: Tensor

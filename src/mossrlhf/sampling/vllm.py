@@ -101,9 +101,8 @@ class Synchronizer:
     """Sends a policy's weights to an engine whenever they differ from those sent last.
 
     Changes are detected by the sum of each weight's bits, computed on its device, and by torch's
-    counters of in-place changes: the first sees optimizers that bypass the counters (DeepSpeed),
-    the second sees changes that keep the sum. Adapters that were switched on or off are seen too.
-    Reading all weights takes about as long as decoding one token. `times` counts the transfers.
+    counters of in-place changes, which optimizers may bypass (DeepSpeed does). Adapters that were
+    switched on or off are seen too. `times` counts the transfers.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -428,12 +428,7 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 class ShardWriter:
-    """Writes tensors to shards in transformers' layout as they come, and an index at the end.
-
-    Args:
-        folder: of the shards.
-        budget: bytes after which a shard is written; a larger tensor has its own shard.
-    """
+    """Writes tensors to shards of about `budget` bytes as they come, and an index at the end."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget = folder, budget
