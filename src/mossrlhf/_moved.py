@@ -1,4 +1,4 @@
-"""Old names of modules and functions, importable for one release with a `DeprecationWarning`."""
+"""Old names, importable for one release with a `DeprecationWarning`."""
 
 import sys
 import warnings
@@ -31,13 +31,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "reward_modeling.pairs",
         "reward_modeling.report",
     ),
-    "roles": (
-        "loading.policy",
-        "loading.critic",
-        "loading.tokenizer",
-        "models.lora",
-        "distributed.processes",
-    ),
+    "roles": ("loading.policy", "loading.critic", "loading.tokenizer", "models.lora"),
     "shaping": ("reward_shaping",),
     "sharding": ("distributed.sharding",),
     "shards": ("serialization",),
@@ -52,25 +46,28 @@ RENAMED = {
     "models.is_over": "models.shares_base",
     "models.speaking_as": "models.active_adapter",
     "models.trained_beneath": "models.trained_base_parameters",
+    "reward_trainer.PairScores": "reward_modeling.pairs.PairRewards",
+    "roles.is_adapted": "models.lora.is_peft_model",
+    "roles.make_accelerator": "distributed.processes.make_accelerator",
 }
-"""Old name → new name of what was renamed in its module."""
+"""Old name of a class or function → its new one, where `MOVED` does not lead to it."""
 
 
-def renamed(module: str, name: str) -> Any:
-    """Look a renamed name up for the ``__getattr__`` of its module, with a warning."""
-    old = f"{module.removeprefix('mossrlhf.')}.{name}"
-    if old not in RENAMED:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(old, RENAMED[old])
-    return getattr(import_module(module), RENAMED[old].rpartition(".")[2])
-
-
-def _warn(old: str, new: str) -> None:
-    warnings.warn(
-        f"mossrlhf.{old} is now mossrlhf.{new}; the old name goes with the next release",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+def find_old(old: str, name: str) -> Any:
+    """Return what a name of an old module, or an old name of a module, has become."""
+    renamed = RENAMED.get(f"{old}.{name}")
+    public = [] if name.startswith("_") else MOVED.get(old, ())
+    for home in [renamed] if renamed else [f"{new}.{name}" for new in public]:
+        place, _, found = home.rpartition(".")
+        if hasattr(module := import_module(f"mossrlhf.{place}"), found):
+            warnings.warn(
+                f"mossrlhf.{old}.{name} is now mossrlhf.{home}; the old name goes with the next "
+                "release",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            return getattr(module, found)
+    raise AttributeError(f"module 'mossrlhf.{old}' has no attribute {name!r}")
 
 
 class MovedModule(ModuleType):
@@ -81,14 +78,7 @@ class MovedModule(ModuleType):
         self.__path__: list[str] = []  # its submodules are in sys.modules as well
 
     def __getattr__(self, name: str) -> Any:
-        old = self.__name__.removeprefix("mossrlhf.")
-        if not name.startswith("_"):
-            for new in MOVED[old]:
-                module = import_module(f"mossrlhf.{new}")
-                if hasattr(module, name):
-                    _warn(f"{old}.{name}", f"{new}.{name}")
-                    return getattr(module, name)
-        raise AttributeError(f"module 'mossrlhf.{old}' has no attribute {name!r}")
+        return find_old(self.__name__.removeprefix("mossrlhf."), name)
 
 
 def register() -> None:

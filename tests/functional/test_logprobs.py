@@ -34,9 +34,14 @@ def log_softmax(z):
 @given(LOGITS, TEMPERATURES, st.integers(0, 2**32 - 1))
 def test_token_stats(logits, temperature, seed):
     ids = np.random.default_rng(seed).integers(0, logits.shape[-1], logits.shape[:-1])
-    logp = log_softmax(logits / temperature)
-    got = token_stats(torch.from_numpy(logits), torch.from_numpy(ids), temperature)
+    logp, ref = log_softmax(logits / temperature), log_softmax(-logits / temperature)
+    z = torch.from_numpy(logits)
+    got = token_stats(z, torch.from_numpy(ids), temperature, ref_logits=-z)
+    total = np.log(np.exp(logits / temperature).sum(-1))
+    np.testing.assert_allclose(got.logsumexp, total, atol=1e-9)
+    np.testing.assert_allclose(got.kl, (np.exp(logp) * (logp - ref)).sum(-1), atol=1e-9)
     for place in np.ndindex(ids.shape):
+        assert got.ref_logprob[place].item() == pytest.approx(ref[place][ids[place]], abs=1e-9)
         assert got.logprob[place].item() == pytest.approx(logp[place][ids[place]], abs=1e-9)
         entropy = -sum(np.exp(lp) * lp for lp in logp[place])
         assert got.entropy[place].item() == pytest.approx(entropy, abs=1e-9)

@@ -1,8 +1,9 @@
 """The trained modules: a reward model that is also the critic, the policy's log-probabilities."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
-from mossrlhf._moved import renamed
+from mossrlhf._moved import find_old
 from mossrlhf.models.actor_critic import ActorCritic
 from mossrlhf.models.lora import (
     active_adapter,
@@ -45,4 +46,5 @@ __all__ = [
     "trained_base_parameters", "weights_digest", "whole_logits",
 ]  # fmt: skip
 
-__getattr__ = partial(renamed, __name__)
+if not TYPE_CHECKING:  # or every name would pass for one of the module's
+    __getattr__ = partial(find_old, "models")
