@@ -77,7 +77,7 @@ def page(records: Records) -> str:
         LEAD,
         "## Verdicts",
         "\n".join(verdicts(records)),
-        "## How it was done",
+        "## Method",
         METHOD,
         provenance(records),
         "## The worlds",

@@ -332,7 +332,7 @@ def test_the_picture_has_the_figures(picture, growth, figures):
 
 def test_the_page_has_the_kept_figures(scaling, growth):
     page = scaling.PAGE.read_text(encoding="utf-8")
-    assert page.index("\n## How it grows\n") < page.index(growth.MARKS[0])
+    assert page.index("\n## Scaling\n") < page.index(growth.MARKS[0])
     assert page.index(growth.MARKS[0]) < page.index(growth.MARKS[1])
     if not scaling.RESULTS.is_file():
         assert "\n".join(growth.MARKS) in page

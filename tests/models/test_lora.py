@@ -227,6 +227,16 @@ def test_a_quantized_policy_merges_beside_a_critic_in_other_layers(make, quantiz
         torch.testing.assert_close(plain(IDS).logits, trainer.policy(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*targeted layer of type Linear4bit has no bias")
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}])
+def test_adapters_that_change_more_than_a_difference_are_refused_on_a_quantized_base(
+    quantized, more
+):
+    model = RewardModel.from_language_model(quantized())
+    with pytest.raises(ValueError, match=r"cannot be merged.*adds more than a matrix"):
+        add_adapters(model, LoraConfig(r=2, target_modules=["q_proj"], **more))
+
+
 def test_a_quantized_critic_is_refused(make, world, quantized):
     with pytest.raises(ValueError, match=r"critic: .*four bits.*LoraConfig"):
         make(model=quantized(), peft_config=LoraConfig(**LORA), reward=world.reward)

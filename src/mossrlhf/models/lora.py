@@ -483,8 +483,10 @@ def plain_layer(layer: Any) -> nn.Linear:
     for adapter in () if getattr(layer, "disable_adapters", True) else layer.active_adapters:
         if not any(adapter in getattr(layer, parts) for parts in layer.adapter_layer_names):
             continue  # the active adapter has no part in this layer
-        if not hasattr(layer, "get_delta_weight"):
-            raise ValueError(f"{type(layer).__name__} adds no matrix to a weight of few bits")
+        kinds = (getattr(layer, name, {}) for name in ("use_dora", "lora_bias"))
+        more = any(kind.get(adapter) for kind in kinds)  # than the difference of a weight
+        if more or not hasattr(layer, "get_delta_weight"):
+            raise ValueError(f"{type(layer).__name__} adds more than a matrix to quantized weights")
         weight += layer.get_delta_weight(adapter).to(weight.dtype)
     bias: Any = base.bias
     with torch.device("meta"):
