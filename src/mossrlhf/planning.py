@@ -32,11 +32,6 @@ from mossrlhf.validation import KINDS
 
 GIB, MIB = 2**30, 2**20
 
-TOKEN_BYTES = 29
-"""Of a response token in a rollout: seven float32 numbers and a mask."""
-
-ABSENT = {"critic": "none", "reference": "the policy, adapters off", "reward": "none given"}
-
 ZERO_BUCKET = 4 * 500_000_000
 """Bytes of gradients that DeepSpeed reduces at a time by default."""
 
@@ -61,8 +56,7 @@ class RoleMemory:
 class MemoryPlan:
     """Memory of one device during a run, in bytes; ``print`` it for a table.
 
-    It leaves out what the device's driver and libraries hold (0.5 to 1 GiB on CUDA) and what an
-    allocator loses between its blocks.
+    Left out are the driver and libraries (0.5 to 1 GiB on CUDA) and gaps between blocks.
 
     Args:
         roles: "policy", "critic", "reference" and "reward" → what each holds throughout.
@@ -130,8 +124,8 @@ class MemoryPlan:
         def cell(number: int, width: int = 11) -> str:
             return f"{f'{number / size:,.{digits}f}' if number else '-':>{width}}"
 
-        lines = [f"Memory of one device, {unit}\n{self.where}\n"]
-        lines.append(f"{'weights':>23}{'gradients':>11}{'optimizer':>11}  parameters")
+        head = f"{'weights':>23}{'gradients':>11}{'optimizer':>11}  parameters"
+        lines = [f"Memory of one device, {unit}\n{self.where}\n\n{head}"]
         sums = [sum(getattr(r, n) for r in self.roles.values()) for n in ("gradients", "optimizer")]
         together = RoleMemory(0, 0, self.weights, *sums)
         for name, role in {**self.roles, "together": together}.items():
@@ -139,14 +133,16 @@ class MemoryPlan:
             lines.append(f"{name:12}{cells}  {role}".rstrip())
         lines.append("")
         by = max(self.scoring, key=lambda name: self.scoring[name])
-        table = [(f"activations, update of the {r}", n, "updated") for r, n in self.kept.items()]
         scored = "reward" if by == "reward" else "scored"
-        table.append((f"activations, scoring by the {by}", self.scoring[by], scored))
-        table.append(("KV cache while sampling", self.kv_cache, "sampled"))
-        table.append(("one chunk of logits, within the above", self.logits, ""))
-        table.append(("rollout", self.rollout, "rollout"))
-        table += [(f"{role}, while it scores", number, "") for role, number in self.lent.items()]
-        table.append(("gathered and reduced", self.extra, ""))
+        table = [
+            *((f"activations, update of the {r}", n, "updated") for r, n in self.kept.items()),
+            (f"activations, scoring by the {by}", self.scoring[by], scored),
+            ("KV cache while sampling", self.kv_cache, "sampled"),
+            ("one chunk of logits, within the above", self.logits, ""),
+            ("rollout", self.rollout, "rollout"),
+            *((f"{role}, while it scores", number, "") for role, number in self.lent.items()),
+            ("gathered and reduced", self.extra, ""),
+        ]
         for words, number, at_once in table:
             remark = f"  {self.sizes[at_once]} x {self.sizes['length']} tokens" if at_once else ""
             lines.append(f"{words:38}{cell(number, 10)}{remark}")
@@ -178,9 +174,6 @@ def plan(  # noqa: D417
 ) -> MemoryPlan:
     """Plan how much of each device's memory a run of `Trainer` needs, and in which phase.
 
-    Models are made of configurations without weights, and their first two layers run on fake
-    tensors to see what they keep for a backward pass.
-
     Args:
         model: the policy, as for `Trainer`; here and below a transformers configuration will do.
         reward: as for `Trainer`; functions need no memory. A ``PeftConfig`` stands for an adapter
@@ -193,9 +186,8 @@ def plan(  # noqa: D417
             `generation_config`, else 512.
         processes: number of processes, one to a device.
         sharding: None (DDP: every process holds everything), "fsdp", "zero3" or "zero2".
-        frozen: where reference and reward models are: "whole" on each device, "sharded", or
-            "offloaded" to the CPU until they score. It follows from `sharding` and
-            ``offload_frozen``, and any other value is refused; None for what follows.
+        frozen: "whole", "sharded" or "offloaded" reference and reward models; it follows from
+            `sharding` and ``offload_frozen``, and any other value is refused.
         dtype: of weights that are loaded by name; None for that of their configuration. Trained
             weights are at least float32, as with `Trainer`.
         device: "cuda" or "cpu"; the chunks of logits differ.
@@ -209,8 +201,8 @@ def plan(  # noqa: D417
     _check_arguments(given)
     args = args or TrainerConfig()
     args.require_shareable(processes)
-    follows = "offloaded" if args.offload_frozen else "whole"
-    follows = "sharded" if sharding in ("fsdp", "zero3") else follows
+    unsharded = "offloaded" if args.offload_frozen else "whole"
+    follows = "sharded" if sharding in ("fsdp", "zero3") else unsharded
     if frozen not in (None, follows):
         raise ValueError(
             f"frozen: got {frozen!r}, but sharding={sharding!r} and TrainerConfig(offload_frozen="
@@ -258,10 +250,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             raise error(f"{name}: got {value!r}, expected a whole number, at least 1")
     among = dict(sharding=(None, "fsdp", "zero3", "zero2"), device=("cuda", "cpu"))
     for name, words in among.items():
-        if given[name] not in words:
-            hint = suggest(str(given[name]), list(filter(None, words)))
-            listed = ", ".join(map(repr, words))
-            raise ValueError(f"{name}: got {given[name]!r}, expected one of {listed}{hint}")
+        if (value := given[name]) not in words:
+            hint = suggest(str(value), list(filter(None, words)))
+            raise ValueError(f"{name}: got {value!r}, expected one of {str(words)[1:-1]}{hint}")
 
 
 def _sizes(
@@ -272,7 +263,7 @@ def _sizes(
     most = min(args.micro_batch_size or rollout, rollout)
     if args.max_tokens is not None:
         most = max(1, min(most, args.max_tokens // (prompt + response)))
-    row = 8 * (prompt + response) + TOKEN_BYTES * response + 24
+    row = 8 * (prompt + response) + 29 * response + 24  # ids; 7 float32 numbers and a mask
     return {
         "prompt": prompt, "response": response, "length": prompt + response,
         "rollout": rollout, "minibatch": minibatch, "bytes": row * (rollout + minibatch),
@@ -280,9 +271,6 @@ def _sizes(
         "reward": min(rollout, max((one.batch for one in rewards), default=0)),
         "scored": most, "updated": min(most, minibatch),
     }  # fmt: skip
-
-
-# ---- models without weights ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -308,9 +296,8 @@ class _RoleModel:
         elif isinstance(given, (str, Path)):
             if find_adapter_config_file(str(given)) is not None:
                 adapter = PeftConfig.from_pretrained(str(given))
-            known = AutoConfig.from_pretrained(
-                adapter.base_model_name_or_path if adapter else given
-            )
+            base = adapter.base_model_name_or_path if adapter else given
+            known = AutoConfig.from_pretrained(base)
         if not isinstance(known, Config):
             kind = "causal language model" if options.get("writes") else "RewardModel, a classifier"
             kind += ", its folder, hub name or config"
@@ -324,17 +311,13 @@ class _RoleModel:
         return self.config.get_text_config()
 
     @property
-    def layers(self) -> int:
-        return int(self.text.num_hidden_layers)
-
-    @property
     def kv_heads(self) -> int:
         return getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
 
     def build(self, layers: int | None = None) -> Any:
         """Make the model on the meta device, with all of its layers or the first `layers`."""
         config: Any = copy.deepcopy(self.config)
-        quantized = vars(config).pop("quantization_config", None) or {}
+        quantized = vars(config).pop("quantization_config", None)
         text = config.get_text_config()
         text.use_cache = False
         if layers is not None:
@@ -346,9 +329,7 @@ class _RoleModel:
             made = auto.from_config(config, dtype=self.dtype)
             # Of frozen models too it is seen what they would keep: what they take in passing.
             made.requires_grad_((self.trained or layers is not None) and not self.shares)
-            _count_quantized(
-                made, quantized if isinstance(quantized, dict) else quantized.to_dict()
-            )
+            _count_quantized(made, quantized)
             if self.adapter is not None:
                 adapter = copy.deepcopy(self.adapter)
                 adapter.inference_mode = False
@@ -382,8 +363,9 @@ class _RoleModel:
         return _nbytes(_tensors(self.whole)) - sum(layers), sum(layers), max(layers, default=0)
 
 
-def _count_quantized(model: Any, asked: Mapping[str, Any]) -> None:
+def _count_quantized(model: Any, quantization: Any) -> None:
     """Have weights counted as bitsandbytes holds them."""
+    asked = getattr(quantization, "to_dict", lambda: quantization or {})()
     bits = 4 if asked.get("load_in_4bit") else 8 if asked.get("load_in_8bit") else 0
     for layer in model.modules() if bits else ():
         if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
@@ -462,10 +444,7 @@ def _changed_by_new_adapters(model: Any, adapter: Any, new: bool) -> bool:
     return bool(changed) or getattr(adapter, "bias", "none") != "none"
 
 
-# ---- bytes of a run -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Device:
     """One device's share of a run, all sizes in bytes."""
 
@@ -475,21 +454,14 @@ class _Device:
     cuda: bool
     processes: int
     sharding: str | None
-    saved: dict[Any, tuple[int, int, int]] = field(default_factory=dict)
 
-    @property
-    def gathers(self) -> bool:
-        """Whether each process holds a part of the weights and gathers them to compute."""
-        return self.sharding in ("fsdp", "zero3")
-
-    @property
-    def low(self) -> bool:
-        """Whether weights are gathered in bfloat16."""
-        return self.args.bf16 and self.gathers
-
-    @property
-    def policy(self) -> _RoleModel:
-        return self.models["policy"][0]
+    def __post_init__(self) -> None:
+        self.policy = self.models["policy"][0]
+        self.gathers = self.sharding in ("fsdp", "zero3")  # weights, to compute with them
+        self.low = self.args.bf16 and self.gathers  # in bfloat16
+        text, trained = self.policy.text, self.policy.adapter is None
+        self.embedding_gradient = 4 * text.vocab_size * text.hidden_size if trained else 0
+        self.saved: dict[Any, tuple[int, int, int]] = {}
 
     def saved_for_backward(self, model: _RoleModel, rows: int) -> tuple[int, int, int]:
         """Kept for a backward: outside of the layers, in each layer, and between two of them."""
@@ -511,12 +483,7 @@ class _Device:
                 memo[id(t)] = nn.Parameter(fake, t.requires_grad) if weight else fake
             copied = copy.deepcopy(model, memo).train(not self.args.disable_dropout)
             saved: list[Tensor] = []
-
-            def note(tensor: Tensor) -> Tensor:
-                saved.append(tensor)
-                return tensor
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: saved[0])
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
                 ids = torch.zeros(rows, self.sizes["length"], dtype=torch.long)
                 body: Any = unwrap_peft(copied).base_model
@@ -527,11 +494,6 @@ class _Device:
             storages = {id(t.untyped_storage()): t.untyped_storage() for t in saved}
             kept = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
             return kept, hidden.untyped_storage().nbytes()
-
-    @property
-    def embedding_gradient(self) -> int:
-        text = self.policy.text
-        return 0 if self.policy.adapter else 4 * text.vocab_size * text.hidden_size
 
     def logits(self, rows: int) -> int:
         """One chunk of logits, in float32."""
@@ -557,14 +519,15 @@ class _Device:
     def kept(self, model: _RoleModel) -> int:
         """What the forward of one micro-batch keeps for its backward."""
         outside, layer, between = self.saved_for_backward(model, self.sizes["updated"])
-        return outside + model.layers * (between if self.args.gradient_checkpointing else layer)
+        return outside + model.text.num_hidden_layers * (
+            between if self.args.gradient_checkpointing else layer
+        )
 
     def update(self, model: _RoleModel) -> int:
         """The peak of a forward and backward."""
-        rows = self.sizes["updated"]
-        _, layer, _ = self.saved_for_backward(model, rows)
+        _, layer, _ = self.saved_for_backward(model, self.sizes["updated"])
         most = layer // 4 + (layer if self.args.gradient_checkpointing else 0)
-        most = max(most, self.head(rows, True) if model.writes else 0)
+        most = max(most, self.head(self.sizes["updated"], True) if model.writes else 0)
         return max(self.kept(model) + most, self.embedding_gradient)
 
     def scoring(self, name: str) -> int:
@@ -589,13 +552,12 @@ class _Device:
     def sampling(self) -> int:
         """The peak of sampling."""
         text, rows, length = self.policy.text, self.sizes["sampled"], self.sizes["length"]
-        cache = self.cache_layer() * self.policy.layers
+        cache = self.cache_layer() * self.policy.text.num_hidden_layers
         _, layer, _ = self.saved_for_backward(self.policy, self.sizes["scored"])
         token = layer // (2 * self.sizes["scored"] * length)
         prompts = self.sizes["prompt"] * (token * rows + cache // length)
-        last = cache
-        if self.policy.kv_heads < text.num_attention_heads:  # a layer's are repeated for all heads
-            last += self.cache_layer() * text.num_attention_heads // self.policy.kv_heads
+        groups = text.num_attention_heads // self.policy.kv_heads  # a layer is repeated for all
+        last = cache + (self.cache_layer() * groups if groups > 1 else 0)
         logits = 5 * 4 * rows * text.vocab_size  # and what becomes of them
         return self.casts(self.policy) + logits + max(prompts, last)
 
@@ -606,15 +568,16 @@ class _Device:
         """Weights of the policy that are gathered at once: what is in no layer, and some layers."""
         outside, every, largest = self.policy.parts if self.gathers else (0, 0, 0)
         size = outside + (every if layers is None else layers * largest)
-        return size // 2 if self.args.bf16 else size
+        return size // (2 if self.args.bf16 else 1)
 
     def role(self, name: str) -> tuple[RoleMemory, int]:
         """What a role holds throughout, and what comes to the device only while it scores."""
         members, lent = self.models[name], 0
+        absent = {"critic": "none", "reference": "the policy, adapters off", "reward": "none given"}
         own = [t for model in members for t in model.own_tensors()]
         trained = [t for model in members for t in model.trained_tensors()]
         weights, gradients = _nbytes(own), _nbytes(trained)
-        alone = [] if trained else [model for model in members if not model.shares]
+        alone = [model for model in members if not (trained or model.shares)]
         note = "on the policy's base" if any(model.shares for model in members) else ""
         if self.args.offload_frozen and not self.gathers and self.cuda and alone:
             lent = sum(_nbytes(model.own_tensors()) for model in alone)
@@ -622,19 +585,18 @@ class _Device:
         # FSDP2 leaves what is in no layer of a frozen model whole.
         whole = sum(model.parts[0] for model in alone) if self.sharding == "fsdp" else 0
         if self.gathers and name == "reward" and members:
-            lent = sum(sum(model.parts[:2]) for model in alone) - whole
-            lent += self.gathered() if len(alone) < len(members) else 0
+            shared = self.gathered() if len(alone) < len(members) else 0
+            lent = sum(sum(model.parts[:2]) for model in alone) - whole + shared
         # Two moments and a count of steps; DeepSpeed has a float32 copy of the weights as well.
         states = (2 if self.sharding in (None, "fsdp") else 3) * gradients + 4 * len(trained)
-        held = RoleMemory(
+        return RoleMemory(
             parameters=sum(t.numel() for t in own if isinstance(t, nn.Parameter)),
             trained=sum(t.numel() for t in trained),
             weights=whole + self.part(weights - whole) if self.gathers else weights,
             gradients=self.part(gradients),
             optimizer=self.part(states),
-            note=note if members else ABSENT[name],
-        )
-        return held, lent
+            note=note if members else absent[name],
+        ), lent
 
     def memory(self) -> dict[str, Any]:
         """The fields of a `MemoryPlan` that are bytes."""
@@ -650,12 +612,12 @@ class _Device:
         elif self.processes > 1:
             extra += min(sum(gradients), ZERO_BUCKET) if self.sharding else sum(gradients)
         before = update = 0
-        tied_weights = self.policy.config.tie_word_embeddings  # has two gradients
         for name, model in trained.items():
             mine, activations = roles[name].gradients, self.update(model)
-            tied = self.embedding_gradient if tied_weights and name == "policy" else 0
-            both_now = mine + activations if several else max(mine + tied, activations)
-            update, before = max(update, before + both_now), before + mine
+            twice = name == "policy" and model.config.tie_word_embeddings  # has two gradients
+            most = max(mine + (self.embedding_gradient if twice else 0), activations)
+            update = max(update, before + (mine + activations if several else most))
+            before += mine
         scoring = {name: size for name in self.models if (size := self.scoring(name))}
         held = sum(role.weights + role.optimizer for role in roles.values())
         held += 0 if self.sharding else extra  # DDP's buckets are there from the start
@@ -663,25 +625,18 @@ class _Device:
         others += lent.get("reference", 0) + self.gathered(2)
         scored = max(scoring.get("reward", 0) + lent.get("reward", 0), others)
         rollout = self.sizes["bytes"]
+        sizes = {
+            "kept": {name: self.kept(model) for name, model in trained.items()},
+            "kv_cache": self.cache_layer() * self.policy.text.num_hidden_layers,
+            "logits": self.logits(self.sizes["updated"]),
+            "rollout": rollout,
+        }
         phases = {
             "sampling": held + self.sampling() + self.gathered(),
             "scoring": held + rollout + scored,
             "update": held + rollout + update + (extra if self.sharding else 0),
         }
-        return dict(
-            roles=roles,
-            kept={name: self.kept(model) for name, model in trained.items()},
-            scoring=scoring,
-            kv_cache=self.cache_layer() * self.policy.layers,
-            logits=self.logits(self.sizes["updated"]),
-            rollout=rollout,
-            extra=extra,
-            lent=lent,
-            phases=phases,
-        )
-
-
-# ---- suggestions --------------------------------------------------------------------------------
+        return dict(roles=roles, lent=lent, scoring=scoring, extra=extra, phases=phases, **sizes)
 
 
 def _suggestion(plan: MemoryPlan, memory: float) -> str:
@@ -700,8 +655,8 @@ def _suggestion(plan: MemoryPlan, memory: float) -> str:
     *first, last = made.values() or ("no change",)
     listed = f"{', '.join(first)} and {last}" if first else last
     if not current.fits(memory):
-        remedy = "take a smaller model, shorter responses or larger devices"
-        return f"Nothing tried here makes it fit {room}: with {listed} {peak}; {remedy}."
+        peak += "; take a smaller model, shorter responses or larger devices"
+        return f"Nothing tried here makes it fit {room}: with {listed} {peak}."
     return f"To fit {room}, {listed}: then {peak}." if made else f"It fits {room}: {peak}."
 
 
@@ -733,8 +688,8 @@ def _changes(plan: MemoryPlan, memory: float) -> Iterator[tuple[str, dict[str, A
         yield option(offload_frozen=True)
     if given["peft_config"] is None and not isinstance(given["critic"], nn.Module):
         lora = LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0)
-        words = 'LoraConfig(r=16, target_modules="all-linear")'
-        words = f"train adapters on one base (peft_config and critic: {words})"
+        words = 'peft_config and critic: LoraConfig(r=16, target_modules="all-linear")'
+        words = f"train adapters on one base ({words})"
         yield words, dict(peft_config=lora, critic=lora)
     elif given["dtype"] is None:
         yield "load the base in bfloat16 (dtype=torch.bfloat16)", dict(dtype=torch.bfloat16)
