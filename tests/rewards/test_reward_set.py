@@ -112,8 +112,8 @@ def test_none_means_not_applicable(tokenizer, rollout):
         ([1.0], r"'broken' returned \(1,\) values for 2 completions"),
         ({0: 0.5, 1: 0.5}, "'broken' returned dict, expected a list of 2 numbers"),
         ({0.5, 0.6}, "'broken' returned set, expected a list of 2 numbers"),
-        ("12", "'broken' returned str, expected .*its order says nothing"),
-        (b"12", "'broken' returned bytes, expected .*its order says nothing"),
+        ("12", "'broken' returned str, expected .*its order is not that"),
+        (b"12", "'broken' returned bytes, expected .*its order is not that"),
         (["1", "2"], "'broken' returned list, expected .*'1' is no number"),
         (torch.zeros(2, 2), r"'broken' returned \(2, 2\) values .* or \(2, 3\) for one reward"),
         (
