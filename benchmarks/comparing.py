@@ -114,7 +114,7 @@ def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
         memory = memory_of(device)
         lines += [
             "",
-            f"{device['name']}, {figures['threads']} threads; torch {used['torch']}. Medians of "
+            f"{named(device)}, {figures['threads']} threads; torch {used['torch']}. Medians of "
             f"{len(runs['wide'])} rounds, in which all take their turn.",
             "",
             "| work | by | seconds | × TRL's speed | peak memory, MiB | of TRL's | collect "
@@ -126,6 +126,11 @@ def with_tables(page: str, of_devices: Mapping[str, Any]) -> str:
             lines += [row([work, who], runs[n], theirs, memory) for who, n in names.items()]
         lines += ["", *overheads(figures["overhead"]), "", *lengths(runs), "", *worth(runs)]
     return between(page, MARKS, [*lines, ""])
+
+
+def named(device: Mapping[str, Any]) -> str:
+    """Return a device's name, with a processor's instructions."""
+    return " ".join(filter(None, [device["name"], device.get("instructions")]))
 
 
 def memory_of(device: Mapping[str, Any]) -> str:

@@ -196,7 +196,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         memory = round(found.total_memory / 2**30)
         return {"slug": slug, "name": found.name, "memory_gib": memory, "type": "cuda"}
     cores = os.cpu_count()
-    return {"slug": "cpu", **_processor(), "cores": cores, "type": "cpu"}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    found = {**_processor(), "instructions": instructions, "cores": cores}
+    return {"slug": "cpu", **found, "type": "cpu"}
 
 
 def _processor() -> dict[str, str]:
