@@ -132,13 +132,13 @@ def what_the_noise_took(kept):
     assert min(seed["flipped"]["precision"] for seed in seeds) > 0.8
     assert (settings["models"], settings["folds"]) == (6, 2)
     return [
-        f"flips {100 * settings['noise']:.0f} % of the labels in the toy world and asks "
+        f"flips {100 * settings['noise']:.0f} % of the labels in the toy world "
         f"({settings['pairs']:,} pairs, six models in two folds",
-        "once, it gives back about half of what the noise took",
-        "flipping again, two thirds.",
+        "once, it recovers about half of the accuracy that the noise costs",
+        "trained on the corrected labels, it recovers two thirds.",
         "is wrong more than eight times in ten",
-        "alone give back a seventh, less than training half as long does",
-        "they add one point in a hundred of that",
+        "alone recover a seventh, less than training half as long",
+        "they add one point in a hundred",
     ]
 
 
