@@ -1,4 +1,4 @@
-"""Collation: canonical records in, padded tensors with masks from lengths out."""
+"""Collators from canonical records to padded tensors, with masks from lengths."""
 
 import hashlib
 import warnings
@@ -39,7 +39,7 @@ def pad(
         ``[B, L]`` token ids; ``[B, L]`` attention mask, 1 on the sequences and 0 on the padding.
 
     Raises:
-        ValueError: where there are no sequences.
+        ValueError: if there are no sequences.
     """
     if not sequences:
         raise ValueError("sequences: got none, expected at least one to pad")
@@ -57,16 +57,16 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class EncodingCache:
-    """Token ids of the records that were encoded before, up to about `size` bytes (None: none).
+    """Cache of the token ids of records, of up to about `size` bytes; None disables it.
 
-    What is cached stays, since in a shuffled epoch all records are equally likely to come next.
+    Entries are never evicted: in a shuffled epoch all records are equally likely to come next.
     Copies begin empty; each worker process has its own.
     """
 
     def __init__(self, size: int | None = CACHE_BYTES) -> None:
         self.size = size
         self.used = 0
-        self.has_warned = False  # whether its collator has, which is frozen
+        self.has_warned = False  # of its collator, which is frozen
         self._rows: dict[bytes, tuple[array[int], ...]] = {}
         self._state: tuple[Any, ...] = ()
 
@@ -77,7 +77,7 @@ class EncodingCache:
         return len(self._rows)
 
     def follow(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Forget everything where the tokenizer's template or tokens have changed."""
+        """Clear the cache if the tokenizer's template or tokens have changed."""
         special = tokenizer.bos_token_id, tokenizer.eos_token_id
         added = tuple(tokenizer.added_tokens_encoder)
         state = (tokenizer, tokenizer.chat_template, special, added)
@@ -85,7 +85,7 @@ class EncodingCache:
             self._rows, self.used, self._state = {}, 0, state
 
     def __call__(self, content: Any, encode: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Return the lists of token ids of a record's content; call `encode` where unknown."""
+        """Return the lists of token ids of a record's content; call `encode` if not cached."""
         if not self.size:
             return encode()
         key = hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
@@ -138,19 +138,19 @@ class SFTCollator(_Collator):
     """Turn SFT or PTX records into a batch for a causal language model.
 
     The loss covers the response of ``{"prompt", "response"}``, and every token of ``{"text"}``.
-    What is too long loses the prompt's oldest exchanges first, then the end of the response or
-    text.
+    Records that are too long lose the prompt's oldest exchanges first, then the end of the
+    response or text.
 
     Args:
-        tokenizer: with an eos token, and a chat template where prompts are messages.
+        tokenizer: with an eos token, and a chat template if prompts are messages.
         max_length: of prompt and response, in tokens; None for no limit.
-        cache_bytes: for the token ids of earlier records, which are then not rendered and
+        cache_bytes: size of the cache of token ids, so that records are not rendered and
             tokenized again; None caches nothing.
 
     Raises:
-        ValueError: where a record lacks these columns, they are not text, or a prompt leaves no
+        ValueError: if a record lacks these columns, they are not text, or a prompt leaves no
             room for a response.
-        TypeError: where a record is not a dict.
+        TypeError: if a record is not a dict.
     """
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Int[Tensor, "B L"]]:
@@ -176,15 +176,15 @@ class PairCollator(_Collator):
     """Turn preference pairs into a batch for a reward model.
 
     Both responses follow the same prompt ids, which lose their oldest exchanges until the longer
-    response fits; if that is not enough, the responses lose their ends. A warning tells once of a
-    pair whose responses become identical.
+    response fits; if that is not enough, the responses are truncated. The first pair whose
+    responses become identical causes a warning.
 
     Args: those of `SFTCollator`: tokenizer, max_length, cache_bytes.
 
     Raises:
-        ValueError: where a record lacks ``prompt``, ``chosen`` or ``rejected``, a response is not
+        ValueError: if a record lacks ``prompt``, ``chosen`` or ``rejected``, a response is not
             text, or a prompt leaves no room for one.
-        TypeError: where a record is not a dict.
+        TypeError: if a record is not a dict.
     """
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -250,12 +250,12 @@ class TokenBatches:
     """A batch size in tokens: as many pairs as a budget holds, padding included.
 
     Args:
-        max_tokens: of a batch, padding included: twice its pairs times its longest sequence.
-        min_pairs: of a batch, whatever their length; only the last may have fewer.
-        max_pairs: of a batch, however short.
+        max_tokens: per batch, padding included: twice its pairs times its longest sequence.
+        min_pairs: per batch, even if they exceed `max_tokens`; only the last may have fewer.
+        max_pairs: per batch, even if they are short.
 
     Raises:
-        ValueError: where a number is out of range.
+        ValueError: if a number is out of range.
 
     Source: P1 §4.2: batches by token count, of 4 pairs at least and 128 at most.
     """
@@ -286,17 +286,17 @@ class TokenBatchSampler(Sampler[list[int]]):
     """Batches of `TokenBatches` in a new order every epoch, each pair once.
 
     All epochs and all processes have the same number of batches, so that a schedule is known from
-    the beginning; where batches do not divide evenly, the largest are halved.
+    the beginning; if batches do not divide evenly, the largest are halved.
 
     Args:
         lengths: tokens of each pair's longer sequence.
-        batches: the budget.
-        seed: of the order.
-        processes: that share the batches.
+        batches: the size of a batch.
+        seed: seed of the order.
+        processes: number of processes that share the batches.
         process: index of this process.
 
     Raises:
-        ValueError: where there are fewer pairs than processes, or batches of one pair do not
+        ValueError: if there are fewer pairs than processes, or batches of one pair do not
             divide evenly.
 
     Source: P1 §4.2 (batches by token count).

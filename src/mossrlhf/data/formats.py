@@ -1,12 +1,12 @@
 """Record formats: functions from a raw record to a canonical one.
 
 A canonical record is a dict. It has a `prompt` (a string, or a list of messages
-``{"role": "system|user|assistant", "content": str}`` that ends with a user turn) and, where the
-raw record has them, `response`, or `chosen` and `rejected` (the assistant's text alone). A document
+``{"role": "system|user|assistant", "content": str}`` that ends with a user turn) and, if the
+raw record has them, `response`, or `chosen` and `rejected` (only the assistant's text). A document
 is ``{"text": str}``. Every other column of the raw record is kept.
 
 A format is any function from a raw record to a dict; pass your own to the readers. Those here raise
-`DataError` where the record is malformed.
+`DataError` if the record is malformed.
 """
 
 import re
@@ -34,7 +34,7 @@ _SIDES = ("chosen", "rejected")
 
 
 class DataError(ValueError):
-    """A file or record that cannot be used: its place, what came, what was expected."""
+    """A file or record that cannot be used: its place, the value, what was expected."""
 
 
 def plain_text(record: Mapping[str, Any]) -> Record:
@@ -47,7 +47,7 @@ def standard(record: Mapping[str, Any]) -> Record:
 
     Each is a string or a list of messages. Responses may be whole dialogues, as messages or as
     HH-RLHF strings: then the prompt is what they share. A ``system`` column becomes the first
-    message where the prompt is messages without a system turn; otherwise it stays a column.
+    message if the prompt is messages without a system turn; otherwise it stays a column.
     """
     prompt = record.get("prompt")
     if prompt is None and "chosen" not in record:
@@ -251,7 +251,7 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 
 
 def format_of(record: object) -> Format | None:
-    """Return the format of a raw record, or None where it is in none of these."""
+    """Return the format of a raw record, or None if it has none of these."""
     if isinstance(record, list | tuple):
         return moss_prompts
     if not isinstance(record, Mapping):
@@ -304,7 +304,7 @@ class RecordConverter:
     check: Callable[[Record], Record]
 
     def __call__(self, raw: Any) -> Record:
-        """Return the canonical record; `raw` may be the `DataError` that stands in its place."""
+        """Return the canonical record; a `raw` that is a `DataError` is raised."""
         if isinstance(raw, DataError):
             raise raw
         try:
@@ -340,7 +340,7 @@ def as_prompt(record: Record) -> Record:
 
 
 def as_pair(record: Record) -> Record:
-    """Return a canonical record with two responses; raise `DataError` where they do not differ."""
+    """Return a canonical record with two responses; raise `DataError` if they do not differ."""
     chosen, rejected = (_response(record, side) for side in _SIDES)
     if chosen.strip() == rejected.strip():
         raise DataError("chosen and rejected are identical, expected a preference")
@@ -357,7 +357,7 @@ def as_example(record: Record) -> Record:
 
 
 def short_repr(value: object) -> str:
-    """Return the beginning of a value's repr, or its type where repr fails."""
+    """Return the beginning of a value's repr, or its type if repr fails."""
     try:
         return f"{value!r:.80}"
     except (ValueError, RecursionError):  # an integer of many digits, a list within itself

@@ -24,13 +24,13 @@ _SPELLINGS = {
 def dialogue_template(language: str) -> str:
     """Return the Jinja chat template of the released MOSS-RLHF models.
 
-    ``en``: ``Human: question</s>Assistant: answer</s>``; ``zh``: ``<|Human|>…</s><|MOSS|>…</s>``,
+    ``en``: ``Human: prompt</s>Assistant: response</s>``; ``zh``: ``<|Human|>…</s><|MOSS|>…</s>``,
     where ``</s>`` is the tokenizer's eos, and its bos, if any, comes first. The generation prompt
     is ``Assistant:`` without the space: byte-level BPE joins a space to the word after it, so the
-    space is the response's first character. Contents are stripped. A system turn is its text alone.
+    space is the response's first character. Contents are stripped. A system turn is only its text.
     Another `language` is a ``ValueError``.
 
-    Source: MOSS-RLHF's code, but for the space after the colon and the system turn.
+    Source: MOSS-RLHF's code, except for the space after the colon and the system turn.
     """
     human, assistant = _speakers(language)
     return (
@@ -56,7 +56,7 @@ def set_dialogue_template(tokenizer: PreTrainedTokenizerBase, language: str) -> 
         Number of added tokens; unless 0, call ``model.resize_token_embeddings(len(tokenizer))``.
 
     Raises:
-        ValueError: where there is no such template, or no eos token.
+        ValueError: if there is no such template, or no eos token.
     """
     template = dialogue_template(language)
     _require_eos(tokenizer)
@@ -71,7 +71,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of a prompt, ready for a response to follow.
 
-    A string is tokenized as it is (with bos, where the tokenizer adds one). Messages go through the
+    A string is tokenized unchanged (with bos, if the tokenizer adds one). Messages go through the
     chat template, generation prompt included; a dialogue that is too long loses its oldest
     exchanges, then its system message, never its last user turn.
 
@@ -81,7 +81,7 @@ def encode_prompt(
         max_length: in tokens, generation prompt included; None for no limit.
 
     Raises:
-        ValueError: where what cannot be dropped is too long, or the chat template is missing.
+        ValueError: if what cannot be dropped is too long, or the chat template is missing.
     """
     ids: list[int] = []
     for ids in prompt_encodings(tokenizer, prompt):
@@ -95,7 +95,7 @@ def encode_prompt(
 
 
 def prompt_encodings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iterator[list[int]]:
-    """Yield the token ids of a prompt: whole, then with fewer and fewer of its oldest turns.
+    """Yield the token ids of a prompt: all of it, then without more and more of its oldest turns.
 
     Args: those of `encode_prompt`.
     """
@@ -115,17 +115,17 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response
     Args:
         tokenizer: with an eos token.
         prompt: as for `encode_prompt`, before anything was dropped.
-        response: the assistant's text. After a string prompt it is used as it is: put a space that
-            separates the two in one of them, best at the start of the response.
+        response: the assistant's text. After a string prompt it is used unchanged: put a space that
+            separates the two in one of them, preferably at the start of the response.
 
     Raises:
-        ValueError: where there is no eos token or chat template, or the template renders the prompt
+        ValueError: if there is no eos token or chat template, or the template renders the prompt
             differently once a response follows.
     """
     _require_eos(tokenizer)
     before, after = _texts(tokenizer, prompt, response)
     prefix, whole = _ids(tokenizer, before), _ids(tokenizer, before + after)
-    # In context where the boundary holds: SentencePiece would open a lone text with a space.
+    # Tokenized in context if possible: SentencePiece would open a separate text with a space.
     ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else _ids(tokenizer, after)
     end = tokenizer.eos_token_id
     return [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
@@ -135,14 +135,14 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a document `text`: as a string prompt, ended by eos.
 
     Raises:
-        ValueError: where the `tokenizer` has no eos token.
+        ValueError: if the `tokenizer` has no eos token.
     """
     _require_eos(tokenizer)
     return [*_encode_string(tokenizer, text), tokenizer.eos_token_id]
 
 
 def suffixes(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield a dialogue whole, then from each later user turn on, at last without a system turn."""
+    """Yield a dialogue, then its part from each later user turn on, last without a system turn."""
     yield messages
     lead = 1 if messages[0]["role"] == "system" else 0
     system, turns = messages[:lead], messages[lead:]
@@ -241,12 +241,12 @@ class Shuffled:
 
     Args:
         dataset: a `datasets.Dataset` or any sequence of dicts.
-        seed: of the order.
-        process_index: of this process.
-        num_processes: that share the dataset.
+        seed: seed of the order.
+        process_index: index of this process.
+        num_processes: number of processes that share the dataset.
 
     Raises:
-        ValueError: where the dataset is empty.
+        ValueError: if the dataset is empty.
     """
 
     dataset: Sequence[Mapping[str, Any]]
@@ -263,7 +263,7 @@ class Shuffled:
         self._order: list[int] = []
 
     def next(self, count: int) -> list[dict[str, Any]]:
-        """Return the next records of this process, `count` of them; the others take theirs."""
+        """Return the next `count` records of this process, and skip those of the others."""
         start = self.position + self.process_index * count
         self.position += count * self.num_processes
         self.dealt = [self._row(start + i) for i in range(count)]
@@ -282,7 +282,7 @@ class Shuffled:
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Resume where `state` was returned by `state_dict`."""
+        """Resume at the position of a `state` that `state_dict` returned."""
         self.position = state["position"]
 
 
@@ -301,8 +301,8 @@ def prompt_batch(
         copies: of each record, one after the other.
 
     Raises:
-        ValueError: where `require_record` refuses a record, where a prompt has no tokens, or where
-            what cannot be dropped of it is too long.
+        ValueError: if `require_record` refuses a record, a prompt has no tokens, or its part that
+            cannot be dropped is too long.
     """
     for record in records:
         require_record(record, "records: a record")
@@ -330,12 +330,12 @@ def require_records(
     Args:
         dataset: a sequence of dicts, a `datasets.Dataset`, a map-style dataset of torch.
         name: of the dataset, for the error.
-        prompts: whether its records are prompts, whose columns reach the rewards.
-        reader: of `mossrlhf.data`, which the error names to who passes the path of a file.
+        prompts: whether its records are prompts, whose columns are passed to the rewards.
+        reader: function of `mossrlhf.data` that the error recommends for the path of a file.
 
     Raises:
-        TypeError: where it is something else; the error says how to convert it.
-        ValueError: where it is empty, or `require_record` refuses a record.
+        TypeError: if it is something else; the error says how to convert it.
+        ValueError: if it is empty, or `require_record` refuses a record.
     """
     if remedy := _remedy(dataset, reader):
         raise TypeError(
@@ -358,10 +358,10 @@ def require_records(
 
 
 def require_record(record: Mapping[str, Any], where: str) -> None:
-    """Refuse a `record` that is no prompt; `where` is its place, for the error.
+    """Refuse a `record` without a usable prompt; `where` is its place, for the error.
 
     Raises:
-        ValueError: where there is no prompt or a column is called as one of `RESERVED`; where the
+        ValueError: if there is no prompt or a column has a name in `RESERVED`; if the
             prompt is empty, neither a string nor messages, without a user turn, or ends with a
             response.
     """
@@ -427,7 +427,7 @@ def _prompts(dataset: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _remedy(dataset: Any, reader: str) -> str:
-    """Return how to make a dataset of records of what is none; "" where it is one."""
+    """Return how to convert something else to a dataset of records; "" if it is one."""
     if isinstance(dataset, str | Path):
         return f"read the file: mossrlhf.data.{reader}({str(dataset)!r})"
     if isinstance(dataset, Mapping):
@@ -450,8 +450,8 @@ def overlong_prompts(
     """Find the prompts that `encode_prompt` refuses: too long even without their oldest turns.
 
     Only prompts with more bytes than `max_length` are tokenized, the longest first, since a token
-    has at least one byte. (Where a tokenizer's normalization, NFKC say, expands characters,
-    `encode_prompt` itself refuses what was missed.)
+    has at least one byte. (If a tokenizer's normalization, such as NFKC, expands characters,
+    `encode_prompt` refuses the prompts that were missed.)
 
     Args:
         dataset: records with a ``prompt``: a string, or messages; ``text`` records are skipped.
@@ -460,10 +460,10 @@ def overlong_prompts(
         at_most: how many prompts to tokenize; None for all candidates.
 
     Returns:
-        index in the dataset → tokens of what cannot be dropped, the longest first.
+        index in the dataset → tokens of the part that cannot be dropped, the longest first.
 
     Raises:
-        ValueError: where a record has no prompt, or messages come without a chat template.
+        ValueError: if a record has no prompt, or messages come without a chat template.
     """
     if max_length is None:
         return {}
@@ -493,7 +493,7 @@ def require_fitting_prompts(
     streams without a length pass. `name` is what the error calls it.
 
     Raises:
-        ValueError: where what cannot be dropped of a prompt is too long, or a record has no prompt.
+        ValueError: if the last turn of a prompt is too long, or a record has no prompt.
     """
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if not isinstance(part, Records):
@@ -520,7 +520,7 @@ def without_overlong(
     Args: those of `overlong_prompts`.
 
     Raises:
-        ValueError: where no prompt fits, or a record has none.
+        ValueError: if no prompt fits, or a record has none.
     """
     found = overlong_prompts(dataset, tokenizer, max_length)
     if found and len(found) == len(dataset):

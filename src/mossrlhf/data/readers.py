@@ -1,4 +1,4 @@
-"""Readers: a file, a hub dataset or a sequence of dicts in, canonical records out.
+"""Readers of files, hub datasets and sequences of dicts, which return canonical records.
 
 `load_…` return a list; `stream_…` index a file of any size and parse a record when it is accessed.
 """
@@ -37,11 +37,11 @@ LINES = (".jsonl", ".ndjson")  # files of one record per line, whatever their fi
 FilePath = str | os.PathLike[str]
 Source = FilePath | Iterable[Any]
 Check = Callable[[Record], Record]
-Stamp = tuple[int, int]  # size in bytes, time of the last change in nanoseconds
+Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
 
 
 class Located(NamedTuple):
-    """A raw record (or the `DataError` that stands in its place), and where it is."""
+    """A raw record, or a `DataError` instead of it, and its place."""
 
     where: str
     raw: Any
@@ -70,10 +70,10 @@ def load_prompts(
 
     Raises:
         DataError: names file and line (or record), the reason, and what was expected.
-        TypeError: where `source` is a mapping (several splits, or one record), or neither a path
-            nor records; where `format` is not a function.
-        FileNotFoundError: where `source` is a path and there is no file.
-        ImportError: where `source` is a hub dataset and `datasets` is not installed.
+        TypeError: if `source` is a mapping (several splits, or one record), or neither a path
+            nor records; if `format` is not a function.
+        FileNotFoundError: if `source` is a path and there is no file.
+        ImportError: if `source` is a hub dataset and `datasets` is not installed.
     """
     return _load(source, format, skip_bad, split, as_prompt)
 
@@ -83,7 +83,7 @@ def load_pairs(
 ) -> list[Record]:
     """Read preferences: ``{"prompt", "chosen": str, "rejected": str, **other columns}`` each.
 
-    `chosen` and `rejected` are the responses alone.
+    `chosen` and `rejected` are only the responses.
 
     Args, Returns, Raises: those of `load_prompts`.
     """
@@ -107,7 +107,7 @@ def stream_prompts(
 ) -> "LazyRecords":
     """Index the prompts of a JSON or JSON-lines file of any size, as `load_prompts` reads them.
 
-    The file is read once: every record is checked, and its place is kept.
+    The file is read once: every record is checked, and its position is kept.
 
     Args:
         path: of a file with a record per line, or one JSON list of records.
@@ -120,8 +120,8 @@ def stream_prompts(
 
     Raises:
         DataError: names file and line (or record), the reason, and what was expected.
-        FileNotFoundError: where there is no such file.
-        TypeError: where `path` is not a path, or `format` not a function.
+        FileNotFoundError: if there is no such file.
+        TypeError: if `path` is not a path, or `format` not a function.
     """
     return _index(path, format, skip_bad, as_prompt)
 
@@ -151,13 +151,13 @@ class LazyRecords(Sequence[Record]):
 
     The index takes 12 bytes of memory per record. Slices are views, so ``records[1000:]`` and
     ``records[:1000]`` split a file of any size into a training and a held-out set. Copies, pickles,
-    threads and data-loader workers are safe: nothing is kept open. Made by `stream_prompts`,
-    `stream_pairs` and `stream_sft` of an absolute `path`, the file's size and time of change
-    (`stamp`), the `offsets` and `sizes` of its records in bytes, and the function `convert` from a
-    raw record to a canonical one.
+    threads and data-loader workers are safe: nothing is kept open. `stream_prompts`,
+    `stream_pairs` and `stream_sft` make it from an absolute `path`, the file's size and
+    modification time (`stamp`), the `offsets` and `sizes` of its records in bytes, and the function
+    `convert` from a raw record to a canonical one.
 
     Raises:
-        DataError: on access, where the file has changed since it was indexed.
+        DataError: on access, if the file has changed since it was indexed.
     """
 
     def __init__(
@@ -191,8 +191,8 @@ class LazyRecords(Sequence[Record]):
 
 
 def _read_part(path: Path, stamp: Stamp, offset: int, size: int) -> bytes:
-    """Return a part of an indexed file; raise `DataError` where the file has changed."""
-    # Opened each time: threads and forked processes would share the position of one handle.
+    """Return a part of an indexed file; raise `DataError` if the file has changed."""
+    # Opened each time: threads and forked processes would share the position of one file object.
     try:
         file = path.open("rb", buffering=0)
     except FileNotFoundError:
@@ -236,12 +236,12 @@ def _index(path: FilePath, format: Format | None, skip_bad: bool, check: Check) 
     stamp = _stamp(os.stat(path))
     with closing(_records_of(Path(path))) as located:
         convert = _read(located, os.fspath(path), format, check, skip_bad, keep)
-    _read_part(Path(path), stamp, 0, 0)  # raises where the file has changed meanwhile
+    _read_part(Path(path), stamp, 0, 0)  # raises if the file has changed meanwhile
     return LazyRecords(Path(path).absolute(), stamp, convert, offsets, sizes)
 
 
 def _locate(source: Source, split: str) -> Generator[Located, None, None]:
-    """Return the raw records of a source with their places."""
+    """Return the raw records of a source and their places."""
     if isinstance(source, Mapping):
         first = next(iter(source), "train")
         remedy = "pick one of its splits, or wrap a record in a list"
@@ -288,7 +288,7 @@ def _read(
     if format is None:
         located, ahead = tee(located)
         format = detect_format(ahead, check, name)
-        del ahead  # or the other would keep all that it has not read
+        del ahead  # otherwise `tee` would keep every record for it
     if not callable(format):
         raise TypeError(
             f"format: got {short_repr(format)}, expected a function from a record to a dict, such "
@@ -427,9 +427,9 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[Located]:
 
 
 def parse(text: bytes, hint: str = "") -> Any:
-    """Return the value of a JSON text, or the `DataError` that stands in its place.
+    """Return the value of a JSON text, or a `DataError` instead of it.
 
-    The error of a text that ends too early carries the `hint`.
+    The error of a text that ends too early includes the `hint`.
     """
     text = text.removeprefix(codecs.BOM_UTF8)  # of each line: files may have been joined
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
