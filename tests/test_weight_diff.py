@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mossrlhf.serialization import ShardError, Shards
-from mossrlhf.weight_diff import CHECK_SUMS, DiffError, diff, make_diff, recover
+from mossrlhf.weight_diff import CHECKSUMS, DiffError, diff, make_diff, recover
 from mossrlhf.weight_diff.__main__ import main
 from mossrlhf.weight_diff.diff import ShardWriter
 
@@ -108,7 +108,7 @@ def test_published_diff_is_recovered_in_the_given_dtype(tmp_path):
     assert total == pytest.approx(numbers, abs=1e-3)
     recover(
         tmp_path / "raw", tmp_path / "diff", tmp_path / "half", "reward", progress=False,
-        dtype=torch.bfloat16, check_sum=total,
+        dtype=torch.bfloat16, checksum=total,
     )  # fmt: skip
     assert {v.dtype for v in tensors(tmp_path / "half").values()} == {torch.bfloat16}
 
@@ -298,11 +298,16 @@ def test_other_files_are_copied_from_subfolders_too(tmp_path):
 
 
 def test_wrong_checksum_is_refused(made):
-    refused(made, DiffError, "checksum is .*expected 1.000000", again(made, check_sum=1.0))
-    refused(made, DiffError, "expected 50810.703125", again(made, check_sum="en-reward"))
+    refused(made, DiffError, "checksum is .*expected 1.000000", again(made, checksum=1.0))
+    refused(made, DiffError, "expected 50810.703125", again(made, checksum="en-reward"))
     message = "got 'en-policy', expected a number or one of en-reward"
-    refused(made, DiffError, message, again(made, check_sum="en-policy"))
-    assert CHECK_SUMS["zh-reward"] == 49954.0859375
+    refused(made, DiffError, message, again(made, checksum="en-policy"))
+    assert CHECKSUMS["zh-reward"] == 49954.0859375
+
+
+def test_old_name_of_the_checksum_warns(made):
+    with pytest.warns(DeprecationWarning, match="use checksum="):
+        refused(made, DiffError, "expected 1.000000", again(made, check_sum=1.0))
 
 
 def test_shard_that_lacks_a_key_leaves_nothing(made):
@@ -350,14 +355,14 @@ def test_command_line_takes_the_options_of_the_released_scripts(tmp_path, capsys
     paths = [f"--path_raw={raw}", f"--path_diff={tmp_path / 'diff'}"]
     kind = "--model_type=reward"
     assert main(["make_diff", *paths, f"--path_tuned={tuned}", kind]) == 0
-    assert "are stored whole" in capsys.readouterr().out
+    assert "are stored in full" in capsys.readouterr().out
     assert main(["recover", *paths, f"--path_tuned={tmp_path / 'back'}", kind]) == 0
     total = float(capsys.readouterr().out.split("checksum ")[1].split(";")[0])
     assert alike(tensors(tmp_path / "back"), state)
     last = f"--path_tuned={tmp_path / 'last'}"
-    assert main(["recover", *paths, last, kind, f"--check_sum={total}"]) == 0
+    assert main(["recover", *paths, last, kind, f"--checksum={total}"]) == 0
     again = f"--path_tuned={tmp_path / 'again'}"
-    assert main(["recover", *paths, again, kind, "--check_sum=en-reward"]) == 1
+    assert main(["recover", *paths, again, kind, "--check_sum=en-reward"]) == 1  # the old name
     assert "the checksum is" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["recover", "--help"])

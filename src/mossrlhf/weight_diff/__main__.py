@@ -1,7 +1,7 @@
 r"""Weights published as differences from raw ones: make a diff, or recover the weights.
 
 python -m mossrlhf.weight_diff recover --path_raw llama-7b --path_diff diff \
-        --path_tuned reward-en --model_type reward --check_sum en-reward
+        --path_tuned reward-en --model_type reward --checksum en-reward
 python -m mossrlhf.weight_diff make_diff --path_raw llama-7b --path_tuned tuned \
         --path_diff diff --model_type sft
 """
@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from mossrlhf.weight_diff import CHECK_SUMS, make_diff, recover
+from mossrlhf.weight_diff import CHECKSUMS, make_diff, recover
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "make_diff":
             notes = make_diff(args.path_raw, args.path_tuned, args.path_diff, args.model_type)
-            print(f"{len(notes['whole'])} of {len(notes['dtypes'])} tensors are stored whole")
+            print(f"{len(notes['whole'])} of {len(notes['dtypes'])} tensors are stored in full")
             print(f"written to {args.path_diff}")
             return 0
         total = recover(
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             args.path_diff,
             args.path_tuned,
             args.model_type,
-            check_sum=_check_sum(args.check_sum),
+            checksum=_checksum(args.checksum),
             dtype=getattr(torch, args.dtype),
         )
     except (ValueError, OSError) as error:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check_sum(given: str | None) -> float | str | None:
+def _checksum(given: str | None) -> float | str | None:
     try:
         return None if given is None else float(given)
     except ValueError:
@@ -61,15 +61,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{path}", required=True, help=f"folder{new}")
         command.add_argument("--model_type", required=True, choices=("reward", "sft", "policy"))
         if name == "recover":
-            known = ", ".join(CHECK_SUMS)
-            command.add_argument("--check_sum", metavar="SUM", help=f"a number, or one of {known}")
-            where = "of the result, if the diff has no notes [float32]"
+            known = f"a number, or one of {', '.join(CHECKSUMS)}"
+            command.add_argument("--checksum", "--check_sum", metavar="SUM", help=known)
+            types = f"{', '.join(DTYPES)}: of the result, if the diff has no notes [float32]"
             command.add_argument(
-                "--dtype",
-                choices=DTYPES,
-                default=DTYPES[0],
-                metavar="TYPE",
-                help=f"{', '.join(DTYPES)}: {where}",
+                "--dtype", choices=DTYPES, default=DTYPES[0], metavar="TYPE", help=types
             )
     return parser
 

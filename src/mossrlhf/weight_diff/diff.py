@@ -1,7 +1,7 @@
 """`make_diff` and `recover`, one tensor at a time.
 
 A diff holds tuned − raw, in float32, of every tensor whose name contains ``layers``, and all other
-tensors whole. A tensor that raw + diff would not give back bit for bit is stored whole too.
+tensors in full. A tensor that raw + diff would not recover bitwise is stored in full too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from mossrlhf.version import __version__
 
 ModelType = Literal["reward", "sft", "policy"]
 
-CHECK_SUMS = {"en-reward": 50810.703125, "en-sft": 50874.84765625, "zh-reward": 49954.0859375}
+CHECKSUMS = {"en-reward": 50810.703125, "en-sft": 50874.84765625, "zh-reward": 49954.0859375}
 """By language and kind; that of the English policy was never published."""
 
 TOLERANCE = 1e-4
@@ -44,7 +44,7 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors that grow with the vocabulary."""
 
 NOTES = "weight_diff.json"
-"""What `make_diff` notes beside a diff; published diffs lack it."""
+"""The file that `make_diff` writes beside a diff; published diffs lack it."""
 
 FORMAT = "mossrlhf.weight_diff/1"
 
@@ -55,7 +55,7 @@ _SAME_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DiffError(ValueError):
-    """Weights that do not fit together: which file or key, and why."""
+    """Weights that do not match: which file or key, and why."""
 
 
 def make_diff(
@@ -71,22 +71,22 @@ def make_diff(
     Memory: a few tensors and one shard, never a model.
 
     Args:
-        path_raw: folder of the weights that everyone has.
-        path_tuned: folder of the weights to be published.
+        path_raw: folder of the published base weights.
+        path_tuned: folder of the fine-tuned weights.
         path_diff: folder to be created.
         model_type: "reward" (with ``reward_head.weight``, or transformers' ``score.weight``),
             "sft" or "policy".
         progress: whether to show a progress bar.
 
     Returns:
-        the content of ``weight_diff.json``: names of tensors stored whole, dtypes, a hash.
+        the content of ``weight_diff.json``: names of tensors stored in full, dtypes, a hash.
 
     Raises:
-        DiffError: if the weights do not fit together, or are not of that type.
+        DiffError: if the weights do not match, or are not of that type.
         ShardError: if a file is missing or damaged.
         OSError: if the folder exists, or the disk has no room for it.
 
-    Source: MOSS-RLHF's ``merge_weight_*.py``; storing inexact tensors whole is ours.
+    Source: MOSS-RLHF's ``merge_weight_*.py``; storing inexact tensors in full is ours.
     """
     require_known(model_type)
     raw, tuned, target = Shards(path_raw), Shards(path_tuned), Path(path_diff)
@@ -126,37 +126,42 @@ def recover(
     path_tuned: str | Path,
     model_type: ModelType,
     *,
-    check_sum: float | str | None = None,
+    checksum: float | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    check_sum: float | str | None = None,
 ) -> float:
     """Add a diff to raw weights, and write the tuned weights.
 
-    The result of a diff by `make_diff` is compared with the hash in its notes, bit for bit.
+    The result of a diff by `make_diff` is compared bitwise, with the hash in its notes.
 
     Args:
         path_raw: folder of the raw weights.
         path_diff: folder of the diff, by `make_diff` or as published.
         path_tuned: folder to be created.
         model_type: "reward", "sft" or "policy".
-        check_sum: expected sum of all numbers, or a name in `CHECK_SUMS`; None checks no sum.
+        checksum: expected sum of all numbers, or a name in `CHECKSUMS`; None checks no sum.
         dtype: of the result, if the diff has no notes; published sums are of float32.
         progress: whether to show a progress bar.
+        check_sum: the old name of `checksum`.
 
     Returns:
         the sum of all tensors, and of the rotary frequencies of layers that store none.
 
     Raises:
-        DiffError: if the weights do not fit together, are not of that type, or the result is wrong.
+        DiffError: if the weights do not match, are not of that type, or the result is wrong.
         ShardError: if a file is missing or damaged.
         OSError: if the folder exists, or the disk has no room for it.
 
     Source: MOSS-RLHF's ``merge_weight_*.py``.
     """
-    expected = CHECK_SUMS.get(check_sum) if isinstance(check_sum, str) else check_sum
-    if check_sum is not None and (expected is None or not math.isfinite(expected)):
-        known = ", ".join(CHECK_SUMS)
-        raise DiffError(f"check_sum: got {check_sum!r}, expected a number or one of {known}")
+    if check_sum is not None:
+        warnings.warn("check_sum: use checksum=", DeprecationWarning, stacklevel=2)
+        checksum = check_sum
+    expected = CHECKSUMS.get(checksum) if isinstance(checksum, str) else checksum
+    if checksum is not None and (expected is None or not math.isfinite(expected)):
+        known = ", ".join(CHECKSUMS)
+        raise DiffError(f"checksum: got {checksum!r}, expected a number or one of {known}")
     raw, diff, target = Shards(path_raw), Shards(path_diff), Path(path_tuned)
     require_known(model_type)
     notes = _notes(diff, model_type)
@@ -192,7 +197,7 @@ def recover(
     return total
 
 
-# ---- whether raw weights and others fit together ------------------------------------------------
+# ---- checks of raw, tuned and diff weights ------------------------------------------------------
 
 
 def require_known(model_type: str) -> None:
@@ -218,7 +223,7 @@ def require_kind(shards: Shards, model_type: str) -> None:
 
 
 def require_fit(raw: Shards, other: Shards, model_type: str) -> None:
-    """Refuse raw weights of another model than the tuned ones, or the diff, before any writing."""
+    """Refuse raw weights of another model than the tuned ones, or the diff, before writing."""
     for key in other:
         if key in raw:
             _require_shape(raw, other, key)

@@ -132,16 +132,16 @@ def not_those(shop):
 
 
 row(
-    "a check sum that does not hold",
+    "a wrong checksum",
     "DiffError: …the checksum is …, expected 1.000000; the raw weights in …or the diff in …are "
     "not "
     "the right ones",
-    lambda shop: again(shop, check_sum=1.0),
+    lambda shop: again(shop, checksum=1.0),
 )
 row(
-    "the name of no check sum",
-    "DiffError: check_sum: got 'en-policy', expected a number or one of en-reward, en-sft, zh-rew",
-    lambda shop: again(shop, check_sum="en-policy"),
+    "an unknown checksum",
+    "DiffError: checksum: got 'en-policy', expected a number or one of en-reward, en-sft, zh-rew",
+    lambda shop: again(shop, checksum="en-policy"),
 )
 
 
