@@ -1,4 +1,4 @@
-"""The languages of the toy world, English and Chinese: their sentences, and what each is for."""
+"""The languages of the toy world, English and Chinese: all sentences, by their kind."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ class Topic:
 
     Args:
         ask: the request, as it appears in a question ("make tea").
-        details: what a response can say about it, without connective and full stop.
+        details: sentences of a helpful response, without connective and full stop.
         harmful: whether a good response is a polite refusal instead.
     """
 

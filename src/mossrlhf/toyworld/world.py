@@ -14,23 +14,23 @@ from mossrlhf.toyworld.language import CHINESE, ENGLISH, Language, Sentence
 
 @dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """Probabilities of what a writer of dialogues does; `details` are weights of counts.
+    """Probabilities in the sampling of dialogues and responses; `details` are weights of counts.
 
     Args:
-        multi_turn: the request comes after an earlier exchange.
-        harmful: the user asks for help to do harm.
+        multi_turn: the request follows an earlier exchange.
+        harmful: the user requests help to do harm.
         details: weights of giving zero, one, two … details.
         opener: a response begins with a friendly sentence.
         closer: a response ends with a friendly sentence.
         connective: a detail begins with a connective.
         wrong: a harmless request is refused, or a harmful one is not.
         ground: a reason, or an offer, comes with a refusal.
-        misunderstood: the whole response is to another request.
+        misunderstood: the whole response is about another request.
         off_topic: a detail is about another topic.
         filler: an empty sentence is inserted.
         rude: a rude sentence is inserted.
         repeat: one sentence is repeated.
-        max_words: longer responses are written again.
+        max_words: longer responses are sampled again.
     """
 
     multi_turn: float = 0.25
@@ -49,12 +49,12 @@ class Speaker:
     max_words: int = 27
 
     def dialogue(self, language: Language, held_out: bool, rng: Random) -> dict:
-        """Write a dialogue that ends with the user's turn.
+        """Sample a dialogue that ends with the user's turn.
 
         Args:
-            language: of the dialogue.
-            held_out: whether the last question is one of every five kept for evaluation.
-            rng: source of randomness, which advances.
+            language: language of the dialogue.
+            held_out: whether the last question is from the fifth that is kept for evaluation.
+            rng: random generator; its state advances.
 
         Returns:
             a record with `prompt`, a list of messages, and `topic`.
@@ -75,8 +75,8 @@ class Speaker:
         question = self._ask(language, topic, rng.choice(allowed))
         return {"prompt": [*history, question], "topic": topic}
 
-    def answer(self, language: Language, topic: str, rng: Random) -> str:
-        """Write a response of mixed quality: running text of at most `max_words` words."""
+    def response(self, language: Language, topic: str, rng: Random) -> str:
+        """Sample a response of mixed quality: running text of at most `max_words` words."""
         if rng.random() < self.misunderstood:
             topic = rng.choice([name for name in language.topics if name != topic])
         harmful = language.topics[topic].harmful
@@ -92,7 +92,9 @@ class Speaker:
         lines = opener * (not refuse) + body + closer
         text = " ".join(f"{line} {language.stop}" for line in lines)
         short = 0 < len(text.split()) <= self.max_words
-        return language.text(text) if short else self.answer(language, topic, rng)
+        return language.text(text) if short else self.response(language, topic, rng)
+
+    answer = response  # the old name
 
     def _topic(self, language: Language, rng: Random) -> str:
         harmful = rng.random() < self.harmful
@@ -138,11 +140,11 @@ class Preference:
 
     Args:
         content: of zero, one, two … distinct relevant details.
-        opener: of a friendly opening, in a response that helps.
+        opener: of a friendly opening, in a helpful response.
         closer: of a friendly ending.
         refusal: of refusing a harmful request.
         grounds: of a reason, and of an offer, with such a refusal.
-        harm: of each detail that helps to do harm.
+        harm: of each harmful detail.
         unhelpful: of each refusal, reason or offer if the request is harmless.
         off_topic: of each detail of another topic.
         rude: of each rude sentence.
@@ -241,7 +243,7 @@ CARELESS = Speaker(
     rude=0.15,
     details=(0.1, 0.25, 0.25, 0.25, 0.15),
 )
-"""Writes the responses of preference pairs: a reward model must see faults to learn them."""
+"""The speaker of preference pairs: a reward model must see faults to learn them."""
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 
 
@@ -249,17 +251,17 @@ PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 class ToyWorld:
     """A templated dialogue world for measuring the over-optimization of a reward model.
 
-    Users ask for help with everyday things, or for help to do harm. Demonstrations are of mixed
+    Users request help with everyday things, or help to do harm. Demonstrations are of mixed
     quality, a noisy annotator compares careless responses in preference pairs, and the *true*
-    preference, which no model sees, scores any text. A reward model learned from the pairs is right
+    preference, which no model sees, rates any text. A reward model trained on the pairs is right
     near the demonstrations, and may be wrong elsewhere.
 
     Args:
         lang: "en" or "zh".
-        seed: all samples depend on it and on the seed of the call, and on nothing else.
+        seed: seed of the world; samples depend only on it and on the seed of the call.
         preference: the true preference.
-        speaker: the writer of dialogues and demonstrations.
-        drafter: the writer of the responses in preference pairs, who makes more mistakes.
+        speaker: probabilities of dialogues and demonstrations.
+        drafter: probabilities of the responses in preference pairs, with more mistakes.
         temperature: of the noisy annotator, P(a ≻ b) = σ((q(a) − q(b)) / temperature).
 
     Raises:
@@ -284,7 +286,7 @@ class ToyWorld:
 
     @property
     def max_response_tokens(self) -> int:
-        """A limit on new tokens: the longest demonstration, and a little room."""
+        """A limit on new tokens: the longest demonstration plus 5."""
         return self.speaker.max_words + 5
 
     # ---- data -----------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ class ToyWorld:
         Args:
             n: how many.
             split: "train" or "eval", which share no last question.
-            seed: of these samples.
+            seed: seed of these samples.
 
         Returns:
             records with `prompt` (a list of messages) and `topic`, a name in `language.topics`.
@@ -317,7 +319,7 @@ class ToyWorld:
         """
         rng = self._random("sft", seed)
         return [
-            record | {"response": self.speaker.answer(self.language, record["topic"], rng)}
+            record | {"response": self.speaker.response(self.language, record["topic"], rng)}
             for record in self.prompts(n, seed=seed)
         ]
 
@@ -339,7 +341,7 @@ class ToyWorld:
         return [self._pair(record, rng) for record in self.prompts(n, split=split, seed=seed)]
 
     def _pair(self, record: dict, rng: Random) -> dict:
-        texts = [self.drafter.answer(self.language, record["topic"], rng) for _ in range(2)]
+        texts = [self.drafter.response(self.language, record["topic"], rng) for _ in range(2)]
         margin = self.true_quality(record, texts[0]) - self.true_quality(record, texts[1])
         if rng.random() > 1 / (1 + math.exp(-margin / self.temperature)):
             texts, margin = texts[::-1], -margin
@@ -375,10 +377,10 @@ class ToyWorld:
         topic: Sequence[str],
         **columns: Sequence,
     ) -> list[float]:
-        """Return the true quality as a reward function does: for measuring, not for training.
+        """Return the true quality, as a reward function: for evaluation, not for training.
 
         Args:
-            prompts: unused, the topic is enough.
+            prompts: unused.
             completions: texts of the responses, without special tokens.
             completion_ids: token ids; a response has ended if its last one is end-of-sequence.
             topic: the records' column of that name.
