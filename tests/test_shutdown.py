@@ -36,7 +36,7 @@ def test_a_reward_that_hangs_leaves_a_checkpoint_to_go_on_from(make, world, para
     options = dict(total_steps=3, critic_pretrain_steps=warm_up)
     patient = PatientReward(judged, timeout=2.0, retries=0)
     trainer = make("run", reward=patient, critic=None, args=options)
-    with pytest.raises(ValueError, match="reward 'judged' raised TimeoutError: no answer within 2"):
+    with pytest.raises(ValueError, match="reward 'judged' raised TimeoutError: no result within 2"):
         trainer.train()
     assert steps_in(trainer.output_dir) == ["checkpoint-0" if warm_up else "checkpoint-2"]
     resumed = make("run", reward=patient, critic=None, args=options)

@@ -43,7 +43,7 @@ def test_a_reward_that_hangs_raises_a_timeout_error():
         time.sleep(30)
 
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+    with pytest.raises(TimeoutError, match=r"no result within 0\.1 s"):
         PatientReward(hangs, timeout=0.1, retries=0)()
     assert time.monotonic() - began < 5
     (left,) = [t for t in threading.enumerate() if t.name == "reward hangs"]

@@ -50,7 +50,7 @@ def test_functions_may_have_arguments_with_defaults_and_need_those_without(token
 
     rewards, _, _ = RewardSet(plus, tokenizer)(rollout)
     assert rewards.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match="reward 'hinted' asks for 'hint'"):
+    with pytest.raises(ValueError, match="reward 'hinted': got a parameter 'hint'"):
         RewardSet(hinted, tokenizer)(rollout)
 
 
@@ -159,7 +159,7 @@ def test_errors_count_completions_even_if_the_function_does_not_get_them(tokeniz
 
 def test_a_column_named_like_an_argument_is_refused(tokenizer, rollout):
     clash = replace(rollout, columns={"prompt": ["a", "b"], "completions": ["x", "y"]})
-    with pytest.raises(ValueError, match=r"column 'completions' is what the reward 'fine'"):
+    with pytest.raises(ValueError, match=r"column 'completions' .*passes to the reward 'fine'"):
         RewardSet(fine, tokenizer)(clash)
 
 

@@ -69,7 +69,7 @@ class PatientReward:
                 f"the last would exceed {longest:g} s; lower one of them, or set wait=0"
             )
         self.reward, self.timeout, self.retries, self.wait = reward, timeout, retries, wait
-        # Metrics show the function's name, and `RewardSet` passes what its signature asks for.
+        # Metrics show the function's name, and `RewardSet` passes the parameters of its signature.
         self.__name__ = reward_name(reward)
         self.__signature__ = inspect.signature(reward)
 
@@ -117,7 +117,7 @@ class PatientReward:
             result, error = results.get(timeout=self.timeout)
         except queue.Empty:
             raise TimeoutError(
-                f"no answer within {self.timeout:g} s (PatientReward(timeout=))"
+                f"no result within {self.timeout:g} s (PatientReward(timeout=))"
             ) from None
         if error is not None:
             raise error

@@ -195,8 +195,8 @@ def _call(
 ) -> Any:
     if taken := sorted(arguments.keys() & columns.keys()):
         raise ValueError(
-            f"train_dataset: its column {taken[0]!r} is what the reward {name!r} gets from the "
-            "trainer; rename the column"
+            f"train_dataset: its column {taken[0]!r} has the name of an argument that the trainer "
+            f"passes to the reward {name!r}; rename the column"
         )
     size, first = len(arguments["completions"]), next(iter(arguments["completions"]), "")
     parameters, known = inspect.signature(reward).parameters, sorted(columns)
@@ -208,7 +208,7 @@ def _call(
     needed = {n for n, p in parameters.items() if p.kind in by_name and p.default is p.empty}
     if lacking := sorted(needed - arguments.keys() - columns.keys()):
         raise ValueError(
-            f"reward {name!r} asks for {lacking[0]!r}, expected prompts, completions, "
+            f"reward {name!r}: got a parameter {lacking[0]!r}, expected prompts, completions, "
             f"completion_ids or a column of the dataset, which are {known}; give it a default, or "
             "the dataset that column"
         )
@@ -260,7 +260,7 @@ def _as_list(output: Any, name: str, size: int) -> list[float | None]:
             raise TypeError("its order is not that of the completions")
         if inspect.iscoroutine(output):
             output.close()
-            raise TypeError("it was never awaited; write a plain function: asyncio.run(judge(…))")
+            raise TypeError("it was never awaited; write a plain function: asyncio.run(reward(…))")
         return [None if value is None else _as_float(value) for value in output]
     except (TypeError, OverflowError) as error:
         raise ValueError(

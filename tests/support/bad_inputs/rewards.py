@@ -66,9 +66,9 @@ def reserved(shop):
 
 
 @row(
-    "a function that asks for a column the dataset lacks",
-    "ValueError: reward 'judge' asks for 'answer', expected prompts, completions, completion_ids "
-    "or a column of the dataset",
+    "a function with a parameter that is no column of the dataset",
+    "ValueError: reward 'judge': got a parameter 'answer', expected prompts, completions, "
+    "completion_ids or a column of the dataset",
 )
 def no_such_column(shop):
     def judge(*, completions, answer):
