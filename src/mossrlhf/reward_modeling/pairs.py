@@ -32,7 +32,7 @@ from mossrlhf.options import check_range, strict
 from mossrlhf.serialization import write_json
 from mossrlhf.types import LossOutput
 
-# Parts of a checkpoint beside the classifier, whose loaders do not look into subfolders.
+# Parts of a checkpoint beside the classifier; transformers ignores subfolders when loading it.
 LM_HEAD = Path("lm_head") / "model.safetensors"
 ADAPTER = "adapter"  # adapters and value head, in PEFT's layout
 MOMENTS = "score_moments.json"  # in that folder: mean and standard deviation of the rewards

@@ -1,4 +1,4 @@
-"""How well a reward model tells chosen from rejected responses, in figures and plots."""
+"""Accuracy, margins and calibration of a reward model on preference pairs, with plots."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardReport:
-    """Figures about a reward model on P pairs.
+    """Metrics of a reward model on P pairs.
 
     Args:
         pairs: P.

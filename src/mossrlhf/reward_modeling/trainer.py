@@ -133,8 +133,8 @@ class RewardTrainer(Trainer):
         )
         if peft_config is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                "peft_config: merging adapters needs whole weights, and FSDP and "
-                "DeepSpeed's stage 3 split them; use DDP or stage 2, or train without adapters"
+                "peft_config: merging adapters needs full weights, and FSDP and "
+                "DeepSpeed's stage 3 shard them; use DDP or stage 2, or train without adapters"
             )
 
     @property
@@ -228,7 +228,7 @@ class RewardTrainer(Trainer):
         """Return the training batches, by token count if `batches` is given.
 
         Raises:
-            ValueError: if they are cut by token count and the number of pairs is not known.
+            ValueError: if `batches` is given and the number of pairs is unknown.
         """
         if self.batches is None:
             return super().get_train_dataloader()
@@ -237,8 +237,8 @@ class RewardTrainer(Trainer):
         dataset, args = self.train_dataset, self.args
         if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"train_dataset: got a {type(dataset).__name__}, which does not say how many pairs "
-                "it has, so batches cannot be cut by length; leave batches=None, or read it first"
+                f"train_dataset: got a {type(dataset).__name__}, expected a dataset with a length, "
+                "to batch it by token count; leave batches=None, or read it first"
             )
         quiet = args.disable_tqdm or not self.is_world_process_zero()
         sampler = TokenBatchSampler(
@@ -349,7 +349,7 @@ class RewardTrainer(Trainer):
         return {name: value.item() for name, value in metrics.items()}
 
     def report(self, dataset: Any = None) -> RewardReport:
-        """Measure how well the model tells chosen from rejected responses.
+        """Measure how well the model distinguishes chosen from rejected responses.
 
         Args:
             dataset: pairs; None for `eval_dataset`.
