@@ -68,7 +68,7 @@ def test_the_inside_of_an_adapted_model_is_not_taken_for_bare(make, policy, peft
     """In a notebook: a second trainer from the model that a first one has put an adapter into."""
     model = policy()
     first = make("first", model=model, peft_config=lora())
-    with pytest.raises(ValueError, match=r"model: an adapter is inside it.*policy\.unload\(\)"):
+    with pytest.raises(ValueError, match=r"model: it contains an adapter.*policy\.unload\(\)"):
         make("second", model=model, peft_config=peft_config)
     bare = first.policy.unload().requires_grad_(True)
     learn = make("bare", model=bare, peft_config=peft_config)

@@ -1,1 +1,1 @@
-"""The models of PPO from what a user passes: objects, folders, hub names or nothing."""
+"""Load the models of PPO from objects, folders, hub names or defaults."""

@@ -1,4 +1,4 @@
-"""The critic and the reward models, from objects, folders, hub names or nothing."""
+"""Load the critic and the reward models from objects, folders, hub names or defaults."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from mossrlhf.rewards import ModelReward, as_reward_model, as_scorer
 def load_critic(
     critic: Any, policy: nn.Module, rewards: list[RewardModel], *, seed: int = 0
 ) -> RewardModel | None:
-    """Make the critic: what was given, else a copy of the reward model, else of the policy.
+    """Return the given critic, else a copy of the reward model, else of the policy.
 
     Source: P1 §5.3.1: the critic starts from the reward model.
     """
@@ -53,7 +53,7 @@ def load_critic(
     else:
         made = as_reward_model(critic, "critic")
         if any(made.score.weight is model.score.weight for model in rewards):
-            made = copy.deepcopy(made)  # or the reward would be trained along
+            made = copy.deepcopy(made)  # otherwise the reward would be trained too
     require_finite(made, "critic")
     if made.score.bias is not None:
         made.require_layout("critic")
@@ -77,9 +77,9 @@ def load_critic(
 def _shared_critic(
     critic: Any, policy: nn.Module, rewards: list[RewardModel], seed: int
 ) -> SharedRewardModel | None:
-    """Return a critic on the policy's own base model; None where another kind was asked for."""
+    """Return a critic on the policy's base model; None if `critic` is of another kind."""
     if isinstance(critic, PeftConfig):
-        return share_base(policy, critic, "critic", seed=seed + 1)  # not the policy's weights again
+        return share_base(policy, critic, "critic", seed=seed + 1)  # weights unlike the policy's
     if isinstance(critic, ValueHead):
         backbone: Any = unwrap_peft(policy).base_model
         made = SharedRewardModel(backbone, critic)
@@ -93,7 +93,7 @@ def _shared_critic(
 
 
 def _without_adapters(policy: Any) -> Any:
-    """Return a copy of the policy's base model, with adapters merged where they have an effect."""
+    """Return a copy of the policy's base model, with adapters merged if they have an effect."""
     if is_peft_model(policy):
         if has_effect(policy) and hasattr(policy, "merge_and_unload"):
             return copy.deepcopy(policy).merge_and_unload()
@@ -113,7 +113,7 @@ def load_reward(
     name: str = "",
     policy: nn.Module | None = None,
 ) -> Any:
-    """Load a reward model from a folder or hub name, with its tokenizer where it has another."""
+    """Load a reward model, with its tokenizer if that is not the policy's."""
     name = name or "reward_model"
     folder = adapter_folder(reward) if isinstance(reward, (str, Path)) else None
     if folder is not None and policy is not None and shares_base(policy, folder):
@@ -136,9 +136,9 @@ def load_reward(
         size = vocabulary_size(reward.model)
         if size < len(tokenizer):
             raise ValueError(
-                f"reward: its model knows {size} tokens, the policy's tokenizer {len(tokenizer)}; "
-                "pass ModelReward(model=, tokenizer=) with its own tokenizer, and it is scored "
-                "through text"
+                f"reward: its model has {size} tokens, the policy's tokenizer {len(tokenizer)}; "
+                "pass ModelReward(model=, tokenizer=) with its own tokenizer, and it reads the "
+                "decoded text"
             )
     return reward
 
@@ -161,7 +161,7 @@ def load_rewards(
 def lent_base(policy: Any) -> Iterator[nn.Module | None]:
     """Yield the policy, for rewards to add adapters to, and delete those adapters after the block.
 
-    Yields None where the policy has no adapters, or is sharded and takes no more.
+    Yields None if the policy has no adapters, or is sharded and cannot get more.
     """
     if not is_peft_model(policy) or is_sharded(policy):
         yield None
@@ -181,13 +181,13 @@ def lent_base(policy: Any) -> Iterator[nn.Module | None]:
 def _remembered_tokenizer(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase | None:
-    """Look where a model was loaded from for a tokenizer other than the policy's."""
+    """Load the tokenizer of a model's `name_or_path`; None if it is the policy's or missing."""
     if not config.name_or_path:
         return None
     try:
         return _other_tokenizer(config.name_or_path, tokenizer)
     except (OSError, ValueError):
-        return None  # saved without one, or no longer there: it was made for the policy's tokens
+        return None  # saved without one, or deleted: assume the policy's tokenizer
 
 
 def _other_tokenizer(

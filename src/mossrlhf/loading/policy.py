@@ -1,4 +1,4 @@
-"""The policy and its reference model, adapters included; dropout and activation checkpointing."""
+"""Load the policy and its reference model; set dropout and activation checkpointing."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ from mossrlhf.models.lora import is_peft_model, unwrap_peft, vocabulary_size
 def name_argument(
     argument: str, name: Any, errors: tuple[type[Exception], ...] = (OSError, ValueError)
 ) -> Iterator[None]:
-    """Report the argument and the folder or hub name of what cannot be loaded in the block."""
+    """Name the argument, and the folder or hub name, in loading errors of the block."""
     caught: tuple[type[Exception], ...] = (*errors, SafetensorError)
     try:
         yield
@@ -43,7 +43,7 @@ def name_argument(
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f"{argument}: {str(name)!r} cannot be loaded ({type(error).__name__}: {error!s:.300}); "
-            "expected the folder or hub name of one that save_pretrained wrote, all files of it"
+            "expected a folder or hub name with all files that save_pretrained wrote"
         ) from error
 
 
@@ -59,9 +59,9 @@ def require_finite(model: nn.Module, argument: str) -> None:
 
 
 def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Module:
-    """Make the policy ready for training: trained parameters in float32, adapters added.
+    """Load a policy and prepare it for training: trained parameters in float32, adapters added.
 
-    An adapter the model comes with is trained further. Where `peft_config` asks for another one,
+    An adapter of the model is trained further. If `peft_config` describes another one,
     the first is merged into the base model, so that the new one starts from its outputs.
 
     Source: P1 §3.2: the policy starts from the SFT model.
@@ -81,9 +81,9 @@ def load_policy(model: Any, peft_config: Any = None, *, seed: int = 0) -> nn.Mod
         )
     if is_adapted(model) and not is_peft_model(model) and not _has_injected_adapter(model):
         raise ValueError(
-            "model: an adapter is inside it, put there by PEFT or by an earlier Trainer with "
-            "peft_config=; pass that trainer's policy to train the adapter on, policy.unload() "
-            "for the bare model, or load the model again"
+            "model: it contains an adapter, added by PEFT or by an earlier Trainer with "
+            "peft_config=; pass that trainer's policy to train the adapter further, "
+            "policy.unload() for the base model, or load the model again"
         )
     require_finite(model, "model")
     keep_differentiable(model)
@@ -129,10 +129,10 @@ def _has_injected_adapter(model: nn.Module) -> bool:
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """Return the model with the adapter it came with merged into its base model."""
+    """Return the model with its adapter merged into its base model."""
     if _has_injected_adapter(model):
         raise ValueError(
-            "model: transformers has put an adapter inside it, which peft_config= would silently "
+            "model: transformers has added an adapter to it, which peft_config= would silently "
             "replace; pass the adapter's folder as model=, or a peft.PeftModel, and it is merged"
         )
     if not is_peft_model(model):
@@ -141,13 +141,13 @@ def _merged(model: nn.Module) -> nn.Module:
     if merge is None:
         raise ValueError(
             f"model: its adapter ({type(model.base_model).__name__}) cannot be merged, so "
-            "peft_config= cannot put another on top; leave peft_config=None to train it on"
+            "peft_config= cannot add another; leave peft_config=None to train it further"
         )
     if has_effect(model):
         warnings.warn(
-            "model: its adapter is merged into its base, and the one of peft_config put on top. "
-            "What is saved is the new adapter, which stands on the merged model, not on the bare "
-            "base: to load it by name later, save model.merge_and_unload() to a folder first and "
+            "model: its adapter is merged into its base, and the one of peft_config is added. Only "
+            "the new adapter is saved, and its base is the merged model, not the original one: to "
+            "load it by name later, save model.merge_and_unload() to a folder first and "
             "pass that folder as model=",
             UserWarning,
             stacklevel=3,
@@ -163,18 +163,18 @@ def _with_new_adapter(model: nn.Module, peft_config: PeftConfig, seed: int) -> n
             return get_peft_model(model, copy.deepcopy(peft_config))
         except ValueError as error:
             raise ValueError(
-                f"peft_config: cannot be put on a {type(model).__name__} ({error}); name "
+                f"peft_config: cannot be added to a {type(model).__name__} ({error}); name "
                 "modules that it has, or set target_modules='all-linear'"
             ) from error
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that parameters of a floating type are trained in."""
+    """Return the dtype in which parameters of a floating dtype are trained."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
-    """Make the reference model: what was given, else a frozen copy of the policy as it is now.
+    """Return the given reference model, else a copy of the current policy, frozen.
 
     Source: P1 §3.2: the reference is the SFT model.
     """
@@ -190,27 +190,27 @@ def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
     elif not isinstance(ref_model, nn.Module):
         raise TypeError(
             f"ref_model: got {ref_model!r}, expected a causal language model, the folder or hub "
-            "name of one, or None for the policy as it is now"
+            "name of one, or None for a copy of the policy"
         )
     elif {*map(id, ref_model.parameters())} & {*map(id, policy.parameters())}:
-        ref_model = copy.deepcopy(ref_model)  # what is frozen must not be what is trained
+        ref_model = copy.deepcopy(ref_model)  # its weights must not be trained
     require_finite(ref_model, "ref_model")
     if vocabulary_size(ref_model) != vocabulary_size(policy):
         raise ValueError(
             f"ref_model: its vocabulary has {vocabulary_size(ref_model)} tokens, the policy's "
             f"{vocabulary_size(policy)}; it must read the policy's tokens. Resize its embeddings, "
-            "or leave ref_model=None for the policy as it is now"
+            "or leave ref_model=None for a copy of the policy"
         )
     return ref_model.eval().requires_grad_(False)
 
 
 def _why_copied(policy: Any) -> str | None:
-    """Return why the policy without adapters is not its reference; None where it is."""
+    """Return why the base of the policy cannot be its reference; None if it can."""
     costs = "the reference is a copy of the whole policy, which costs the memory of a second base"
     if trained := trained_base_parameters(policy):
         return (
             f"parameters of the policy's base are trained besides its adapter "
-            f"({', '.join(trained[:3])}), so {costs}. To do without, leave bias='none' in "
+            f"({', '.join(trained[:3])}), so {costs}. To avoid it, leave bias='none' in "
             "peft_config"
         )
     if not has_effect(policy):
@@ -219,11 +219,11 @@ def _why_copied(policy: Any) -> str | None:
     if name := next(filter(None, names), None):
         return (
             f"init_lora_weights={name!r} has rewritten the base of the policy's adapter, so "
-            f"{costs}. To do without, leave init_lora_weights as it is"
+            f"{costs}. To avoid it, leave init_lora_weights at its default"
         )
     return (
-        f"the policy's adapter already changes its outputs, so {costs}. To do without, pass "
-        "peft_config=: the adapter is merged and a new one put on top"
+        f"the policy's adapter already changes its outputs, so {costs}. To avoid it, pass "
+        "peft_config=: the adapter is merged and a new one is added"
     )
 
 
@@ -231,7 +231,7 @@ def _why_copied(policy: Any) -> str | None:
 def has_effect(policy: Any) -> bool:
     """Whether a policy's adapters change the logits of a few tokens; new ones do not."""
     size = vocabulary_size(policy)
-    # The last ones too: added tokens, which alone may have been trained.
+    # The last ones too: an adapter may have trained only added tokens.
     ids = torch.tensor([[*range(min(8, size)), *range(max(0, size - 8), size)]])
     ids = ids.to(policy.get_input_embeddings().weight.device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -242,7 +242,7 @@ def has_effect(policy: Any) -> bool:
 
 
 def save_policy(policy: Any, folder: Path) -> None:
-    """Write a policy to a folder, created where absent; of its adapters the active one alone."""
+    """Write a policy to a folder, with the active adapter only."""
     if not is_peft_model(policy):
         policy.save_pretrained(folder)
         return
@@ -259,7 +259,7 @@ def save_policy(policy: Any, folder: Path) -> None:
 def set_switches(
     args: TrainerConfig, actor_critic: ActorCritic, ref_model: nn.Module | None
 ) -> None:
-    """Set dropout and activation checkpointing as a config asks for."""
+    """Set dropout and activation checkpointing as in a config."""
     for module in (actor_critic, ref_model):
         if module is not None and args.disable_dropout:
             disable_dropout(module)
@@ -271,7 +271,7 @@ def set_switches(
 
 def checkpoint_activations(model: Any) -> None:
     """Recompute a model's activations in the backward pass instead of keeping them."""
-    # Adapters on a frozen base: without a gradient at the input there would be none at all.
+    # Adapters on a frozen base get a gradient only if the input requires one.
     if not all(parameter.requires_grad for parameter in model.parameters()):
         model.enable_input_require_grads()
     renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20
@@ -280,7 +280,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to zero: ratios would be noise from the start."""
+    """Set every dropout probability of a model to zero: dropout would make the ratios noisy."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -290,7 +290,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def count_parameters(module: nn.Module | None) -> str:
-    """Describe a model in a line: size, how much of it is trained, types and device."""
+    """Describe a model in a line: size, trained parameters, dtypes and device."""
     if module is None:
         return "none"
     parameters = list(module.parameters())

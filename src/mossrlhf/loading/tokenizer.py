@@ -1,4 +1,4 @@
-"""The policy's tokenizer, and whether its tokens and prompts fit the policy."""
+"""Load the policy's tokenizer, and check that its tokens and prompts fit the policy."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ def load_tokenizer(model: nn.Module | str | Path) -> PreTrainedTokenizerBase:
         name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     if not name:
         raise ValueError(
-            "processing_class: got None, and the model does not say where it came from; pass its "
-            "tokenizer"
+            "processing_class: got None, and the model has no name_or_path to load one from; pass "
+            "its tokenizer"
         )
     if Path(name, "adapter_config.json").is_file() and not [*Path(name).glob("tokenizer*")]:
         name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
@@ -35,7 +35,7 @@ def require_vocabulary(
     if size < len(tokenizer):
         raise ValueError(
             f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model embeds {size} "
-            "of them; call model.resize_token_embeddings(len(tokenizer)) where tokens were added "
+            "of them; call model.resize_token_embeddings(len(tokenizer)) if tokens were added "
             "(and train them), or pass the model's own tokenizer"
         )
     for name in ("eos_token_id", "pad_token_id"):
@@ -49,7 +49,7 @@ def require_vocabulary(
 
 
 def policy_context(policy: nn.Module) -> int | None:
-    """Return the policy's longest sequence, in tokens; None where its positions have no bound."""
+    """Return the policy's longest sequence, in tokens; None if its positions have no bound."""
     config = policy.config.get_text_config()  # type: ignore[union-attr, operator]
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None

@@ -42,8 +42,8 @@ row(
 )
 row(
     "a folder without a model in it",
-    "ValueError: model: …empty' cannot be loaded (…); expected the folder or hub name of one that "
-    "save_pretrained wrote, all files of it",
+    "ValueError: model: …empty' cannot be loaded (…); expected a folder or hub name with all files "
+    "that save_pretrained wrote",
     lambda shop: shop.trainer(model=shop.file("empty/readme.txt", "").parent),
 )
 row(
@@ -86,8 +86,8 @@ def broken(shop):
 
 @row(
     "a folder whose weights are cut off",
-    "ValueError: model: …policy' cannot be loaded (SafetensorError: …); expected the folder or hub "
-    "name of one that save_pretrained wrote, all files of it",
+    "ValueError: model: …policy' cannot be loaded (SafetensorError: …); expected a folder or hub "
+    "name with all files that save_pretrained wrote",
 )
 def cut_off(shop):
     folder = shop.folder / "policy"
@@ -99,8 +99,8 @@ def cut_off(shop):
 
 
 row(
-    "no tokenizer, and a model that does not say where it came from",
-    "ValueError: processing_class: got None, and the model does not say where it came from",
+    "no tokenizer, and a model without a name",
+    "ValueError: processing_class: got None, and the model has no name_or_path to load one from",
     lambda shop: shop.trainer(processing_class=None),
 )
 row(
@@ -213,8 +213,8 @@ def language_model_as_reward(shop):
 for part in ("critic", "reward", "ref_model"):
     row(
         f"`{part}=` a folder that is not there",
-        f"OSError: {part}: …gone' cannot be loaded (…); expected the folder or hub name of one "
-        "that save_pretrained wrote, all files of it",
+        f"OSError: {part}: …gone' cannot be loaded (…); expected a folder or hub name with all "
+        "files that save_pretrained wrote",
         lambda shop, part=part: shop.trainer(**{part: str(shop.folder / "gone")}),
     )
 row(

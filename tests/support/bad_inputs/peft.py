@@ -38,15 +38,15 @@ row(
     lambda shop: shop.trainer(peft_config={"r": 8}),
 )
 row(
-    "target modules that the model has none of",
-    "ValueError: peft_config: cannot be put on a LlamaForCausalLM (Target modules {'c_attn'} not "
+    "target modules that the model does not have",
+    "ValueError: peft_config: cannot be added to a LlamaForCausalLM (Target modules {'c_attn'} not "
     "found in …); name modules that it has, or set target_modules='all-linear'",
     lambda shop: shop.trainer(peft_config=lora(target_modules=["c_attn"])),
 )
 row(
-    "the inside of a model that has an adapter",
-    "ValueError: model: an adapter is inside it, put there by PEFT or by an earlier Trainer with "
-    "peft_config=; pass that trainer's policy to train the adapter on",
+    "the base model of a model with an adapter",
+    "ValueError: model: it contains an adapter, added by PEFT or by an earlier Trainer with "
+    "peft_config=; pass that trainer's policy to train the adapter further",
     twice,
 )
 
@@ -118,14 +118,14 @@ row(
     "a policy's adapter whose initialization rewrites its base",
     "warning: ref_model: got None, and init_lora_weights='olora' has rewritten the base of "
     "the policy's adapter, so the reference is a copy of the whole policy, which costs the memory "
-    "of a second base. To do without, leave init_lora_weights as it is",
+    "of a second base. To avoid it, leave init_lora_weights at its default",
     lambda shop: shop.trainer(critic=False, peft_config=lora(init_lora_weights="olora")),
 )
 row(
     "biases of the base trained beside the policy's adapter",
     "warning: …ref_model: got None, and parameters of the policy's base are trained besides its "
     "adapter (…bias…), so the reference is a copy of the whole policy, which costs the memory of "
-    "a second base. To do without, leave bias='none' in peft_config",
+    "a second base. To avoid it, leave bias='none' in peft_config",
     lambda shop: shop.trainer(model=shop.policy(attention_bias=True), peft_config=lora(bias="all")),
 )
 row(
