@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all processes; the identity where there is one."""
+"""Sums a tensor over all processes; the identity on one process."""
 
 # -------------------------------------------------------------------------------- masks and means
 
 
 def upcast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return `x` in float32, or as it is where it is wider.
+    """Return `x` in float32, or in float64 if it is that already.
 
     Args:
-        x: any shape, any floating type.
+        x: any shape, any floating dtype.
 
     A bf16 log-softmax is off by up to 0.14 nats, 15 % in the PPO ratio.
     """
@@ -68,7 +68,7 @@ def masked_sum(
 
     Args:
         x: values, any shape.
-        mask: of the same shape; True counts.
+        mask: of the same shape; True for entries to sum.
         dim: dimension to reduce; None for all.
     """
     return torch.where(mask, x, torch.zeros_like(x)).sum(dim)
@@ -77,7 +77,7 @@ def masked_sum(
 def masked_mean(
     x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dim: int | None = None
 ) -> Float[Tensor, "..."]:
-    """Σ x / count over the entries of the mask; 0 where it is empty.
+    """Σ x / count over the entries of the mask; 0 if it is empty.
 
     Args: those of `masked_sum`.
     """
@@ -99,7 +99,7 @@ def masked_moments(
         reduce: sums a tensor over all processes.
 
     Returns:
-        mean and variance, scalars; 0 and 0 where the mask is empty.
+        mean and variance, scalars; 0 and 0 if the mask is empty.
     """
     x = torch.where(mask, x, torch.zeros_like(x))
     count = reduce(mask.sum().to(x.dtype))
@@ -121,7 +121,7 @@ def whiten(
     Args:
         x: values, any shape.
         mask: of the same shape; True counts.
-        shift_mean: False puts the mean back after the division.
+        shift_mean: False adds the mean again after the division.
         correction: 0 for the population variance, 1 for the unbiased one.
         eps: added to the variance, in its unit.
         reduce: sums a tensor over all processes.
@@ -145,10 +145,10 @@ def token_logprobs(
     """Log π(a) = z_a/τ − log Σ_v exp(z_v/τ), in nats.
 
     Args:
-        logits: ``[..., V]`` any floating type; scored in float32 at least.
-        ids: ``[...]`` the token at each place.
-        temperature: τ the tokens were sampled at, so that they are scored under the distribution
-            they came from.
+        logits: ``[..., V]`` any floating dtype; computed in float32 at least.
+        ids: ``[...]`` the token at each position.
+        temperature: τ the tokens were sampled at, for log-probs of the distribution they were
+            sampled from.
 
     Source: P1 §3.2 (the policy π).
     """
@@ -219,8 +219,8 @@ def kl_k2(
 ) -> Float[Tensor, "*shape"]:
     """k2 = ½ (log π − log π_ref)²: biased, but its gradient is the KL divergence's.
 
-    The one to differentiate: k1's expected gradient is zero, k3's is that of the reverse
-    divergence. Source: Schulman (2020).
+    Use it in losses: k1's expected gradient is zero, k3's is that of the reverse divergence.
+    Source: Schulman (2020).
 
     Args: those of `kl_k1`.
     """
@@ -255,7 +255,7 @@ def exact_kl(
     logp = (upcast(logits) / temperature).log_softmax(-1)
     ref_logp = (upcast(ref_logits) / temperature).log_softmax(-1)
     probability = logp.exp()
-    # −∞ − −∞ must be replaced before it reaches a product or a gradient.
+    # −∞ − −∞ is replaced before a product or a gradient, which would be NaN.
     log_ratio = torch.where(probability != 0, logp - ref_logp, torch.zeros_like(logp))
     return (probability * log_ratio).sum(-1)
 
@@ -278,7 +278,7 @@ def gae(
     Args:
         rewards: ``[B, T]``; entries outside the mask are ignored.
         values: ``[B, T]`` of the state before each token.
-        mask: ``[B, T]`` tokens that count.
+        mask: ``[B, T]`` response tokens.
         gamma: discount γ, per token.
         lam: λ, per token.
         bootstrap: ``[B]`` value of the state after the last token; None for 0.
@@ -303,11 +303,11 @@ def gae(
 def discounted_returns(
     rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float = 1.0
 ) -> Float[Tensor, "B T"]:
-    """Rewards to go: G_t = r_t + γ G_{t+1} over the tokens of the mask; zero outside.
+    """Rewards-to-go: G_t = r_t + γ G_{t+1} over the tokens of the mask; zero outside.
 
     Args:
         rewards: ``[B, T]``.
-        mask: ``[B, T]`` tokens that count.
+        mask: ``[B, T]`` response tokens.
         gamma: discount γ, per token.
 
     Source: P1 §3.2 (the return); `gae` with λ = 1 and values of zero.
@@ -336,7 +336,7 @@ def group_relative(
             out (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
-        ValueError: where `group_size` is below 2 or does not divide B.
+        ValueError: if `group_size` is below 2 or does not divide B.
 
     Source: GRPO (arXiv 2402.03300) eq. 3.
     """
@@ -355,7 +355,7 @@ def leave_one_out(returns: Float[Tensor, " B"], group_size: int) -> Float[Tensor
         group_size: k, responses per prompt.
 
     Raises:
-        ValueError: where `group_size` is below 2 or does not divide B.
+        ValueError: if `group_size` is below 2 or does not divide B.
 
     Source: Ahmadian et al., arXiv 2402.14740 (Kool et al., 2019).
     """
@@ -370,11 +370,11 @@ def reinforce_plus_plus(
     gamma: float = 1.0,
     reduce: Reduce = lambda tensor: tensor,
 ) -> Float[Tensor, "B T"]:
-    """Rewards to go, whitened over all tokens of the batch.
+    """Rewards-to-go, whitened over all tokens of the batch.
 
     Args:
         rewards: ``[B, T]``, KL penalty included.
-        mask: ``[B, T]`` tokens that count.
+        mask: ``[B, T]`` response tokens.
         gamma: discount γ, per token.
         reduce: sums a tensor over all processes.
 
@@ -404,10 +404,10 @@ def clipped_policy_loss(
 
     Args:
         logprob: ``[...]`` under the policy being trained, nats.
-        old_logprob: ``[...]`` under the policy that drew the tokens.
+        old_logprob: ``[...]`` under the policy that sampled the tokens.
         advantage: ``[...]``.
         clip: (ε_low, ε_high); None for the plain surrogate −ρ A.
-        dual_clip: c > 1; where A < 0 the loss is at most −c A. None for no such bound.
+        dual_clip: c > 1; if A < 0 the loss is at most −c A. None for no such bound.
 
     Returns:
         ``[...]`` loss per token.
@@ -459,11 +459,10 @@ def ranking_loss(
     """−(1 − α) log σ(r_w − r_l − m) − α log σ(r_l − r_w + m), per pair.
 
     Args:
-        chosen: ``[P]`` scores of the preferred responses.
-        rejected: ``[P]`` scores of the others.
-        margin: m, ``[P]`` or a number, in units of score.
-        label_smoothing: α, the share of labels believed to be flipped, in [0, 0.5), ``[P]`` or a
-            number.
+        chosen: ``[P]`` rewards of the preferred responses.
+        rejected: ``[P]`` rewards of the others.
+        margin: m, ``[P]`` or a number, in units of reward.
+        label_smoothing: α, the assumed share of flipped labels, in [0, 0.5), ``[P]`` or a number.
 
     Returns:
         ``[P]`` loss per pair, nats.
@@ -481,11 +480,11 @@ def ranking_loss(
 def lm_loss(
     logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B L"], ignore_index: int = -100
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """−Σ log p(x_t | x_<t) over the labeled tokens, and how many they are.
+    """−Σ log p(x_t | x_<t) over the labeled tokens, and their number.
 
     Args:
         logits: ``[B, L, V]``; position t predicts token t + 1.
-        labels: ``[B, L]`` the tokens themselves, unshifted; `ignore_index` where not counted.
+        labels: ``[B, L]`` the tokens, unshifted, or `ignore_index`.
         ignore_index: the label that is skipped.
 
     Returns:

@@ -239,7 +239,7 @@ class TestRefused:
         given = torch.zeros(hidden), torch.zeros(weight), torch.zeros(ids, dtype=torch.long)
         expected = f"got {hidden}, {weight} and {ids}, expected [N, D], [V, D] and [N]"
         for function, more in ((linear_token_stats, ()), (linear_token_loss, (ppo,))):
-            with pytest.raises(ValueError, match="gather the rows that count first") as error:
+            with pytest.raises(ValueError, match="gather the rows of tokens first") as error:
                 inspect.unwrap(function)(*given, *more)
             assert expected in str(error.value)
 

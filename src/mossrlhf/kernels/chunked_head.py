@@ -1,8 +1,8 @@
 """The output head and a loss over tokens, a chunk of logits at a time.
 
-Full logits never exist: a chunk is computed, scored, overwritten by its gradient and multiplied by
-the weight and the hidden states. A loss that couples tokens computes each chunk twice
-(`linear_token_stats`).
+Full logits are never allocated: a chunk is computed, reduced to token statistics, overwritten by
+its gradient and multiplied by the weight and the hidden states. A loss that couples tokens computes
+each chunk twice (`linear_token_stats`).
 """
 
 import math
@@ -29,7 +29,7 @@ from mossrlhf.types import LossOutput, TokenStats
 
 CPU_CHUNK_BYTES = 2**25
 CUDA_CHUNK_BYTES = 2**30
-"""Bytes of one chunk of float32 logits: few, to save memory, but enough rows for the product."""
+"""Bytes of one chunk of float32 logits: few, to save memory, but enough for a fast product."""
 
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
@@ -92,7 +92,7 @@ class Head:
         return capped(z, self.scale, self.softcap, in_place=True)
 
     def _room(self, count: int) -> Tensor | None:
-        """A buffer that all chunks share; on CUDA the caching allocator does as well."""
+        """A buffer that all chunks share; CUDA's caching allocator needs none."""
         if self.hidden.is_cuda or self.dtype != self.wide:
             return None
         if self._logits is None:
@@ -109,7 +109,7 @@ class Head:
     def add_gradient(
         self, rows: slice, z: Tensor, ids: Tensor, tau: Tensor, norms: Tensor, coefs: Tensor
     ) -> None:
-        """Add a chunk's gradients; its logits are overwritten where their dtype allows."""
+        """Add a chunk's gradients; its logits are overwritten if their dtype allows it."""
         dz = z if self.dtype == z.dtype else torch.empty_like(z, dtype=self.dtype)
         scaled = coefs * self.scale
         write_gradient(dz, z, ids[rows], tau[rows], None, norms, scaled, self.softcap)
@@ -145,7 +145,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     """A·B, accumulated in float32 and rounded once, to `dtype`."""
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=dtype)  # half precision, on CUDA alone
+    return torch.mm(a, b, out_dtype=dtype)  # half precision, only on CUDA
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -300,12 +300,12 @@ def linear_token_stats(
 ) -> TokenStats:
     """Compute `token_stats` of z = c·tanh(s (x Wᵀ + b) / c) from the hidden states x, in chunks.
 
-    One matrix product to score; four with a gradient, since logits are computed again.
+    It takes one matrix product; four with a gradient, since logits are computed again.
 
     Args:
         hidden: ``[N, D]`` hidden states at the positions before each token.
         weight: ``[V, D]`` of the output head; its gradient is accumulated in float32.
-        ids: ``[N]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
+        ids: ``[N]`` token ids; `IGNORED_ID` (any negative id) ignores a row.
         temperature: τ the tokens were sampled at, one for all or ``[N]``.
         entropy: False leaves the entropy out.
         bias: ``[V]`` b, or None.
@@ -316,7 +316,7 @@ def linear_token_stats(
         `TokenStats` of ``[N]``, nats.
 
     Raises:
-        ValueError: where shapes do not fit.
+        ValueError: if shapes do not fit.
 
     Source: P1 §3.2; softcap: Gemma 2 (arXiv 2408.00118 §2).
     """
@@ -348,20 +348,20 @@ def linear_token_loss(
 ) -> LossOutput:
     """Compute a loss that is a sum over tokens, in three matrix products instead of four.
 
-    `loss_fn` is called once for each chunk of tokens; autograd runs through it alone, on ``[n]``
+    `loss_fn` is called once for each chunk of tokens; autograd runs only through it, on ``[n]``
     numbers. Losses that couple tokens (a mean over a sequence's ratios) need
     `linear_token_stats`. Other tensors that `loss_fn` uses get no gradient. Not for losses scaled
     in float16: the gradient is rounded before the scale is applied.
 
     Args: those of `linear_token_stats`, and:
-        loss_fn: takes `TokenStats` of n tokens and the slice of N they are, and returns their
-            share of the loss and of its statistics, which are added up.
+        loss_fn: maps `TokenStats` of n tokens and their slice of N to their contribution to the
+            loss and its statistics; the contributions are added.
 
     Returns:
-        the sum of the shares; a second backward pass through it raises.
+        the sum of the contributions; a second backward pass through it raises.
 
     Raises:
-        ValueError: where shapes do not fit, or `loss_fn` returns no scalar.
+        ValueError: if shapes do not match, or `loss_fn` returns no scalar.
     """
     _require_shapes(hidden, weight, ids)
     if not torch.is_grad_enabled():  # which an autograd function cannot see
@@ -386,13 +386,13 @@ def _require_shapes(hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
     if hidden.ndim != 2 or ids.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(
             f"hidden, weight, ids: got {tuple(hidden.shape)}, {tuple(weight.shape)} and "
-            f"{tuple(ids.shape)}, expected [N, D], [V, D] and [N]; gather the rows that count first"
+            f"{tuple(ids.shape)}, expected [N, D], [V, D] and [N]; gather the rows of tokens first"
         )
 
 
 def is_linear(head: nn.Module) -> bool:
     """Whether a head is exactly x Wᵀ + b: no adapter, quantization, parametrization or hook."""
-    weight = head._parameters.get("weight")  # attribute access would fetch it under ZeRO-3
+    weight = head._parameters.get("weight")  # attribute access would gather it under ZeRO-3
     plain = type(head) is nn.Linear and "forward" not in vars(head)
     if not plain or weight is None or weight.is_meta or hasattr(head, "_hf_hook"):
         return False
@@ -406,7 +406,7 @@ def is_linear(head: nn.Module) -> bool:
 
 
 def applied(head: nn.Module, hidden: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape V"]:
-    """Apply a head as it is when tokens are scored: by its weight alone if it is linear."""
+    """Apply a head as `head_token_stats` does: only its weight if it is linear."""
     if not is_linear(head):
         return head(hidden)
     return _within(head, lambda x: nn.Linear.forward(head, x), hidden)  # type: ignore[arg-type]
@@ -424,7 +424,7 @@ def head_token_stats(
 ) -> TokenStats:
     """Compute `linear_token_stats` of any head; one that is not linear runs twice for a gradient.
 
-    One that is neither linear nor whole (sharded by itself) runs once, on all N tokens.
+    A sharded head that is not linear runs once, on all N tokens.
 
     Args: those of `linear_token_stats`, but a head that maps ``[n, D]`` to ``[n, V]``.
 
@@ -489,7 +489,7 @@ def head_token_loss(
 
 
 def _is_partitioned(weight: Tensor | None) -> bool:
-    """Whether a weight is ZeRO-3's, which is whole only while its module is called."""
+    """Whether ZeRO-3 has partitioned a weight, and gathers it only in calls of its module."""
     return hasattr(weight, "ds_id")
 
 
@@ -511,5 +511,5 @@ def _global_hooks() -> bool:
 
 
 def _width(head: nn.Module) -> int:
-    """V of a head; where it is unknown, a common number."""
+    """V of a head, or 65,536 if unknown."""
     return int(getattr(head, "out_features", 2**16))

@@ -29,7 +29,7 @@ from mossrlhf.types import TokenStats
 BACKENDS = ("triton", "torch")
 
 _forced: list[str] = []
-"""Set by `use_backend` for all threads: autograd on CUDA runs in another."""
+"""Set by `use_backend` for all threads: autograd on CUDA runs in a separate thread."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def _chosen(device_type: str, dtype: torch.dtype) -> Backend:
 
 
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
-    """Return the backend of a device: triton on CUDA where it is installed, else torch in blocks.
+    """Return the backend of a device: triton on CUDA if it is installed, else torch in blocks.
 
     Args:
-        device: where the logits live.
-        dtype: of the logits.
+        device: device of the logits.
+        dtype: dtype of the logits.
     """
     if _forced:
         return Backend(_forced[-1], "by use_backend()")
@@ -101,7 +101,7 @@ def use_backend(name: str) -> Iterator[None]:
             environment before triton is imported.
 
     Raises:
-        ValueError: where there is no such backend.
+        ValueError: if there is no such backend.
     """
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
@@ -131,7 +131,7 @@ def row_stats(
 
     Returns:
         log-prob, log Σ exp x, entropy, the reference's log-prob, KL(π‖π_ref): ``[N]`` each, nats,
-        or ``[0]`` where left out; last ``[4, N]``: max z and d of policy and reference.
+        or ``[0]`` if left out; last ``[4, N]``: max z and d of policy and reference.
 
     Source: the online softmax, arXiv 1805.02867.
     """
@@ -166,10 +166,10 @@ def row_gradient(
 ) -> None:
     """Write the gradient for N rows of logits into `out`, which may be `logits` itself.
 
-    Rows that are ignored, or whose coefficients are all zero, become zeros whatever they hold.
+    Rows that are ignored, or whose coefficients are all zero, become zeros even if they are NaN.
 
     `norms` ``[4, N]`` are of `row_stats`; `coefs` ``[4, N]`` are g, α, β, γ of the formula above;
-    `softcap` is c where the logits are c·tanh(y/c) and the gradient is for y, else None.
+    `softcap` is c if the logits are c·tanh(y/c) and the gradient is for y, else None.
     """
     write_gradient(out, logits, ids, temperature, ref_logits, norms, coefs, softcap)
 
@@ -184,7 +184,7 @@ def coefficients(
 ) -> Float[Tensor, "4 N"]:
     """Combine the gradients of all statistics into g, α, β, γ of the formula above.
 
-    `entropy` and `kl` are pairs of value and gradient; None where the loss does not use them.
+    `entropy` and `kl` are pairs of value and gradient; None if the loss does not use them.
 
     Source: ∂log p(a) = 1_a − p, ∂H = −p (log p + H), ∂KL = p (log p − log q − KL).
     """
@@ -203,7 +203,7 @@ def coefficients(
 
 
 def _times(g: Tensor, x: Tensor) -> Tensor:
-    """g·x, and 0 where g = 0, even for an infinite x."""
+    """g·x, and 0 for g = 0, even for an infinite x."""
     return torch.where(g == 0, 0.0, g * x)
 
 
@@ -236,9 +236,9 @@ row_stats.register_autograd(_backward, setup_context=_setup_context)
 def temperatures(
     temperature: float | Float[Tensor, " N"], logits: Tensor, rows: int
 ) -> Float[Tensor, " N"]:
-    """Return ``[N]`` temperatures in the type statistics are computed in, on the logits' device.
+    """Return ``[N]`` temperatures in the dtype of the statistics, on the logits' device.
 
-    On a GPU, where that would synchronize, it is not checked that they are positive.
+    On a GPU they are not checked to be positive, since that would synchronize.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
@@ -274,13 +274,13 @@ def token_stats(
     """Compute log-prob, log-sum-exp and, on request, entropy and exact KL of every token.
 
     The same numbers as `functional.token_stats`, without its copies of the logits: on CUDA by one
-    triton kernel each way, elsewhere by torch, a few rows at a time. Computed in float32 (float64
-    logits in float64). Differentiable in the logits; the reference is a constant.
+    triton kernel for each direction, elsewhere by torch, a few rows at a time. Computed in float32
+    (float64 logits in float64). Differentiable in the logits; the reference is a constant.
 
     Args:
-        logits: ``[..., V]`` any floating type; copied once where rows are not evenly spaced, as in
+        logits: ``[..., V]`` any floating dtype; copied once if rows are not evenly spaced, as in
             ``logits[:, :-1]`` of several sequences.
-        ids: ``[...]``; `IGNORED_ID` (any negative id) where a row is to be ignored.
+        ids: ``[...]`` token ids; `IGNORED_ID` (any negative id) ignores a row.
         temperature: τ the tokens were sampled at, one for all or ``[...]``.
         entropy: False leaves the entropy out.
         ref_logits: ``[..., V]`` of the reference, for its log-probability and the exact KL
@@ -292,7 +292,7 @@ def token_stats(
         `TokenStats` of ``[...]``, nats.
 
     Raises:
-        ValueError: where shapes do not fit, a temperature is not positive, or the reference
+        ValueError: if shapes do not match, a temperature is not positive, or the reference
             requires a gradient.
 
     Source: P1 §3.2, §5.2 (KL), §5.3.1 (entropy).
@@ -336,7 +336,7 @@ BLOCK_BYTES = 2**20
 """Bytes of one block of rows in float32; scratch memory is two or three blocks."""
 
 LOWEST = -1e4
-"""Stands in for x − m = −∞ where it is multiplied by exp(x − m) = 0: NaN otherwise."""
+"""Replaces x − m = −∞ in the product with exp(x − m) = 0, which would be NaN."""
 
 
 def torch_stats(
@@ -432,14 +432,14 @@ def _for_each_block(
 
 
 def _may_differ_from_one(temperature: Tensor) -> bool:
-    """Whether to divide by the temperatures; always on a GPU, where checking would synchronize."""
+    """Whether to divide by the temperatures; always on a GPU, since a check would synchronize."""
     return temperature.device.type != "cpu" or bool((temperature != 1).any())
 
 
 def _shifted(
     out: Tensor, logits: Tensor, temperature: Tensor, divide: bool, highest: Tensor | None = None
 ) -> Tensor:
-    """Write x − max x into `out`, with x = z/τ, and return max z of each row, where not given."""
+    """Write x − max x into `out`, with x = z/τ, and return max z of each row."""
     # The difference is taken before it is divided: logits far from zero keep their digits.
     if highest is None:
         highest = logits.amax(-1).to(out)
@@ -450,7 +450,7 @@ def _shifted(
 
 
 def _expected(e: Tensor, x: Tensor) -> Tensor:
-    """Σ e·x over each row, where e = 0 times x = −∞ is 0; x is overwritten."""
+    """Σ e·x over each row, with 0 for e = 0 times x = −∞; x is overwritten."""
     total = x.mul_(e).sum(-1)
     if total.device.type != "cpu" or bool(total.isnan().any()):
         total = x.masked_fill_(e == 0, 0.0).sum(-1)

@@ -23,7 +23,7 @@ WARPS = 8
 def _raised(m, z, t):
     """Update a running maximum: (new maximum, what to subtract, shift of x, factor on sums).
 
-    Where every logit so far is −∞, zero is subtracted, since −∞ − (−∞) is NaN.
+    If every logit so far is −∞, zero is subtracted, since −∞ − (−∞) is NaN.
     """
     highest = tl.maximum(m, tl.max(z, 0))
     base = tl.where(highest == -float("inf"), 0.0, highest)
