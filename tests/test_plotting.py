@@ -146,7 +146,7 @@ def test_plot_history_draws_everything_of_one_run():
     assert curves(drawn["Wins against the SFT model (share)"]) == [[(10.0, 0.6), (20.0, 0.6)]]
     assert crosses(score) == [of(history, "reward/score_mean")[11]]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["collapse detected", "the critic alone learns"]
+    assert labels == ["collapse detected", "critic warm-up"]
 
 
 def test_reward_that_equals_the_score_is_drawn_once():

@@ -144,7 +144,7 @@ def test_page_loads_nothing_and_shows_texts_as_they_are(whole):
     ):
         assert expected in page.text
     assert "Missing" not in page.text
-    assert "Nothing in these files calls for a second look." in page.text
+    assert "No warnings." in page.text
 
 
 HOSTILE = """"><script>alert(1)</script>
@@ -373,7 +373,7 @@ def test_page_of_a_trainer_run(tmp_path, root):
         (RunFolder(name="r", history=[entry(1, x=math.nan)]), "not finite were logged: x"),
         (
             RunFolder(name="r", history=[entry(7, **{"response/truncated_fraction": 0.75})]),
-            "iteration 7 75% of the responses hit the length limit",
+            "iteration 7 75% of the responses reached the length limit",
         ),
         (
             RunFolder(

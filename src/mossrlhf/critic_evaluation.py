@@ -32,12 +32,12 @@ Dataset = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well values V agree with measured returns G.
+    """Errors of values V against measured returns G.
 
     Args:
         start: share of the response before the earliest of the states.
         end: share of the response before the latest, exclusive.
-        states: how many.
+        states: number of states.
         mean_absolute_error: of |V − G|, in units of reward; NaN without states.
         mean_error: of V − G, in units of reward: above 0 the values are too high.
         rank_correlation: Spearman's ρ of V and G, in [−1, 1]; NaN if either is constant.
@@ -120,7 +120,7 @@ class CriticEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The stages of a trainer, as far as continuations need them.
+    """The stages of a trainer that continuations need.
 
     Args:
         accelerator: of the processes.
@@ -160,14 +160,14 @@ def evaluate_critic(
     """Compare a critic's values with the mean return of continuations from the same states.
 
     One response is sampled for each prompt, and one state is chosen from each part of it. From
-    there the policy samples `continuations` continuations, with the trainer's sampler and what is
-    left of its length limit. The trainer's rewards and shaper reward them, and
+    there the policy samples `continuations` continuations, with the trainer's sampler and the rest
+    of its length limit. The trainer's rewards and shaper reward them, and
     G = Σ γ^(s−t) r_s over the remaining tokens is an estimate of the value V = E[G]. With
     `bootstrap_truncated`, a truncated continuation ends in the critic's own value, as in training.
     The shaper's running moments are used and not updated.
 
-    The training run does not change, the random numbers of the next iteration included. What is
-    sampled depends on the seed, the record and the position alone, on any number of processes.
+    The training run does not change, the random numbers of the next iteration included. Samples
+    depend only on the seed, the record and the position, on any number of processes.
 
     Args:
         stages: of a trainer with a critic; `Trainer.evaluate_critic` passes its own.
@@ -212,23 +212,23 @@ def _trained_gamma(advantage: Any) -> float:
     gamma = getattr(advantage, "gamma", None)
     if gamma is None:
         raise ValueError(
-            f"gamma: {type(advantage).__name__} has none, by which its returns could be "
-            "discounted; pass evaluate_critic(gamma=), 1 for no discount"
+            f"gamma: got None, and {type(advantage).__name__} has no gamma to discount returns; "
+            "pass evaluate_critic(gamma=), 1 for no discount"
         )
     return float(gamma)
 
 
 def _require_memoryless(sampler: Any) -> None:
-    """Refuse a sampler that would continue a prefix in another way than it began."""
+    """Refuse a sampler whose distribution depends on the number of tokens since the prompt."""
     config = getattr(sampler, "effective", None)
     if not isinstance(config, GenerationConfig):
-        return  # a sampler of the user's
+        return  # a custom sampler
     counted = {n: v for n, v in departures(config).items() if n not in FROM_ROWS}
     if counted:
         raise ValueError(
             f"sampler: {counted} make a token depend on how many have been sampled since the "
-            "prompt ended, so the middle of a response cannot be continued as it began; evaluate "
-            "the critic in a trainer whose sampler leaves them out"
+            "prompt, so a response cannot be continued from its middle; evaluate the critic in a "
+            "trainer whose sampler leaves them out"
         )
 
 
@@ -298,7 +298,7 @@ def _sample_continuations(
             prompts = [[*state.prompt, *state.prefix]] * continuations
             _seed_torch(seed, state.record, len(state.prefix))
             sampled = _sample(stages, _with_limit(stages.sampler, left), prompts)
-            # A sampler of the user's may not know the shorter limit.
+            # A custom sampler may not know the shorter limit.
             ended = (~sampled.truncated & (sampled.response_lengths <= left)).tolist()
             rollout = assemble(
                 [state.prompt] * continuations,
@@ -322,14 +322,14 @@ def _sample(stages: Stages, sampler: Any, prompts: Sequence[Sequence[int]]) -> R
     if not bool((rollout.mask == (places < rollout.response_lengths[:, None])).all()):
         raise ValueError(
             f"sampler: {type(sampler).__name__} returned responses with holes in their mask (turns "
-            "of a user or a tool), expected all tokens to count: such responses cannot be "
+            "of a user or a tool), expected a mask of all their tokens: such responses cannot be "
             "continued from any of their tokens"
         )
     return rollout
 
 
 def _with_limit(sampler: Any, limit: int) -> Any:
-    """Return a copy of a sampler with a limit on new tokens; one of the user's as it is."""
+    """Return a copy of a sampler with a limit on new tokens; a custom sampler unchanged."""
     if not isinstance(getattr(sampler, "effective", None), GenerationConfig):
         return sampler
     # Not `dataclasses.replace`: vLLM's sampler remembers which weights its engine has.
@@ -354,7 +354,7 @@ def _returns(
     parts = list(torch.arange(len(sampled)).split(stages.batch_size))
     count = torch.tensor([len(parts)], device=accelerator.device)
     scored = []
-    # Sharded models need all processes in every forward pass: all make equally many.
+    # Sharded models need all processes in every forward pass, so all run the same number.
     for number in range(int(accelerator.gather(count).max())):
         part = sampled.select(parts[min(number, len(parts) - 1)])
         with together(accelerator):
@@ -375,7 +375,7 @@ def _returns(
 
 
 def _with_fixed_moments(shaper: Any) -> Any:
-    """Return a copy of a shaper whose running moments are used and not updated."""
+    """Return a copy of a shaper whose running moments are used but not updated."""
     copied = copy.deepcopy(shaper)
     moments = getattr(copied, "moments", None)
     if isinstance(moments, RunningMoments):
@@ -422,7 +422,7 @@ def agreement(
     start: float,
     end: float,
 ) -> Agreement:
-    """Compare values with returns, in units of reward; the rest as in `Agreement`."""
+    """Compare values with returns, in units of reward; `Agreement` explains the arguments."""
     if not len(values):
         return Agreement(start, end, 0, *[math.nan] * 5)
     off = values - returns

@@ -1,4 +1,4 @@
-"""What a run logs: lines on the console, completions in a file, metrics to the trackers."""
+"""Logging of a run: lines on the console, completions in a file, metrics to trackers."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def _fit(value: float | None, width: int, digits: int) -> str:
 
 
 class Trackers:
-    """Logs metrics to accelerate's trackers; one that fails costs a warning, never the run."""
+    """Logs metrics to accelerate's trackers; a failing tracker causes one warning, no error."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

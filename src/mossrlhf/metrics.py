@@ -1,4 +1,4 @@
-"""Metrics of optimizer steps, rollouts and evaluations, and watches on a run."""
+"""Metrics of optimizer steps, rollouts and evaluations; detection of collapse and stalled runs."""
 
 import warnings
 from collections import deque
@@ -123,13 +123,13 @@ def quantiles(
 ) -> Float[Tensor, " Q"]:
     """Return quantiles over all processes, without gathering the numbers.
 
-    Processes can only add: each quantile is enclosed by counting the numbers below the marks of
-    finer and finer rulers. The result is NumPy's ``inverted_cdf``, except that numbers closer than
+    Processes can only add, so each quantile is bracketed by counts of the numbers below the edges
+    of finer and finer bins. The result is NumPy's ``inverted_cdf``, except that numbers closer than
     a millionth of the standard deviation count as one.
     """
     mean, variance = masked_moments(x, counted, reduce=reduce)
     x = torch.where(counted, x, torch.inf)
-    # Less than 5 % lie more than √19 = 4.36 standard deviations away (Cantelli's inequality).
+    # Less than 5 % are more than √19 = 4.36 standard deviations away (Cantelli's inequality).
     reach, marks = 4.5 * variance.sqrt(), torch.arange(1, 65, device=x.device)
     wanted = reduce(widest(counted).sum()) * x.new_tensor(shares) - 1e-6  # 0.95 · 20 rounds up
     low, width = (mean - reach).expand(len(wanted)), 2 * reach / len(marks)
@@ -140,7 +140,7 @@ def quantiles(
         high, width = low + width, width / len(marks)
     inside = (x > low[:, None]) & (x <= high[:, None])
     total, count = reduce(masked_sum(x.expand_as(inside), inside, 1)), reduce(widest(inside).sum(1))
-    # The ruler has no length if all numbers are equal.
+    # The bins have no width if all numbers are equal.
     return torch.where(count > 0, total / count.clamp(min=1), mean)
 
 
@@ -171,7 +171,7 @@ def win_rates(
     theirs: Float[Tensor, " B"],
     reduce: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Share of prompts on which one response scores above, level with, or below the other.
+    """Return the shares of prompts on which our reward is higher, equal, or lower.
 
     Source: P1 §5.5 (win, tie, lose against the SFT model).
     """
@@ -187,7 +187,7 @@ def compare(
     reference: Mapping[str, Tensor],
     reduce: Reduce = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Mean of every reward on both sides, and who wins.
+    """Return the mean of every reward for policy and reference, and the win rates.
 
     Source: P1 §5.5.
     """
@@ -211,7 +211,7 @@ LATELY = 10
 
 
 class CollapseWarning(UserWarning):
-    """The policy has collapsed into repeating what the reward likes."""
+    """The policy has collapsed to a few responses with a high reward."""
 
 
 class StillPolicyWarning(UserWarning):
@@ -222,11 +222,11 @@ class CollapseWatch:
     """Warn when responses are monotonous and far from the reference, at any length.
 
     Collapsed: KL per sequence above a bound *and* distinct-2 below half of the reference's.
-    Score and loss do not show it, and length shows only one of its forms.
+    Score and loss do not show it, and length only sometimes.
 
     Args:
         kl_bound: nats per sequence.
-        reference_distinct_2: of as many responses of the reference; None switches the watch off.
+        reference_distinct_2: of as many responses of the reference; None disables the warning.
 
     Source: P1 §5.2 (pattern collapse: KL explodes, diversity goes); the rule is ours.
     """
@@ -262,7 +262,7 @@ class CollapseWatch:
             warnings.warn(
                 f"the policy has collapsed: KL to the reference {kl:.1f} nats per sequence "
                 f"(bound {self.kl_bound:g}) and distinct-2 {distinct:.3f}, under half of the "
-                f"reference's {self.reference_distinct_2:.3f}. A rising score means nothing now; "
+                f"reference's {self.reference_distinct_2:.3f}. Ignore the score from here on; "
                 "raise RewardShaper(kl_coef=), clip the reward, or lower the learning rate",
                 CollapseWarning,
                 stacklevel=3,

@@ -22,7 +22,7 @@ __all__ = ["Panel", "plot_arms", "plot_critic", "plot_history", "plot_reward_his
 History = Sequence[Mapping[str, Any]]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Color-blind readers tell them apart too (Okabe and Ito); in the order of the runs."""
+"""A color-blind-safe palette (Okabe and Ito), in the order of the runs."""
 
 INK, GRID, SHADE = "#333333", "#e4e4e4", "#f0f0f0"
 
@@ -37,9 +37,9 @@ class Panel:
     """One pair of axes with the curves of some metrics.
 
     Args:
-        title: what is drawn, with its unit.
+        title: the quantity, with its unit.
         curves: metric by label; each has its own line style.
-        floor: the axis is logarithmic above it where the data exceed both 20 times this number and
+        floor: the axis is logarithmic above it if the data exceed both 20 times this number and
             5 times their minimum. None for a linear axis.
         limits: (bottom, top) of the axis; None fits the data.
         band: two metrics; with a single run, the area between them is shaded.
@@ -94,16 +94,16 @@ def plot_arms(
     true_quality: str | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Plot several runs over each other, one color for each.
+    """Plot several runs in the same panels, one color for each.
 
     A cross marks the iteration in which `CollapseWatch` first found a run collapsed.
 
     Args:
         histories: `Trainer.history` by the name of the run, in the order of the legend.
         path: where to write the figure, in the format of its suffix; None to write no file.
-        panels: what to draw; a panel without data is left out.
+        panels: the panels; those without data are left out.
         true_quality: a metric that measures the true quality, e.g. ``reward/true_quality/mean``,
-            drawn instead of the second panel; None for none.
+            plotted instead of the second panel; None for none.
         title: one line at the top; None for none.
 
     Raises:
@@ -125,7 +125,7 @@ def _history_panels(history: History) -> list[Panel]:
         found = [n for n in _logged({"": history}) if n.startswith(start) and n.endswith(end)]
         return {name[len(start) : -len(end)]: name for name in sorted(found)}
 
-    # A single trained reward equals the score: it is drawn once.
+    # A single trained reward equals the score: it is plotted once.
     score, means = _series(history, SCORE.curves["score"]), by_label("reward/", "/mean")
     rewards = {label: name for label, name in means.items() if _series(history, name) != score}
     band, wins = ("reward/score_p05", "reward/score_p95"), by_label("eval/", "/win_rate")
@@ -199,7 +199,7 @@ def _color(number: int, count: int) -> str:
 
 
 def _draw_panel(axes: "Axes", panel: Panel, histories: Sequence[History]) -> None:
-    """Draw a color for each run and a line style for each curve; a single run combines both."""
+    """Plot a color for each run and a line style for each curve; a single run combines both."""
     from matplotlib.lines import Line2D
 
     alone = len(histories) == 1
@@ -270,7 +270,7 @@ def _add_legend(figure: "Figure", histories: Mapping[str, History], title: str |
         cross: dict[str, Any] = {"ls": "", "marker": "X", "ms": 10, "color": "#888888"}
         keys.append(Line2D([], [], label="collapse detected", **cross))
     if not several and "pretrain/step" in _logged(histories):
-        keys.append(Patch(color=SHADE, label="the critic alone learns"))
+        keys.append(Patch(color=SHADE, label="critic warm-up"))
     title = title or ("" if several else next(iter(histories)))
     if not keys and not title:
         return
@@ -449,8 +449,8 @@ def png_bytes(figure: "Figure") -> bytes:
     """Return a figure as a small PNG."""
     from PIL import Image  # matplotlib depends on it
 
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+    full, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png")
     # A few colors and their shades toward white: with a palette it takes a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE).save(packed, "png")
+    Image.open(full).convert("RGB").quantize(dither=Image.Dither.NONE).save(packed, "png")
     return packed.getvalue()

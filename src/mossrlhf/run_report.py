@@ -1,7 +1,7 @@
-"""One HTML page about a run, made from its folder alone.
+"""One HTML page about a run, made only from its folder.
 
-The page is `run_report.html.j2`, rendered with autoescape on: a name of a folder, a reward or a
-model, a prompt or a completion stays text, whatever is in it.
+The template is `run_report.html.j2`, rendered with autoescape on: names of folders, rewards and
+models, prompts and completions are always rendered as text.
 """
 
 import base64
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "plot_run", "read_run", "run_page", "write_report"]
 
 TRUE_QUALITY = "reward/true_quality/mean"
-"""The toy world measures it; it is plotted where a run logs it."""
+"""A metric of the toy world, plotted if a run logs it."""
 
 STILL_SHARE, STILL_ITERATIONS = 0.05, 3
 """As in `StillWatch`: the share of weights that must change, and logged iterations in a row."""
@@ -73,7 +73,7 @@ class RunFolder:
 
 
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
-    """Write the page of a run: one HTML file that loads nothing from elsewhere.
+    """Write the page of a run: one self-contained HTML file.
 
     Args:
         folder: of a run, or of several runs in subfolders.
@@ -93,7 +93,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
 
 
 def plot_run(folder: str | Path, path: str | Path | None = None) -> "Figure":
-    """Plot the curves of a run, or of several runs over each other, from a folder.
+    """Plot the curves of a run, or of several runs in the same panels, from a folder.
 
     Args:
         folder: of a run, or of several runs in subfolders.
@@ -179,7 +179,7 @@ def _is_complete(row: Mapping[str, Any]) -> bool:
 
 def _read_object(path: Path, missing: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        missing.append(f"{path.name}: not there; recipes write it, a plain Trainer does not")
+        missing.append(f"{path.name}: not found; recipes write it, a plain Trainer does not")
         return {}
     try:
         found = read_json(path)
@@ -199,7 +199,7 @@ def _read_checkpoint(
     for path in reversed(checkpoints(folder)):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            # A subclass may log what is not a number.
+            # A subclass may log other values than numbers.
             history = [
                 {name: x for name, x in entry.items() if isinstance(x, int | float)}
                 for entry in state["history"]
@@ -242,14 +242,14 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def run_warnings(run: RunFolder) -> list[str]:
-    """Return what needs a second look in a run and its subfolders, one sentence each."""
+    """Return the warnings about a run and the runs in its subfolders, one sentence each."""
     found = []
     if run.summary.get("interrupted"):
         found.append("The run was interrupted: the page shows the iterations before that.")
     found += _history_warnings([entry for entry in run.history if "step" in entry])
     if run.faults:
         found.append(
-            "Steps were not taken, since a loss or gradient was not finite: "
+            "Steps were skipped, since a loss or gradient was not finite: "
             f"{', '.join(run.faults)} in faults/; mossrlhf.nan_debug.read_fault(folder) returns a "
             "batch."
         )
@@ -262,7 +262,7 @@ def _history_warnings(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield (
             f"Collapse was detected in {len(collapsed)} of the logged iterations, first in "
             f"{collapsed[0]}: the policy is far from the reference, and its responses are "
-            "monotonous. The score means nothing there."
+            "monotonous. Ignore the score there."
         )
     moved = [e for e in entries if "policy/moved_fraction" in e and e.get("policy/learning_rate")]
     groups = groupby(moved, key=lambda entry: entry["policy/moved_fraction"] < STILL_SHARE)
@@ -280,7 +280,7 @@ def _history_warnings(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         (entry for entry in reversed(entries) if "response/truncated_fraction" in entry), {}
     )
     if (share := last.get("response/truncated_fraction", 0)) > 0.5:
-        yield f"In iteration {last['step']} {share:.0%} of the responses hit the length limit."
+        yield f"In iteration {last['step']} {share:.0%} of the responses reached the length limit."
     explained = last.get("critic/explained_variance")
     if explained is not None and explained <= 0:
         yield (
@@ -322,7 +322,7 @@ def run_page(run: RunFolder) -> str:
         configuration=_configuration(run),
         environment=_flat(of_run),
     )
-    # Half of a surrogate pair, which JSON may hold, is not a character; NUL is not one of HTML.
+    # JSON may hold half of a surrogate pair, which is not a character, and NUL, invalid in HTML.
     return page.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
 
 
@@ -335,7 +335,7 @@ def _curves(run: RunFolder, path: str | Path | None = None) -> "Figure":
 
 
 def _picture(draw: Callable[[], "Figure"], notes: Iterable[str] = ()) -> dict[str, Any]:
-    """A figure as base64, or a note that gives the reason why there is none."""
+    """A figure as base64, or a note why there is none."""
     try:
         return {"png": base64.b64encode(png_bytes(draw())).decode("ascii"), "notes": notes}
     except (ImportError, ValueError) as error:
@@ -354,9 +354,9 @@ def _curves_picture(run: RunFolder) -> dict[str, Any]:
 
 def _histograms(run: RunFolder) -> dict[str, Any]:
     if not run.completions:
-        return {"png": None, "notes": ["There are no completions to take rewards from."]}
+        return {"png": None, "notes": ["There are no completions with rewards."]}
     note = (
-        "Of the responses in completions.jsonl: the first ones of each logged iteration, not all. "
+        "Rewards in completions.jsonl, which has the first responses of each logged iteration. "
         "The dotted line is their mean."
     )
     return _picture(lambda: plot_reward_histograms(run.completions), [note])
