@@ -387,10 +387,10 @@ def test_parts_of_the_wrong_kind(parts, message):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (dict(ptx_dataset=[{"text": "a"}]), "PPOMaxLoss(ptx_coef=None) does without"),
+        (dict(ptx_dataset=[{"text": "a"}]), "PPOMaxLoss(ptx_coef=None) ignores it"),
         (
             dict(critic=False, args=dict(bootstrap_truncated=True)),
-            "it takes the critic's values, and critic=False",
+            "it needs the critic's values, and critic=False",
         ),
         (
             dict(loss=PPOMaxLoss(ptx_coef=0.1), ptx_dataset=[{"words": "a"}]),

@@ -1,4 +1,4 @@
-"""The command ``mossrlhf``: ``demo`` trains in the toy world, ``report`` writes a run's page."""
+"""The command ``mossrlhf``: ``demo`` trains in the toy world, ``report`` writes an HTML report."""
 
 import argparse
 import sys
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from mossrlhf.plotting import require_matplotlib
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="mossrlhf", description="PPO-max, the algorithm of arXiv 2307.04964, at work."
+        prog="mossrlhf", description="PPO-max, the algorithm of arXiv 2307.04964."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     what = "vanilla PPO, vanilla PPO tuned and PPO-max side by side, in the toy world"
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output_dir",
         default="outputs/demo",
         metavar="FOLDER",
-        help="where curves, samples and models go [outputs/demo]",
+        help="folder for curves, samples and models [outputs/demo]",
     )
-    what = "one HTML page of what a run left in its folder"
-    report = commands.add_parser("report", help=what, description=f"{what}: it needs no network.")
+    what = "one HTML page from the files of a run"
+    report = commands.add_parser("report", help=what, description=f"{what}; it needs no network.")
     report.add_argument("run", metavar="RUN", help="a run's output_dir, or a folder of several")
     report.add_argument("--output", metavar="FILE", help="the page [RUN/report.html]")
     options = parser.parse_args(argv)

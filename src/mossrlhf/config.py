@@ -9,64 +9,60 @@ SCHEDULES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear",
     "polynomial",
 )  # fmt: skip
-"""Schedules of transformers that need nothing but a warm-up and a number of steps."""
+"""Schedules of transformers that need only a warm-up and a number of steps."""
 
 
 @strict
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How `Trainer` runs; what it optimizes is decided by its other arguments.
+    """Settings of a run of `Trainer`; its other arguments define the objective.
 
     Names that mean the same as in `transformers.TrainingArguments` are spelled the same.
 
     Args:
-        output_dir: where checkpoints, tables and pictures go.
+        output_dir: folder of checkpoints, tables and figures.
         seed: of sampling and of the order of prompts and minibatches.
         learning_rate: of the policy (P1 and MOSS-RLHF: 5e-7).
         critic_learning_rate: of the critic (P1: 1.65e-6, MOSS-RLHF: 1.5e-6).
         lr_scheduler_type: one of `SCHEDULES`; "inverse_sqrt" is MOSS-RLHF's.
-        warmup_steps: optimizer steps of linear warm-up; below 1, their share (P1, MOSS-RLHF: 0.1).
+        warmup_steps: optimizer steps of linear warm-up; below 1 a fraction (P1, MOSS-RLHF: 0.1).
         adam_beta1: Adam's β₁ (P1, MOSS-RLHF).
         adam_beta2: Adam's β₂ (P1, MOSS-RLHF).
         adam_epsilon: Adam's ε (MOSS-RLHF).
         weight_decay: of AdamW.
-        max_grad_norm: bound on the gradient's norm, policy and critic apart; None for none.
-        clip_grad_jointly: whether one bound holds for policy and critic together, as in MOSS-RLHF.
+        max_grad_norm: bound on the gradient norms of policy and critic, each; None for none.
+        clip_grad_jointly: whether to clip the joint norm of policy and critic, as in MOSS-RLHF.
         total_steps: PPO iterations: rollouts with the optimizer steps that follow.
-        rollout_size: responses in a rollout, over all processes (P1: 128).
-        minibatch_size: responses to an optimizer step, over all processes (P1: 32).
-        num_ppo_epochs: times each response is trained on.
+        rollout_size: responses per rollout, over all processes (P1: 128).
+        minibatch_size: responses per optimizer step, over all processes (P1: 32).
+        num_ppo_epochs: epochs over each rollout.
         samples_per_prompt: responses sampled per prompt, for group baselines.
-        micro_batch_size: responses at a time on a process; None for all. Speed and memory alone.
-        max_tokens: padded tokens at a time on a process; None for no bound. Speed and memory alone.
-        max_prompt_length: tokens; longer dialogues lose their oldest turns. None: what the
-            model's context leaves beside a response.
-        critic_pretrain_steps: iterations in which the critic alone learns, before step 1.
-        bootstrap_truncated: whether the critic's value replaces the rest of a truncated
-            response.
+        micro_batch_size: responses at a time on a process; None for all. Only speed and memory.
+        max_tokens: padded tokens at a time on a process; None for no bound. Only speed and memory.
+        max_prompt_length: tokens; longer dialogues lose old turns. None: what fits the context.
+        critic_pretrain_steps: iterations of critic warm-up, before step 1.
+        bootstrap_truncated: whether the critic's value replaces the rest of a truncated response.
         offload_frozen: whether reference and reward models are kept on the CPU between uses.
         bf16: whether to compute in bfloat16 (autocast; parameters stay float32).
         gradient_checkpointing: whether to recompute activations in the backward pass.
-        disable_dropout: whether dropout is off in all models.
+        disable_dropout: whether to disable dropout in all models.
         logging_steps: iterations between lines of the log.
         eval_steps: iterations between evaluations; None for none.
-        save_steps: iterations between checkpoints; None for the last and the best alone.
+        save_steps: iterations between checkpoints; None for only the last and the best.
         save_total_limit: checkpoints kept beside the best; None for all.
-        metric_for_best_model: a metric; its best value marks the best checkpoint. None for no
-            best.
-        greater_is_better: False where its least value marks the best.
+        metric_for_best_model: metric that selects the best checkpoint; None for no best.
+        greater_is_better: False if a lower value of that metric is better.
         report_to: trackers of accelerate ("tensorboard", "wandb", …).
         run_name: for the trackers.
-        disable_tqdm: whether the console stays quiet: no progress bar, no table.
-        ddp_timeout: seconds that processes wait for each other before they give up; longer than
-            the slowest thing that one of them may do alone.
+        disable_tqdm: whether to print neither progress bar nor table.
+        ddp_timeout: seconds to wait for other processes; more than the slowest operation of one.
         collapse_kl: nats per sequence beyond which, with few distinct bigrams, the policy counts
             as collapsed.
         max_kl: nats per sequence at which training stops; None for never.
 
     Raises:
-        ValueError: where a number is out of range, or sizes do not divide.
-        TypeError: where an option is unknown, with a suggestion.
+        ValueError: if a number is out of range, or sizes do not divide.
+        TypeError: if an option is unknown, with a suggestion.
 
     Source: P1 App. B and MOSS-RLHF's scripts, where marked.
     """
@@ -157,16 +153,16 @@ class TrainerConfig:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", [self.report_to])
 
-    # What callbacks of transformers ask of their arguments, in the words of `TrainingArguments`.
+    # Attributes of `TrainingArguments` that callbacks of transformers read.
 
     @property
     def eval_strategy(self) -> str:
-        """When it is evaluated: "steps" or "no"."""
+        """When the trainer evaluates: "steps" or "no"."""
         return "no" if self.eval_steps is None else "steps"
 
     @property
     def save_strategy(self) -> str:
-        """When it is saved: "steps" or "no"."""
+        """When the trainer saves: "steps" or "no"."""
         return "no" if self.save_steps is None else "steps"
 
     @property
@@ -181,7 +177,7 @@ class TrainerConfig:
             processes: how many there are.
 
         Raises:
-            ValueError: where a rollout or minibatch would be torn apart.
+            ValueError: if a rollout or minibatch does not divide evenly.
         """
         whole = {
             "rollout_size": processes * self.samples_per_prompt,

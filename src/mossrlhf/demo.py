@@ -1,7 +1,7 @@
 """``mossrlhf demo``: vanilla PPO, vanilla PPO with a tuned learning rate, and PPO-max, compared.
 
-The three runs share a toy world, whose true preference is known. The true preference only measures:
-its weight among the rewards is 0, and no run depends on it.
+The three runs share a toy world, whose true preference is known. The true preference is only
+logged: its weight among the rewards is 0, and no run depends on it.
 """
 
 import random
@@ -39,13 +39,13 @@ Records = Sequence[Mapping[str, Any]]
 
 EXAMPLES = 8000  # demonstrations for SFT; with half of them 2 to 3 % of responses are malformed
 PAIRS = 4000  # noisy, for the reward model
-PRETRAIN_STEPS = 10  # iterations in which PPO-max trains the critic alone
+PRETRAIN_STEPS = 10  # iterations of critic warm-up in PPO-max
 KL_COEFFICIENT = 0.1  # η of PPO-max, the middle one of P1's 0.05, 0.1 and 0.2
 SAMPLES = 12  # prompts in samples.md
 
 LEARNING_RATES = {"vanilla_ppo": 1e-3, "vanilla_ppo_tuned": 1e-4, "ppo_max": 1e-3}
 """Of policy and critic: a model of 0.2 M parameters takes large steps. The tuned one was chosen by
-the true quality on a separate seed, 10; outside a toy world nobody can choose that way."""
+the true quality on a separate seed, 10, which is impossible outside a toy world."""
 
 LEAD = """\
 {} of the {} held-out prompts, picked at random.
@@ -80,7 +80,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Setup:
-    """What every PPO run starts from."""
+    """The world, SFT model and reward model that every PPO run starts from."""
 
     world: ToyWorld
     policy: LlamaForCausalLM  # the SFT model
@@ -89,7 +89,7 @@ class Setup:
 
 @dataclass
 class Results:
-    """What the PPO runs of a job leave, by the name of the run."""
+    """Results of the PPO runs of a job, by the name of the run."""
 
     planned: dict[str, int]  # PPO iterations
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)  # steps and `FIGURES`
@@ -103,8 +103,8 @@ class Results:
 def main(config: DemoConfig = DemoConfig()) -> dict[str, Any]:
     """Train SFT model, reward model and PPO runs, write the report; return ``summary.json``.
 
-    Ctrl-C during PPO ends that run after its iteration and starts no other; what is done by then
-    is measured and written.
+    Ctrl-C during PPO ends that run after its iteration and starts no other; the results so far
+    are measured and written.
     """
     require_matplotlib()
     folder = Path(config.output_dir)
@@ -130,7 +130,7 @@ def main(config: DemoConfig = DemoConfig()) -> dict[str, Any]:
 def prepare(
     config: DemoConfig, folder: Path, seconds: dict[str, float]
 ) -> tuple[Setup, dict[str, Any]]:
-    """Train the SFT model and the reward model; return them, and how good they are."""
+    """Train the SFT model and the reward model; return them and their quality."""
     world = ToyWorld(lang=config.lang, seed=config.seed)
     print("SFT model      ", end="", flush=True)
     with timed("sft", seconds):
@@ -151,7 +151,7 @@ def prepare(
 def train_sft(
     world: ToyWorld, folder: Path, examples: int
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
-    """Train the SFT model of a toy world; return it, and how good its responses are."""
+    """Train the SFT model of a toy world; return it and the quality of its responses."""
     tokenizer = world.tokenizer()
     torch.manual_seed(world.seed)
     policy = LlamaForCausalLM(world.model_config())
@@ -181,7 +181,7 @@ def train_reward(
 ) -> tuple[RewardModel, float]:
     """Train the reward model of a toy world; return it, and its accuracy on fresh pairs."""
     fresh = [pair for pair in world.pairs(500, split="eval", seed=1) if pair["true_margin"] != 0]
-    for pair in fresh:  # label noise is not the reward model's fault
+    for pair in fresh:  # without label noise, which would lower the accuracy
         if pair["true_margin"] < 0:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
     model, metrics = train_reward_model(
@@ -199,7 +199,7 @@ def train_reward(
 
 
 def generation_config(world: ToyWorld) -> GenerationConfig:
-    """Return how responses are sampled: as long as the world's longest, from all tokens."""
+    """Return the sampling settings: all tokens, and the length of the longest demonstration."""
     return GenerationConfig(max_new_tokens=world.max_response_tokens, do_sample=True)
 
 
@@ -320,7 +320,7 @@ def parts(arm: str, **options: Any) -> dict[str, Any]:
 
 
 def held_out(world: ToyWorld) -> list[dict[str, Any]]:
-    """Return the prompts that the runs are compared on."""
+    """Return the prompts on which the runs are compared."""
     return world.prompts(300, split="eval", seed=3)
 
 
@@ -336,7 +336,7 @@ def train_all(
                 trainer.train()
             results.interrupted = trainer.run.interrupted
             if results.interrupted:
-                print("Measuring what there is; Ctrl-C skips that.")
+                print("Evaluating the results so far; Ctrl-C skips this.")
             results.histories[name] = trainer.history
             results.runs[name] = {"steps": trainer.run.state.global_step}
             if name == "ppo_max":
@@ -354,7 +354,7 @@ def train_all(
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
-    """Return a policy's `FIGURES` on held-out prompts; the last reward decides who wins."""
+    """Return a policy's `FIGURES` on held-out prompts; win rates are by the last reward."""
     metrics, reward = trainer.evaluate(), trainer.rewards.names[-1]
     names = {key: "eval/" + metric.format(reward=reward) for _, key, metric, _ in FIGURES}
     found: dict[str, Any] = {key: metrics[name] for key, name in names.items() if name in metrics}
@@ -402,8 +402,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``summary.json``, ``curves.png`` and ``samples.md``, and print the table.
 
-    ``facts`` are what ``summary.json`` holds besides the runs, with ``seed``; ``plot`` draws the
-    histories into a file; ``winner_by`` is what decides which response wins. Return the summary.
+    ``facts`` are further entries of ``summary.json``, ``seed`` included; ``plot`` plots the
+    histories to a file; ``winner_by`` names the reward of the win rates. Return the summary.
     """
     summary = {
         **facts,
@@ -439,7 +439,7 @@ def write_report(
 
 
 def summary_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay out the figures of every run in a column; up to three runs fit into 80 characters."""
+    """Format a table with a column for each run; up to three runs fit into 80 characters."""
 
     def line(label: str, cells: Iterable[str]) -> str:
         return label.ljust(21) + "".join(cell.rjust(18) for cell in cells)
@@ -467,7 +467,7 @@ def response_texts(trainer: Trainer, prompts: Records, reference: bool = False) 
 def write_samples(
     path: Path, title: str, lead: str, samples: Sequence[tuple[Any, Mapping[str, str]]]
 ) -> None:
-    """Write prompts and responses, by model, as `run_report.reading.read_samples` reads them."""
+    """Write prompts and responses, by model, as `run_report.read_samples` reads them."""
     lines = [f"# {title}", "", lead]
     for number, (prompt, responses) in enumerate(samples, 1):
         lines += ["", f"## Prompt {number}", "", *_quoted(prompt_text(prompt))]
@@ -477,7 +477,7 @@ def write_samples(
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """Return a prompt as text: a string as it is, a single turn's content, or all turns."""
+    """Return a prompt as text: the string itself, a single turn's content, or all turns."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:

@@ -1,4 +1,4 @@
-"""Find and keep the batch of a step whose loss or gradient is not finite."""
+"""Save the batch of a step whose loss or gradient is not finite, and find the samples at fault."""
 
 import json
 import shutil
@@ -35,10 +35,10 @@ class Suspect:
     """A sample with a value that is not finite.
 
     Args:
-        term: what: a column of the rollout ("advantages"), or "forward" or "backward" of a role.
+        term: a column of the rollout ("advantages"), or "forward" or "backward" of a role.
         sample: its index in the minibatch of its process; in that of the PTX data for "ptx".
-        process: whose minibatch it is.
-        prompt: the row of the training set its prompt is; None where that is not known.
+        process: index of that process.
+        prompt: the row of its prompt in the training set; None if that is not known.
     """
 
     term: str
@@ -57,13 +57,13 @@ class Fault:
 
     Args:
         terms: statistics and gradient norms that are not finite, over all processes.
-        suspects: samples of this process; where there are none, none is at fault alone.
-        rollout: the minibatch of this process, as it came.
-        roles: who was to learn.
-        loss: what was to be minimized, as it shows itself.
-        denominators: by role, what its loss was divided by.
-        ptx: the batch of pre-training data, by name; empty where there was none.
-        process: which of them this is.
+        suspects: samples of this process; empty if no single sample is at fault.
+        rollout: the minibatch of this process, unchanged.
+        roles: the roles in training.
+        loss: the repr of the loss.
+        denominators: the denominator of each role's loss.
+        ptx: the batch of pre-training data, by name; empty without one.
+        process: index of this process.
     """
 
     terms: Sequence[str]
@@ -79,7 +79,7 @@ class Fault:
 def write_fault(fault: Fault, folder: Path) -> Path:
     """Write a fault as JSON and safetensors to ``<folder>/process-<k>``, and return that folder.
 
-    Process 0 removes folders of processes that an earlier run had and this one has not.
+    Process 0 removes folders of processes that only an earlier run had.
     """
     path = folder / f"process-{fault.process}"
     shutil.rmtree(path, ignore_errors=True)
@@ -99,7 +99,7 @@ def write_fault(fault: Fault, folder: Path) -> Path:
         "version": __version__,
         **{name: getattr(fault, name) for name in PLAIN},
         "suspects": [asdict(suspect) for suspect in fault.suspects],
-        # What JSON does not know (an image, a date) is for people to read.
+        # Values that JSON does not support (an image, a date) are written by their repr.
         "columns": json.loads(json.dumps(dict(rollout.columns), default=repr)),
     }
     write_json(plain, path / DESCRIPTION)
@@ -107,17 +107,17 @@ def write_fault(fault: Fault, folder: Path) -> Path:
 
 
 def read_fault(folder: str | Path) -> Fault:
-    """Read what a run that met a non-finite loss or gradient has left in ``faults/``.
+    """Read the batch of a non-finite loss or gradient that a run has saved in ``faults/``.
 
     Args:
-        folder: ``<output_dir>/faults/step-<n>/process-<k>``, or the folder above it, of which the
-            first process that suspects anything is taken.
+        folder: ``<output_dir>/faults/step-<n>/process-<k>``, or the folder above it, for the first
+            process with suspects.
 
     Returns:
-        the fault; ``trainer.engine.step(fault.rollout, trainer.loss)`` tries the step again.
+        the fault; ``trainer.engine.step(fault.rollout, trainer.loss)`` repeats the step.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if there is no fault in the folder.
     """
     path = Path(folder)
     if not (path / DESCRIPTION).is_file():
@@ -178,16 +178,16 @@ COLUMNS = (
     "sampler_logprobs", "logprobs", "ref_logprobs", "values", "bootstrap", "rewards", "advantages",
     "returns",
 )  # fmt: skip
-"""Columns of a rollout in the order they are filled in: what is wrong in one spoils later ones."""
+"""Columns of a rollout in the order of their computation: later ones depend on earlier ones."""
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where every process has all weights, and can run the models without the others."""
+"""Setups in which every process has all weights, and can run the models without the others."""
 
 
 def in_columns(minibatch: Rollout) -> list[tuple[str, int]]:
     """Return the first column of a rollout with numbers that are not finite, and their samples.
 
-    The minibatch is the one that came, before anything was normalized over all of it.
+    The minibatch is the original one, before normalization over its samples.
     """
     for name in COLUMNS:
         value: Tensor | None = getattr(minibatch, name)
@@ -228,7 +228,7 @@ def diagnose(
 ) -> NonFiniteError:
     """Find the samples at fault and keep the batch; collective, with one error for all processes.
 
-    `keep` stores a `Fault`, and returns a sentence on where and its suspects with prompts.
+    `keep` stores a `Fault`, and returns a sentence with its folder, and its suspects with prompts.
     """
     process, processes = step.accelerator.process_index, step.accelerator.num_processes
     weights = [n for n, p in step.model.named_parameters() if not _finite(p.detach())]
@@ -311,8 +311,8 @@ def _described(suspects: Sequence[Suspect], weights: Sequence[str], size: int) -
         return f"The weights themselves are not finite: {', '.join(weights[:3])}."
     if not suspects:
         return (
-            "The minibatch itself is finite, so it is the models' forward or backward; no sample "
-            "alone shows it."
+            "The minibatch itself is finite, so the models' forward or backward is at fault; no "
+            "single sample reproduces it."
         )
     shown = "; ".join(str(suspect) for suspect in suspects[:4])
     more = f"; {len(suspects) - 4} more" if len(suspects) > 4 else ""

@@ -20,7 +20,7 @@ ELSEWHERE = {
     "cliprange_value": "PPOMaxLoss(value_clip=)",
     "clip_range": "PPOMaxLoss(policy_clip=)",
     "epsilon": "PPOMaxLoss(policy_clip=)",
-    "gradient_accumulation_steps": "TrainerConfig(micro_batch_size=), which changes speed alone",
+    "gradient_accumulation_steps": "TrainerConfig(micro_batch_size=), which only changes speed",
     "fp16": "TrainerConfig(bf16=True)",
     "gae_lambda": "AdvantageEstimator(lam=)",
     "init_kl_coef": "RewardShaper(kl_coef=)",
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "num_generations": "TrainerConfig(samples_per_prompt=)",
     "num_mini_batches": "TrainerConfig(minibatch_size=), sequences per optimizer step",
     "num_train_epochs": "TrainerConfig(total_steps=), or num_ppo_epochs for epochs over a rollout",
-    "per_device_train_batch_size": "TrainerConfig(micro_batch_size=), which changes speed alone",
+    "per_device_train_batch_size": "TrainerConfig(micro_batch_size=), which only changes speed",
     "ppo_epochs": "TrainerConfig(num_ppo_epochs=)",
     "ptx_coef": "PPOMaxLoss(ptx_coef=)",
     "reward_clip": "RewardShaper(clip=)",
@@ -128,7 +128,7 @@ def check_range(
     high: float = float("inf"),
     above: bool = False,
 ) -> None:
-    """Check that a number is in [low, high], or in (low, high] where `above`; None passes."""
+    """Check that a number is in [low, high], or in (low, high] if `above`; None passes."""
     is_number = isinstance(value, numbers.Real)
     if value is not None and not is_number:
         raise TypeError(f"{owner}({name}=): got {value!r}, expected a number")
@@ -137,7 +137,7 @@ def check_range(
     opening = "(" if above else "["
     raise ValueError(
         f"{owner}({name}=): got {value}, expected a number in {opening}{low}, {high}]"
-        + (" (None switches it off, where that is allowed)" if above else "")
+        + (" (None disables it, if that is allowed)" if above else "")
     )
 
 

@@ -57,7 +57,7 @@ def ppo_max(**options: Any) -> dict[str, Any]:
 
 
 def vanilla_ppo(**options: Any) -> dict[str, Any]:
-    """PPO with the clipped surrogate and GAE alone: what PPO-max is compared with.
+    """PPO with only the clipped surrogate and GAE, the baseline of PPO-max.
 
     No KL penalty, no reward normalization or clip, no value clip, no critic warm-up, no bound on
     gradients; surrogate clip 0.2 (MOSS-RLHF), GAE γ = 1, λ = 0.9 (P1), rates as in `ppo_max`.
@@ -77,15 +77,15 @@ def vanilla_ppo(**options: Any) -> dict[str, Any]:
 
 
 def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
-    """The settings of MOSS-RLHF's released scripts, which are less than the paper's.
+    """The settings of MOSS-RLHF's released scripts, with fewer details than the paper.
 
     Reward scaling by the running std of scores, surrogate and value clip 0.2, one gradient bound
     of 1 for policy and critic together, KL penalty 0.01 (en) or 0.1 (zh), GAE λ = 0.95, learning
     rates 5e-7 and 1.5e-6 with inverse-square-root decay, rollouts of 2 in one batch of 2 for one
     epoch: one step per rollout, so the ratio is about 1 and neither clip normally binds. No
     reward clip, no advantage normalization, no PTX, no critic warm-up. Sampling at
-    temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens; MOSS-RLHF then scores
-    the tokens at temperature 1, this library at 0.8.
+    temperature 0.8, top-p 0.9, repetition penalty 1.1, at most 512 tokens. Log-probabilities are
+    at temperature 1 in MOSS-RLHF, at 0.8 in this library.
 
     Args:
         language: "en" or "zh".
@@ -94,14 +94,14 @@ def moss_rlhf_2023(language: str, **options: Any) -> dict[str, Any]:
             proportion.
 
     Raises:
-        ValueError: where the language is neither.
+        ValueError: if the language is neither.
 
     Source: MOSS-RLHF (``train_ppo_{en,zh}.sh``, ``config.py``).
     """
     coefficients = {"en": 0.01, "zh": 0.1}
     if language not in coefficients:
         raise ValueError(
-            f"language: got {language!r}, expected 'en' or 'zh', the two the scripts exist for"
+            f"language: got {language!r}, expected 'en' or 'zh', the languages of the scripts"
         )
     settings = {
         **_rates(MOSS_RATES, options),
@@ -173,7 +173,7 @@ def _composed(
 
 
 def _rates(published: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, float]:
-    """Keep the published proportion of the two learning rates where only the policy's is given."""
+    """Keep the published ratio of the two learning rates if only the policy's is given."""
     given = options.get("learning_rate")
     if given is None:
         return dict(published)

@@ -1,6 +1,6 @@
 """Files of tensors and plain data: safetensors, JSON, checksums, shards of a checkpoint.
 
-Nothing but plain tensors is unpickled, and no name in an index leads out of its folder.
+Only plain tensors are unpickled, and names in an index must be files of its folder.
 """
 
 import json
@@ -27,7 +27,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of safetensors; raise ValueError where it is damaged."""
+    """Read a file of safetensors; raise ValueError if it is damaged."""
     try:
         return dict(load_file(str(path)))
     except (OSError, SafetensorError) as error:
@@ -40,7 +40,7 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a file of JSON; raise ValueError where it is none."""
+    """Read a file of JSON; raise ValueError if it is not JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -60,7 +60,7 @@ def with_checksum(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_checksums(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError where a file is missing, or differs from what `file_checksums` saw."""
+    """Raise ValueError if a file is missing, or differs from its entry by `file_checksums`."""
     for name, expected in files.items():
         path = folder / Path(name).name
         if not path.is_file():
@@ -100,11 +100,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 
 
 class ShardError(ValueError):
-    """A checkpoint that cannot be read: which file, which key, what is wrong with it."""
+    """A checkpoint that cannot be read: which file or key, and why."""
 
 
 class Shards:
-    """The tensors of a checkpoint in transformers' layout, whole or in shards, read one at a time.
+    """The tensors of a checkpoint in transformers' layout, in one file or shards, read on access.
 
     Raises `ShardError` if there is no checkpoint, or a shard is missing or damaged.
     """
@@ -195,7 +195,7 @@ class Shards:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor whose memory holds its numbers."""
+    """Whether a value is a dense tensor of the base class, neither quantized nor on meta."""
     known = type(value) is Tensor and value.layout is torch.strided
     return known and not value.is_quantized and not value.is_meta
 

@@ -1,4 +1,4 @@
-"""How a run ends early: Ctrl-C, SIGTERM, an exception, a full disk, a lost process."""
+"""Early ends of a run: Ctrl-C, SIGTERM, an exception, a full disk, a lost process."""
 
 import shutil
 import signal
@@ -53,7 +53,7 @@ class Signals:
             return
         interrupt = signal.signal(signal.SIGINT, self._interrupt)
         self._before = signal.getsignal(signal.SIGTERM)
-        # SIG_IGN is somebody's choice; None is a handler that was not set from Python.
+        # SIG_IGN is set on purpose; None is a handler that was not set from Python.
         handles = self._before is not signal.SIG_IGN and self._before is not None
         if handles:
             signal.signal(signal.SIGTERM, self._terminate)
@@ -81,7 +81,7 @@ class Signals:
 
 
 def save_at_exit(run: RunState) -> Path | None:
-    """Save a run that ends, whatever ended it."""
+    """Save a run that ends, for any reason."""
     try:
         return _save(run)
     except (OSError, PeerError) as unsaved:
@@ -103,9 +103,9 @@ def _save(run: RunState, folder: Path | None = None) -> Path | None:
     if not run.progress.global_step and not run.pretrained:
         return None
     if run.before is not None:
-        # No model has moved yet; the resumed run repeats the iteration.
+        # No model has changed yet; the resumed run repeats the iteration.
         run.rewind(run.before)
-        # One process looks for all: the others may not see the folder.
+        # Only one process checks: the others may not see the folder.
         saved = torch.tensor([float(is_saved(run))], device=run.accelerator.device)
         if bool(run.engine.reduce(saved)) and folder is None:
             return run.checkpoint
@@ -113,7 +113,7 @@ def _save(run: RunState, folder: Path | None = None) -> Path | None:
 
 
 def save_after_error(run: RunState, error: Exception) -> Exception:
-    """Save what can be saved after an exception, print what there is, and return what to raise."""
+    """Save what can be saved after an exception, print where, and return the error to raise."""
     step, accelerator = run.progress.global_step, run.accelerator
     if accelerator.num_processes > 1 and not is_shared(error):
         # The other processes wait elsewhere, and would never save together with this one.
@@ -151,7 +151,7 @@ def stop_at_once(run: RunState, number: int) -> None:
 
 
 def print_terminated(run: RunState, saved: Path | None) -> None:
-    """Print what a run ended by SIGTERM leaves."""
+    """Print the checkpoint of a run ended by SIGTERM."""
     if run.accelerator.is_main_process:
         at = "" if saved is None else f" Written: {str(saved)!r}."
         step = run.progress.global_step
@@ -192,7 +192,7 @@ def _save_elsewhere(run: RunState, unsaved: Exception) -> None:
 
 
 def _require_room(run: RunState, folder: Path) -> None:
-    """Refuse to fill the disk that other programs need too."""
+    """Refuse a disk with less than twice the needed space, which other programs may need."""
     # The models for transformers, the trained weights, and two moments of Adam.
     parameters = run.engine.bare.parameters()
     needed = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
@@ -205,7 +205,7 @@ def _lost(run: RunState, error: Exception) -> str:
     accelerator = run.accelerator
     return (
         f"process {accelerator.process_index} of {accelerator.num_processes} stops in iteration "
-        f"{run.progress.global_step + 1}, since another one is gone, or has not answered for "
+        f"{run.progress.global_step + 1}, since another one is gone, or has not responded for "
         f"{run.args.ddp_timeout:g} s (TrainerConfig(ddp_timeout=)): {error!s:.200}. The first "
         "error in the other processes' output is the cause; where there is none, the process was "
         f"killed, as for lack of memory. Start all of them again. {_newest(run)}"

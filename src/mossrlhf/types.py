@@ -200,7 +200,7 @@ class Rollout:
         """Join rollouts into one, padded on the right to the largest L and T among them.
 
         Raises:
-            ValueError: where nothing is given, or a field is None in some rollouts only.
+            ValueError: if nothing is given, or a field is None in some rollouts only.
         """
         if not rollouts:
             raise ValueError("rollouts: got none, expected at least one to concatenate")
@@ -261,8 +261,8 @@ class TokenStats:
 
     Args:
         logprob: log-probability of each token, nats, at least float32.
-        entropy: entropy of each token's distribution, nats; None where not requested.
-        logsumexp: log Σ_v exp(z_v/τ), nats; None where not computed.
+        entropy: entropy of each token's distribution, nats; None if not requested.
+        logsumexp: log Σ_v exp(z_v/τ), nats; None if not computed.
         ref_logprob: log-probability under the reference, nats; None without one.
         kl: exact KL divergence from the reference, nats; None without one.
     """

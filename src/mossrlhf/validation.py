@@ -1,4 +1,4 @@
-"""Checks of a trainer's parts, and of what the user's own components return."""
+"""Checks of a trainer's arguments, and of what custom components return."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "shaper": (Callable, "a RewardShaper, or a function rollout -> rewards [B, T]"),
     "advantage": (Callable, "an estimator, or a function (rewards, values, mask) -> Advantages"),
 }
-"""Arguments of a trainer that must be of a kind, and what to pass."""
+"""Arguments of a trainer with their type, and what to pass."""
 
 
 def require_parts(given: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ def require_fitting_parts(
     generation_config: Any,
     sampler: Any,
 ) -> None:
-    """Raise ValueError where parts that are each valid do not fit together."""
+    """Raise ValueError if parts that are each valid do not fit together."""
     if loss.ptx_coef is not None and ptx_dataset is None:
         raise ValueError(
             f"PPOMaxLoss(ptx_coef={loss.ptx_coef}): there is no pre-training data; pass "
@@ -94,12 +94,12 @@ def require_fitting_parts(
         )
     if ptx_dataset is not None and loss.ptx_coef is None:
         raise ValueError(
-            "ptx_dataset: got one, but PPOMaxLoss(ptx_coef=None) does without; set "
+            "ptx_dataset: got one, but PPOMaxLoss(ptx_coef=None) ignores it; set "
             "Trainer(loss=PPOMaxLoss(ptx_coef=...)), or leave ptx_dataset out"
         )
     if args.bootstrap_truncated and critic is False:
         raise ValueError(
-            "TrainerConfig(bootstrap_truncated=True): it takes the critic's values, and "
+            "TrainerConfig(bootstrap_truncated=True): it needs the critic's values, and "
             "critic=False; leave one of them out"
         )
     size = getattr(advantage, "group_size", None)
@@ -117,9 +117,9 @@ def require_fitting_parts(
 
 
 def require_reachable_entropy(loss: PPOMaxLoss, vocabulary: int) -> None:
-    """Raise ValueError where the entropy target is above ln V, and so would never bind.
+    """Raise ValueError if the entropy target is above ln V, and so would never bind.
 
-    MOSS-RLHF's code clips entropy at 35 nats, where ln V = 10.4.
+    MOSS-RLHF's code clips entropy at 35 nats, with ln V = 10.4.
     """
     target, most = loss.entropy_target, math.log(vocabulary)
     if target is not None and target >= most:
@@ -148,7 +148,7 @@ def responses(sampler: Any, model: nn.Module, prompts: Sequence[Sequence[int]]) 
 
 
 def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tensor:
-    """Call a shaper; raise TypeError or ValueError where it returns no rewards ``[B, T]``."""
+    """Call a shaper; raise TypeError or ValueError if it returns no rewards ``[B, T]``."""
     rewards = call_with(shaper, rollout, reduce=reduce)
     expected = tuple(rollout.mask.shape)
     if not isinstance(rewards, Tensor):
@@ -167,7 +167,7 @@ def shaped(shaper: Callable[..., Any], rollout: Rollout, reduce: Reduce) -> Tens
 def estimated(
     estimator: Callable[..., Any], rewards: Tensor, rollout: Rollout, reduce: Reduce
 ) -> Advantages:
-    """Call an advantage estimator, with values of 0 where there is no critic."""
+    """Call an advantage estimator, with values of 0 without a critic."""
     values = rollout.values if rollout.values is not None else torch.zeros_like(rewards)
     found = call_with(
         estimator,

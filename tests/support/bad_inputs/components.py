@@ -43,7 +43,7 @@ options(
 )
 options(
     "a value clip of 0",
-    "ValueError: PPOMaxLoss(value_clip=): got 0, expected a number in (0, inf] (None switches it",
+    "ValueError: PPOMaxLoss(value_clip=): got 0, expected a number in (0, inf] (None disables it",
     PPOMaxLoss,
     value_clip=0,
 )
@@ -223,7 +223,7 @@ row(
 )
 row(
     "values of a critic that there is not",
-    "ValueError: TrainerConfig(bootstrap_truncated=True): it takes the critic's values, and "
+    "ValueError: TrainerConfig(bootstrap_truncated=True): it needs the critic's values, and "
     "critic=False; leave one of them out",
     lambda shop: shop.trainer(critic=False, args=dict(bootstrap_truncated=True)),
 )

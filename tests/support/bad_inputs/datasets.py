@@ -145,7 +145,7 @@ row(
 )
 row(
     "pre-training data without a coefficient for it",
-    "ValueError: ptx_dataset: got one, but PPOMaxLoss(ptx_coef=None) does without",
+    "ValueError: ptx_dataset: got one, but PPOMaxLoss(ptx_coef=None) ignores it",
     lambda shop: shop.trainer(ptx_dataset=[{"text": "help"}]),
 )
 row(
