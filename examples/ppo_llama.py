@@ -1,11 +1,11 @@
-r"""PPO-max on any causal language model, or the whole story in the toy world.
+r"""PPO-max on any causal language model, or the demo in the toy world.
 
-With no arguments: the toy world, three arms side by side, in minutes on two
-cores, into outputs/demo:
+Without arguments: three runs in the toy world, compared, in minutes on two
+cores, in outputs/demo:
 
     python examples/ppo_llama.py [--lang zh] [--seed 1] [--output_dir FOLDER]
 
-From nothing but preference pairs: tokenizer, SFT, reward model, PPO-max, into
+From preference pairs only: tokenizer, SFT, reward model, PPO-max, in
 outputs/scratch:
 
     python examples/ppo_llama.py --train_from_scratch pairs.jsonl
@@ -42,23 +42,23 @@ from mossrlhf.plotting import require_matplotlib
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to train, on what, and towards what.
+    """Models and data.
 
     Args:
         model_name_or_path: the SFT model, a folder or hub name; without it, the toy world.
         reward_model_path: the reward: a one-label sequence classifier or a RewardModel, a folder
             or hub name.
-        reward: the reward as a function instead, file.py:function.
+        reward: a reward function, file.py:function, instead of reward_model_path.
         dataset: prompts, a JSON or JSONL file or a hub name.
         eval_dataset: held-out prompts, evaluated every eval_steps, else after the last iteration.
         ptx_dataset: pre-training or SFT data for the PTX term; needs ptx_coef.
-        lang: the dialogue template to put on the tokenizer; in the toy world its language.
+        lang: the dialogue template of the tokenizer; in the toy world its language.
         train_from_scratch: preference pairs to train everything on, a file or hub name.
-        resume_from_checkpoint: a checkpoint's folder to resume from, true for the newest in
-            output_dir, auto for the newest if there is one, else from the start.
+        resume_from_checkpoint: the folder of a checkpoint, true for the newest in output_dir,
+            auto for the newest if there is one.
     """
 
-    _argument_group_name = "what to train, on what"
+    _argument_group_name = "models and data"
 
     model_name_or_path: str | None = None
     reward_model_path: str | None = None
@@ -73,7 +73,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The switches of PPO-max; the defaults are the paper's (`presets.ppo_max`).
+    """The options of PPO-max; the defaults are the paper's (`presets.ppo_max`).
 
     Args:
         kl_coef: η of the KL penalty in the reward.
@@ -98,11 +98,11 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled, and which weights are trained.
+    """Sampling and adapters.
 
     Args:
-        max_new_tokens: of a response.
-        temperature: of sampling.
+        max_new_tokens: longest response, in tokens.
+        temperature: sampling temperature.
         top_p: share of the probability to sample from.
         lora_r: rank of LoRA adapters on all linear layers; without it all weights are trained.
     """
@@ -116,7 +116,7 @@ class Sampling:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Parse the command line and run what it asks for."""
+    """Parse the command line and run the demo, training from scratch, or PPO."""
     with exit_on_interrupt():
         inputs, algorithm, sampling, args, given = parse(sys.argv[1:] if argv is None else argv)
         if inputs.train_from_scratch is not None:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 def run_job(run: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
-    """Run a job that plots; exit with 130 where Ctrl-C cut it short."""
+    """Run a job that plots; exit with 130 if Ctrl-C interrupted it."""
     try:
         require_matplotlib()
     except ImportError as error:
@@ -196,13 +196,13 @@ def train(
 
 
 def require_sense(inputs: Inputs, algorithm: Algorithm) -> None:
-    """Exit where a part is missing, before any model is loaded."""
+    """Exit if an option is missing, before any model is loaded."""
     if inputs.dataset is None:
         sys.exit("--dataset: a JSON or JSONL file of prompts, or a hub name, is needed")
     if (inputs.reward is None) == (inputs.reward_model_path is None):
         sys.exit("give one of --reward_model_path and --reward file.py:function")
     if (inputs.ptx_dataset is None) != (algorithm.ptx_coef is None):
-        sys.exit("--ptx_dataset and --ptx_coef are of use together only; give both or neither")
+        sys.exit("--ptx_dataset and --ptx_coef need each other; give both or neither")
 
 
 def checkpoint(given: str | None, output_dir: str) -> str | Path | bool | None:
@@ -258,7 +258,7 @@ def parse(
     defaults = (Inputs(), Algorithm(), Sampling(), presets.ppo_max()["args"])
     notes = (
         "[Defaults] in brackets. P1 is arXiv 2307.04964, C the code released with it.\n"
-        "--learning_rate alone takes the critic's along: 3.3 times the policy's (P1)."
+        "--learning_rate alone also sets the critic's, to 3.3 times the policy's (P1)."
     )
     parser = option_parser(f"{__doc__}\n{notes}", defaults)
     given = read_options(parser, argv)
@@ -266,7 +266,7 @@ def parse(
         inputs, algorithm, sampling = (
             replace(part, **chosen(part, given)) for part in defaults[:-1]
         )
-        # The preset, not `replace`: it keeps the two learning rates in proportion.
+        # The preset, not `replace`: it keeps the ratio of the two learning rates.
         args = presets.ppo_max(**chosen(defaults[-1], given))["args"]
     except (TypeError, ValueError) as error:
         parser.error(str(error))
@@ -279,12 +279,12 @@ def chosen(part: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def only(given: Mapping[str, Any], allowed: set[str]) -> None:
-    """Exit where an option is given that nothing reads."""
+    """Exit if an option is given that would be ignored."""
     if odd := sorted(set(given) - allowed):
         listed = ", ".join(f"--{name}" for name in odd)
         sys.exit(
-            f"{listed}: nothing would read that. Without --model_name_or_path only "
-            f"{', '.join(f'--{name}' for name in sorted(allowed))} are of use"
+            f"{listed}: would be ignored. Without --model_name_or_path only "
+            f"{', '.join(f'--{name}' for name in sorted(allowed))} have an effect"
         )
 
 

@@ -1,17 +1,17 @@
-r"""A reward model of preference pairs, and a report of how good it is.
+r"""Train a reward model on preference pairs, and report its accuracy.
 
-With no arguments: the toy world, in a minute or two, into outputs/reward_model:
+Without arguments: in the toy world, a minute or two, in outputs/reward_model:
 
     python examples/train_reward_model.py
 
-With an SFT model and pairs of your own (JSON, JSONL or a hub name, in any of
+With your own SFT model and pairs (JSON, JSONL or a hub name, in any of
 the formats that `mossrlhf.data` reads), alone or under `accelerate launch`:
 
     python examples/train_reward_model.py --model_name_or_path path/to/sft \
         --dataset pairs.jsonl --lm_coef 1 [--lora_r 16]
 
-Part II's methods (arXiv 2401.06080) for labels that may be wrong: an ensemble
-measures the strength of every preference first, into strength.json:
+With Part II's methods (arXiv 2401.06080) for noisy labels: an ensemble first
+measures the strength of every preference, and writes strength.json:
 
     python examples/train_reward_model.py ... --ensemble 6 --flip --margin
 """
@@ -42,18 +42,18 @@ from mossrlhf.data import PairCollator, load_pairs, set_dialogue_template
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to train, on what.
+    """Model and data.
 
     Args:
         model_name_or_path: the SFT model, a folder or hub name; without it, the toy world.
         dataset: preference pairs, a JSON or JSONL file or a hub name.
-        held_out: how many pairs, the last ones, are kept for the report.
-        skip_bad: whether to leave unusable records out, and count them, rather than to stop.
-        lang: the dialogue template to put on the tokenizer, "en" or "zh".
-        output_dir: of model, tokenizer, reward_report.json and reward_report.png.
+        held_out: number of pairs, the last ones, that are kept for the report.
+        skip_bad: whether to skip unusable records with a warning, instead of an error.
+        lang: the dialogue template of the tokenizer, "en" or "zh".
+        output_dir: folder of model, tokenizer, reward_report.json and reward_report.png.
     """
 
-    _argument_group_name = "what to train, on what"
+    _argument_group_name = "model and data"
 
     model_name_or_path: str | None = None
     dataset: str | None = None
@@ -65,11 +65,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Training:
-    """How.
+    """Settings of the training.
 
     Args:
-        learning_rate: at its peak; P1, at 7B: 5e-6.
-        epochs: over the pairs.
+        learning_rate: peak learning rate; P1, at 7B: 5e-6.
+        epochs: epochs over the pairs.
         batch_size: pairs per optimizer step and process.
         max_length: tokens of prompt and response; none for no limit.
         lm_coef: β of the language-model loss on chosen responses; P1: 1.
@@ -94,14 +94,15 @@ class Training:
 
 @dataclass(frozen=True)
 class PartTwo:
-    """What to make of weak preferences.
+    """Methods for noisy labels.
 
     Args:
-        ensemble: reward models that measure the strength of every preference.
-        folds: each is asked about one part in so many, which it has not learned; 1: P2's way.
+        ensemble: number of reward models that measure the strength of every preference.
+        folds: folds of the pairs; each model is evaluated on the one it was not trained on. 1: all
+            models on all pairs, as in P2.
         flip: whether to flip the labels that the ensemble contradicts.
-        smooth: whether to smooth each label by the odds of its being wrong.
-        margin: whether to ask for a lead as large as the ensemble sees one.
+        smooth: whether to smooth each label by its probability of being wrong.
+        margin: whether to use the strength as the margin of the loss.
     """
 
     _argument_group_name = "Part II"

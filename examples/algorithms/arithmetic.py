@@ -1,9 +1,8 @@
-"""A verifiable reward: sums, whose right answer is a column of the dataset.
+"""A verifiable reward: sums, whose correct answer is a column of the dataset.
 
-`Trainer` hands the columns of each prompt's record to the reward function by name, here ``answer``;
-no reward model is asked, and nothing is downloaded. The SFT model has seen every sum, answered
-rightly two times in five, and practices all of them by GRPO: what it is measured on is what it
-practiced.
+`Trainer` passes the columns of each prompt's record to the reward function by name, here
+``answer``; there is no reward model, and nothing is downloaded. The SFT model is trained on every
+sum, two in five with the correct answer. GRPO then trains and evaluates on the same sums.
 Run it: ``python examples/algorithms/arithmetic.py``.
 
 Source: ours; rewards that are verified rather than learned: arXiv 2411.15124 (Tülu 3), §6.
@@ -21,12 +20,12 @@ WORDS = ["<pad>", "<unk>", "<s>", "</s>", "+", "=", *map(str, range(19))]
 
 
 def correct(*, completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """1 for the right answer and nothing else, 0 otherwise; ``answer`` is the dataset's column."""
+    """Return 1 for exactly the correct answer, else 0; ``answer`` is the dataset's column."""
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
 
 
 def sums(seed: int = 0) -> toy.Stage:
-    """Make the stage: sums of two digits, and a model that gets few of them right."""
+    """Return the stage: sums of two digits, and a model that solves few of them."""
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")

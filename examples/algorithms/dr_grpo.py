@@ -22,7 +22,7 @@ GROUP = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantLength(PPOMaxLoss):
-    """Σ over a response's tokens, divided by `length` whatever it has: (tokens, a constant)."""
+    """Σ over a response's tokens, divided by the constant `length`, in tokens."""
 
     length: int = 32
 

@@ -1,9 +1,9 @@
-"""GRPO: a response's advantage is its reward against the others to the same prompt; no critic.
+"""GRPO: a response's advantage is its reward relative to its prompt's other ones; no critic.
 
 J = E[1/G Σ_i 1/|o_i| Σ_t min(ρ_t Â_i, clip(ρ_t, 1 ± ε) Â_i) − β KL(π‖π_ref)], with
-Â_i = (R_i − mean R)/std R: each response counts alike, however long, and the KL divergence is in
-the loss. The paper differentiates k3 for it (eq. 4), whose gradient is that of KL(π_ref‖π); here it
-is k2, the library's, whose is that of KL(π‖π_ref). Run it: ``python examples/algorithms/grpo.py``.
+Â_i = (R_i − mean R)/std R: each response has the same weight, however long, and the KL divergence
+is in the loss. The paper uses k3 (eq. 4), whose gradient is that of KL(π_ref‖π); this library uses
+k2, whose gradient is that of KL(π‖π_ref). Run it: ``python examples/algorithms/grpo.py``.
 
 Source: DeepSeekMath, arXiv 2402.03300, eqs. 3 and 4, §4.1.2 (outcome supervision).
 """

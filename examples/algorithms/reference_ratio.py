@@ -1,12 +1,12 @@
-"""PPO-max with importance sampling fixed to the reference: an experience buffer without end.
+"""PPO-max with importance sampling fixed to the reference: an unlimited experience buffer.
 
-ρ_t = π(a_t|s_t)/π_ref(a_t|s_t) in place of π/π_old: as if all responses had been drawn by the
-reference. The clip then holds the policy near the reference, token by token, where
-the KL penalty holds it as a whole. What the policy has come to say ρ times as often is pushed down
-ρ times as hard, and up no more: it takes smaller steps than the others here. Run it:
+ρ_t = π(a_t|s_t)/π_ref(a_t|s_t) in place of π/π_old: as if all responses had been sampled by the
+reference. The clip then bounds the distance from the reference for each token, the KL penalty that
+for the whole response. A token that the policy has made ρ times as likely is pushed down ρ times
+as hard, and not pushed up beyond the clip. So it takes smaller steps than the others here. Run it:
 ``python examples/algorithms/reference_ratio.py``.
 
-Source: P1 §5.3 and its figure 7: with the KL penalty training is stabler, and ends lower.
+Source: P1 §5.3 and its figure 7: with the KL penalty, training is more stable and ends lower.
 """
 
 from typing import Any

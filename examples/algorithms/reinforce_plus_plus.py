@@ -1,7 +1,7 @@
-"""REINFORCE++: PPO's clipped surrogate without a critic, its advantages whitened over the rollout.
+"""REINFORCE++: PPO's clipped surrogate without a critic, with whitened advantages.
 
 A_t = r(y) − β Σ_{i≥t} log(π_old/π_ref)_i, then (A − mean A)/std A over all tokens of the rollout;
-scores are normalized and clipped as in PPO-max, and one response to a prompt is enough. Run it:
+scores are normalized and clipped as in PPO-max, with one response per prompt. Run it:
 ``python examples/algorithms/reinforce_plus_plus.py``.
 
 Source: Hu et al., arXiv 2501.03262, §3 (token-level KL penalty, clip, normalization of rewards and

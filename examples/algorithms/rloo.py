@@ -1,8 +1,8 @@
-"""RLOO: REINFORCE on whole responses, each against the mean reward of the *other* ones; no critic.
+"""RLOO: REINFORCE on whole responses, minus the mean reward of the *other* ones; no critic.
 
 ∇J = E[1/k Σ_i (R(y_i) − 1/(k − 1) Σ_{j≠i} R(y_j)) ∇ log π(y_i|x)], with the KL penalty in
 R(y) = r(y) − β log(π(y|x)/π_ref(y|x)): no ratio, no clip, and one optimizer step per rollout, so
-that the policy which drew the responses is the one that learns. Run it:
+that the policy that sampled the responses is the one that is updated. Run it:
 ``python examples/algorithms/rloo.py``.
 
 Source: Ahmadian et al., arXiv 2402.14740, §3.2 (RLOO) and eq. 3 (R).

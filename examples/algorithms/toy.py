@@ -1,7 +1,7 @@
 """A small world for the algorithms of this folder: an SFT model, prompts, and a reward.
 
-Each file beside this one has a function ``parts(**options)``: keyword arguments of `Trainer`, its
-options those of `TrainerConfig`, as the presets have them. With a model of your own::
+Each other file of this folder has a function ``parts(**options)`` that returns keyword arguments of
+`Trainer`, as the presets do; its options are those of `TrainerConfig`. With your own model::
 
     GRPO("org/model", reward=reward, train_dataset=prompts, **parts(total_steps=200))
 """
@@ -30,20 +30,20 @@ OPTIONS: dict[str, Any] = dict(
     warmup_steps=0,
     disable_tqdm=True,
 )
-"""Of `TrainerConfig`, alike for all algorithms: a model this small takes large steps."""
+"""Of `TrainerConfig`, the same for all algorithms; a small model takes large steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What an algorithm starts from.
+    """The SFT model, reward and prompts that an algorithm starts from.
 
     Args:
         policy: the SFT model.
         tokenizer: its tokenizer.
         reward: a reward function.
         prompts: records to train on.
-        held_out: records to measure on.
-        max_new_tokens: longest response.
+        held_out: records to evaluate on.
+        max_new_tokens: longest response, in tokens.
     """
 
     policy: LlamaForCausalLM
@@ -68,7 +68,7 @@ def fine_tuned(
         tokenizer: its tokenizer.
         records: with ``prompt`` and ``response``.
         seed: of the model and its training.
-        epochs: how often each record is seen.
+        epochs: epochs over the records.
     """
     torch.manual_seed(seed)
     policy = LlamaForCausalLM(config)
@@ -79,9 +79,9 @@ def fine_tuned(
 
 
 def dialogues(seed: int = 0) -> Stage:
-    """Answer dialogues of the toy world; the reward is its true quality.
+    """Return dialogues of the toy world, with their true quality as the reward.
 
-    No reward model is learned here, so none can be over-optimized: `make demo` shows that.
+    There is no reward model, and so no over-optimization; `make demo` shows that.
 
     Args:
         seed: of the world and the SFT model.
@@ -111,7 +111,7 @@ def train(
     """Train a copy of a stage's policy.
 
     Args:
-        stage: what to start from; left as it is.
+        stage: the start, which is not changed.
         parts: of an algorithm.
         kind: `Trainer`, or the algorithm's subclass of it.
         options: of `TrainerConfig`, in place of `OPTIONS`.
@@ -133,7 +133,7 @@ def gain(trainer: Trainer) -> tuple[float, float]:
     """Return the mean reward on held-out prompts, before and after.
 
     Args:
-        trainer: of `train`; its reference is the policy it began with.
+        trainer: from `train`; its reference is the initial policy.
     """
     metrics, name = trainer.evaluate(), trainer.rewards.names[0]
     return metrics[f"eval/{name}/ref"], metrics[f"eval/{name}/policy"]
@@ -145,12 +145,12 @@ def main(
     stage: Callable[[int], Stage] = dialogues,
     **options: Any,
 ) -> None:
-    """Train from the command line, and say what came of it.
+    """Train from the command line, and print the mean reward before and after.
 
     Args:
         parts: of an algorithm.
         kind: `Trainer`, or the algorithm's subclass of it.
-        stage: makes what to start from, of a seed.
+        stage: function from a seed to the start.
         options: of `TrainerConfig`, in place of `OPTIONS`.
     """
     options = {**OPTIONS, **options, "disable_tqdm": False}

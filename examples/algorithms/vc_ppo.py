@@ -1,7 +1,7 @@
-"""VC-PPO: the critic is pre-trained, and its targets have a λ of their own.
+"""VC-PPO: critic warm-up, and a separate λ for the critic's targets.
 
 A = GAE(γ, λ_policy = 0.95), R = GAE(γ, λ_critic = 1) + V: the policy keeps the small variance of
-λ < 1, the critic learns the whole return, which its own errors do not bias. Otherwise PPO-max.
+λ < 1, the critic is trained on the full return, without bias by its own errors. Otherwise PPO-max.
 Run it: ``python examples/algorithms/vc_ppo.py``.
 
 Source: Yuan et al., arXiv 2503.01491 (value pre-training and decoupled GAE).

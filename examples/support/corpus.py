@@ -79,7 +79,7 @@ def split(pairs: Pairs, held_out: int) -> tuple[list[Record], list[Record]]:
 
 
 def detect_language(pairs: Pairs) -> str:
-    """Return "zh" where a third of the chosen responses' letters are Chinese, else "en"."""
+    """Return "zh" if a third of the chosen responses' letters are Chinese, else "en"."""
     letters = [c for record in pairs for c in record["chosen"] if c.isalpha()]
     chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
     return "zh" if 3 * chinese > len(letters) else "en"

@@ -35,11 +35,11 @@ from support.corpus import Corpus, Record, language_records, make_corpus
 
 @dataclass(frozen=True)
 class Pace:
-    """Length and speed of a stage before PPO.
+    """Epochs and learning rate of a stage before PPO.
 
     Args:
-        epochs: over its records.
-        learning_rate: at the peak; it falls to 0.
+        epochs: epochs over its records.
+        learning_rate: peak learning rate; it decays to 0.
     """
 
     epochs: int
@@ -48,9 +48,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class ScratchConfig:
-    """File, sizes and paces; the numbers are ours.
-
-    They were chosen on lines 1 to 1600 of 1900 of HH-RLHF's harmless-base.
+    """File, sizes and learning rates, chosen on lines 1 to 1600 of 1900 of HH-RLHF's harmless-base.
 
     Args:
         file: preference pairs, in any format that `mossrlhf.data.load_pairs` reads.
@@ -58,19 +56,19 @@ class ScratchConfig:
         seed: of models, orders and samples.
         output_dir: folder of the results.
         held_out: pairs at the end of the file to evaluate on, a sixth of the file at most.
-        vocabulary: tokens.
+        vocabulary: number of tokens.
         hidden_size: D of the Llama.
-        layers: of the Llama.
-        language_length: tokens of a dialogue for the language model.
-        pair_length: tokens of prompt and response for the reward model.
+        layers: number of layers of the Llama.
+        language_length: longest dialogue for the language model, in tokens.
+        pair_length: longest prompt and response for the reward model, in tokens.
         turn_length: tokens of the last human turn; a longer one loses its beginning.
         language: pace over all training dialogues, before SFT.
         sft: pace over the chosen responses.
         reward: pace over the training pairs.
-        response_length: maximal tokens of a response in PPO.
-        rollout_size: responses of a PPO iteration.
+        response_length: longest response in PPO, in tokens.
+        rollout_size: responses per PPO iteration.
         steps: PPO iterations.
-        critic_steps: iterations before that, which train the critic alone.
+        critic_steps: iterations of critic warm-up before that.
         learning_rate: of the policy in PPO.
         critic_learning_rate: of the critic in PPO.
     """
@@ -98,10 +96,10 @@ class ScratchConfig:
 
 
 def main(config: ScratchConfig) -> dict[str, Any]:
-    """Train stage after stage, and write the report; return ``summary.json``.
+    """Train all stages, and write the report; return ``summary.json``.
 
-    Ctrl-C during PPO ends it after its iteration; what is done by then is measured and written.
-    Earlier it leaves only the finished models.
+    Ctrl-C during PPO ends it after its iteration; the results so far are evaluated and written.
+    Before PPO it leaves only the finished models.
 
     Raises:
         ImportError: without matplotlib, before anything is trained.
@@ -116,7 +114,7 @@ def main(config: ScratchConfig) -> dict[str, Any]:
     with timed("corpus", results.seconds):
         corpus = read_corpus(config)
     sizes = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
-    print(f"pairs          {sizes['train']} to learn from, {sizes['held_out']} held out")
+    print(f"pairs          {sizes['train']} for training, {sizes['held_out']} held out")
     policy, reward_model, found = prepare(corpus, config, folder, results.seconds)
     trainer = make_trainer(corpus, policy, reward_model, config)
     with timed("evaluation", results.seconds):
@@ -131,14 +129,14 @@ def main(config: ScratchConfig) -> dict[str, Any]:
         corpus.held_out,
         folder,
         plot=lambda histories, path: plot_history(histories["ppo_max"], path),
-        # There is no second reward model: wins show that PPO optimizes it, and no more.
+        # There is no second reward model: wins only show that PPO optimizes this one.
         winner_by="the reward model of PPO",
         title=f"Samples: {Path(config.file).name}, seed {config.seed}",
     )
 
 
 def read_corpus(config: ScratchConfig) -> Corpus:
-    """Read the file without unusable pairs, and print how many these are."""
+    """Read the file without unusable pairs, and print their number."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         pairs = load_pairs(config.file, skip_bad=True)
@@ -153,7 +151,7 @@ def read_corpus(config: ScratchConfig) -> Corpus:
 def prepare(
     corpus: Corpus, config: ScratchConfig, folder: Path, seconds: dict[str, float]
 ) -> tuple[LlamaForCausalLM, RewardModel, dict[str, Any]]:
-    """Train and save SFT model and reward model; return them, and how good they are."""
+    """Train and save SFT model and reward model; return them and their quality."""
     print("SFT model      ", end="", flush=True)
     with timed("sft", seconds):
         policy, sft = train_sft(corpus, config)

@@ -38,7 +38,7 @@ def option_parser(description: str, defaults: Sequence[Any]) -> HfArgumentParser
             if (name := action.dest) in names:
                 _explain(action, hints[name], texts[name], getattr(part, name))
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML lines of option: value; the command line beats them"
+        "--config", metavar="FILE", help="YAML lines of option: value; the command line overrides"
     )
     return parser
 
@@ -88,10 +88,10 @@ def help_texts(kind: type) -> dict[str, str]:
 
 
 def _explain(action: argparse.Action, hint: Any, text: str, default: Any) -> None:
-    """Set the help of an option, and read ``none`` where None is a value."""
+    """Set the help of an option, and read ``none`` if None is a possible value."""
     action.option_strings = action.option_strings[:1]  # hyphens work, but are not printed
     if action.nargs == 0:
-        action.help = f"switches {action.dest} off"
+        action.help = f"disables {action.dest}"
         return
     optional = NoneType in get_args(hint)
     kind = next(a for a in get_args(hint) if a is not NoneType) if optional else hint
@@ -109,15 +109,15 @@ def _explain(action: argparse.Action, hint: Any, text: str, default: Any) -> Non
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(word: str) -> Any:
-        return None if word.lower() == "none" else kind(word)
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
 
     read.__name__ = getattr(kind, "__name__", "value")  # argparse prints "invalid float value"
     return read
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    # argparse sets no default where the namespace has a value already.
+    # argparse sets no default if the namespace has a value already.
     blank = argparse.Namespace(**{action.dest: ABSENT for action in parser._actions})
     found, unknown = parser.parse_known_args(argv, blank)
     if unknown:

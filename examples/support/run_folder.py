@@ -18,8 +18,8 @@ from mossrlhf.version import versions
 def write_run(trainer: Trainer, seconds: Mapping[str, float]) -> None:
     """Write the models and the report of a finished or interrupted run to its folder.
 
-    ``policy/``, ``critic/``, ``reward_model/`` (where a model is the reward), ``summary.json``,
-    ``curves.png`` (where matplotlib is installed) and ``samples.md``. Every process calls it, the
+    ``policy/``, ``critic/``, ``reward_model/`` (if the reward is a model), ``summary.json``,
+    ``curves.png`` (if matplotlib is installed) and ``samples.md``. Every process must call it; the
     main one writes. ``seconds`` are those of each stage.
     """
     folder, main = trainer.output_dir, trainer.accelerator.is_main_process
@@ -40,7 +40,7 @@ def run_summary(trainer: Trainer, seconds: Mapping[str, float]) -> dict[str, Any
     """Return the content of ``summary.json``.
 
     ``training`` and ``evaluation`` are the last metrics of each with their ``step``, or None. A
-    number that is not finite is None as well, since JSON has no word for it.
+    number that is not finite is None as well, since JSON cannot represent it.
     """
 
     def last(evaluation: bool) -> dict[str, float | None] | None:
@@ -76,7 +76,7 @@ def _plot(trainer: Trainer, path: Path) -> None:
     try:
         plot_history(trainer.history, path)
     except ImportError as error:
-        print(f"{path.name} is not drawn: {error}")
+        print(f"{path.name} is not written: {error}")
 
 
 def _write_samples(trainer: Trainer, path: Path) -> None:
@@ -86,7 +86,7 @@ def _write_samples(trainer: Trainer, path: Path) -> None:
         count = min(SAMPLES * accelerator.num_processes, len(held_out))
         chosen = random.Random(trainer.args.seed).sample(range(len(held_out)), count)
         records = [dict(held_out[i]) for i in chosen]
-        # Each process responds to its share; the main one, whose share is as good as any, writes.
+        # Each process generates for its share; only the main one writes its samples.
         policy = response_texts(trainer, records)
         reference = response_texts(trainer, records, reference=True)
         mine = records[accelerator.process_index :: accelerator.num_processes]

@@ -114,7 +114,7 @@ def test_help_is_the_docstring_with_the_defaults(parser, monkeypatch):
         "--name TEXT its name",
         "--lang {en,zh} its language",
         "--dry [BOOL] whether it is dry [true]",
-        "--no_dry switches dry off",
+        "--no_dry disables dry",
         "--parts NAME [NAME ...] of it",
     ):
         assert expected in text

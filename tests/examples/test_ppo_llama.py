@@ -122,7 +122,7 @@ def test_toy_world_and_pairs_get_their_options(example, monkeypatch):
 def test_options_that_nothing_would_read_are_refused(example, tmp_path, mode, words):
     (tmp_path / "run.yaml").write_text("total_steps: 3\n")
     words = words.replace("FILE", str(tmp_path / "run.yaml"))
-    with pytest.raises(SystemExit, match="nothing would read that"):
+    with pytest.raises(SystemExit, match="would be ignored"):
         example.main((mode + words).split())
 
 
@@ -131,7 +131,7 @@ def test_options_that_nothing_would_read_are_refused(example, tmp_path, mode, wo
     [
         ("--reward r.py:f", "--dataset: a JSON or JSONL file of prompts"),
         ("--dataset p.json", "give one of --reward_model_path and --reward"),
-        ("--dataset p.json --reward a.py:b --ptx_dataset p.json", "are of use together only"),
+        ("--dataset p.json --reward a.py:b --ptx_dataset p.json", "need each other"),
         ("--dataset p.json --reward nothing", "--reward: 'nothing' is not file.py:function"),
     ],
 )
@@ -224,7 +224,7 @@ def test_without_matplotlib_ones_own_model_is_trained_all_the_same(
     example.main(words)
     lines = [line for line in capsys.readouterr().out.splitlines() if "curves.png" in line]
     assert lines == [
-        'curves.png is not drawn: plotting needs matplotlib: pip install "mossrlhf[plot]"'
+        'curves.png is not written: plotting needs matplotlib: pip install "mossrlhf[plot]"'
     ]
     assert (tmp_path / "run" / "samples.md").exists()
 
