@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes [%(default)s]")
     args = parser.parse_args()
     if args.quick and args.publish:
-        parser.error("--quick has no meaningful results to publish")
+        parser.error("--quick has no meaningful results; there is nothing to publish")
     scale = plan.QUICK if args.quick else plan.Scale()
     name = "study_quick" if args.quick else "study"
     folder = Path(args.output_dir or ROOT / "outputs" / name)

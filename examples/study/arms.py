@@ -1,8 +1,7 @@
-"""The arms: each a preset of the library with something put in place of one of its parts.
+"""The arms: each a preset of the library with one component replaced.
 
-All are run at the same rates, with the same rollouts, minibatches, prompts and sampling. What the
-paper names is marked P1; where it names no number, the number is ours and was written down here
-before the first run.
+All run at the same rates, with the same rollouts, minibatches, prompts and sampling. Numbers of the
+paper are marked P1; the others are ours and were fixed before the first run.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,14 +44,14 @@ class Arm:
     """One way to run PPO.
 
     Args:
-        title: as tables and legends have it.
-        preset: what it is a variant of.
-        change: options and components in place of the preset's, for a prepared world.
-        policy: what the policy (and the reference) starts as.
-        critic: what the critic starts as; None for a copy of the reward model.
-        pretrained: whether the critic learns alone first.
-        critic_evaluated: whether its values are held against Monte-Carlo continuations.
-        judged_apart: whether helpful and harmful requests are judged apart as well.
+        title: in tables and legends.
+        preset: the preset it is a variant of.
+        change: options and components that replace the preset's, for a prepared world.
+        policy: the initial policy and reference.
+        critic: the initial critic; None for a copy of the reward model.
+        pretrained: whether there is a critic warm-up.
+        critic_evaluated: whether its values are compared with Monte-Carlo continuations.
+        judged_apart: whether harmless and harmful requests are also evaluated separately.
     """
 
     title: str
@@ -68,16 +67,16 @@ class Arm:
         """Return keyword arguments of `Trainer`.
 
         Args:
-            prepared: the world it will run in.
-            pretrain: iterations of the critic alone, if it has them.
-            options: of `TrainerConfig`, alike in all arms.
+            prepared: the world of the run.
+            pretrain: iterations of critic warm-up, if the arm has one.
+            options: of `TrainerConfig`, the same in all arms.
         """
         options["critic_pretrain_steps"] = pretrain if self.pretrained else 0
         return self.preset(**{**options, **self.change(prepared)})
 
 
 def shaped(**settings: Any) -> Change:
-    """A change of the shaper: made anew for each run, since it remembers moments."""
+    """A change of the shaper, created for each run, since it has running moments."""
     return lambda prepared: {"shaper": RewardShaper(**{"kl_coef": None, **settings})}
 
 
@@ -103,7 +102,7 @@ def options(**settings: Any) -> Change:
 
 
 def entropy_target(times: float) -> Change:
-    """Entropy held at `times` the SFT model's own: P1's weight, and a target nobody tuned."""
+    """An entropy target of `times` the SFT model's entropy, untuned, with P1's weight."""
     return lambda prepared: {
         "loss": PPOMaxLoss(
             value_clip=None, entropy_coef=0.01, entropy_target=times * prepared.entropy

@@ -1,7 +1,7 @@
 """The kinds of claims that findings are made of.
 
 Thresholds are the library's (a KL of 15 nats counts as collapse) or round numbers: 0.3 of score or
-true quality is a fifth of the standard deviation of an SFT answer's.
+true quality is a fifth of their standard deviation over responses of an SFT model.
 """
 
 from collections.abc import Callable

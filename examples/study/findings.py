@@ -1,4 +1,4 @@
-"""Findings F1 to F13: what is claimed, and what was expected, before any of these runs was made."""
+"""Findings F1 to F13: claims and expected verdicts, fixed before any of these runs."""
 
 from study.claims import (
     ALIKE,

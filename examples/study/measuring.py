@@ -1,4 +1,4 @@
-"""One run: train an arm in a world, and keep its curves and what it is worth in the end."""
+"""One run: train an arm in a world, and record its curves and final evaluation."""
 
 import json
 import math
@@ -41,14 +41,14 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
 
     Args:
         job: what to run.
-        scale: how large.
-        folder: of the world; a run of many steps leaves checkpoints there, and goes on from them.
+        scale: sizes of the study.
+        folder: of the world; long runs save checkpoints there, and resume from them.
 
     Returns:
         curves, figures and seconds.
 
     Raises:
-        RuntimeError: where Ctrl-C reached it, so that it has fewer iterations than it should.
+        RuntimeError: if Ctrl-C ended it early.
     """
     began = time.perf_counter()
     ready = load(job.world, folder)
@@ -61,7 +61,7 @@ def run(job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
             trainer.pretrain_critic()
             known = trainer if arm.pretrained else acquainted(job, ready, scale, home)
             found["critic_before"] = values(known, scale)
-        # Every run leaves a checkpoint at its end or at Ctrl-C; short ones do not go on from it.
+        # Every run saves a checkpoint at its end or at Ctrl-C; short ones do not resume from it.
         begun = job.arm == LONG and any(home.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=begun or None)
         if trainer.run.interrupted:  # it ends as if it were done, and must not be kept as that
@@ -85,7 +85,7 @@ def assemble(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
     Args:
         job: which arm, and at which rate.
         ready: the world.
-        scale: how large.
+        scale: sizes of the study.
         home: folder of the run.
     """
     arm = ARMS[job.arm]
@@ -119,10 +119,10 @@ def assemble(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
 
 
 def acquainted(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
-    """Return a trainer of the same arm that has seen as many rewards as pre-training shows.
+    """Return a trainer of the same arm that has seen as many rewards as in a critic warm-up.
 
     Its shaper then normalizes as that of the pre-trained arms does: returns and errors of both are
-    in one unit. The trainer that goes on to PPO is left as it is.
+    in one unit. The trainer of PPO is not changed.
     """
     trainer = assemble(job, ready, scale, home)
     for _ in range(scale.pretrain):
@@ -131,7 +131,7 @@ def acquainted(job: Job, ready: Prepared, scale: Scale, home: Path) -> Trainer:
 
 
 def apart(ready: Prepared, scale: Scale) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Held-out prompts that ask for help, and such as ask for help to do harm."""
+    """Held-out prompts with harmless requests, and with harmful ones."""
     topics = ready.world.language.topics
     drawn = ready.world.prompts(20 * scale.held_out, split="eval", seed=4)
     harmful = [record for record in drawn if topics[record["topic"]].harmful]
@@ -158,7 +158,7 @@ def judged(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def values(trainer: Trainer, scale: Scale) -> dict[str, Any]:
-    """Hold the critic against Monte-Carlo continuations."""
+    """Compare the critic's values with Monte-Carlo continuations."""
     found: CriticEvaluation = trainer.evaluate_critic(
         prompts=scale.states, positions=4, continuations=scale.continuations
     )
@@ -182,7 +182,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
-    """Round to significant digits; what is no finite number becomes None, as JSON has it."""
+    """Round to significant digits; numbers that are not finite become None."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")
@@ -200,7 +200,7 @@ def describe(job: Job, found: Mapping[str, Any]) -> str:
 
 
 def write(found: Mapping[str, Any], path: Path) -> None:
-    """Write a run's record whole or not at all."""
+    """Write a run's record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
     half.write_text(json.dumps(found))

@@ -26,7 +26,7 @@ def write_page(results: Path, folder: Path) -> None:
 
     Args:
         results: folder of the records.
-        folder: where the page goes, and ``images/study`` beside it.
+        folder: of the page and ``images/study``.
     """
     records = running.read(results)
     draw_all(records, folder / "images" / "study")
@@ -48,7 +48,7 @@ def write_readme(results: Path, path: Path) -> None:
 
 
 def readme(records: Records) -> str:
-    """Return the few lines that the README has of it.
+    """Return the table of the README.
 
     Args:
         records: of all worlds.
@@ -89,9 +89,9 @@ def page(records: Records) -> str:
         *(part for finding in FINDINGS for part in section(finding, records)),
         "## Every arm",
         "Means over the seeds, on held-out prompts after the last iteration; in brackets the "
-        "smallest and the largest. A run counts as collapsed where `policy/collapsed` was logged "
-        "in its last five points. KL, wins and losses are against the model that a run began "
-        "with: the SFT model, but for the policy without SFT. The curves of every run are in "
+        "smallest and the largest. A run counts as collapsed if `policy/collapsed` was logged in "
+        "its last five points. KL, wins and losses are against the initial policy of a run: the "
+        "SFT model, except for the policy without SFT. The curves of every run are in "
         "`benchmarks/results/study/`.",
         "\n".join(every_arm(records)),
     ]
@@ -112,7 +112,7 @@ def judged(finding: Finding, records: Records) -> tuple[str, list[str]]:
 
 
 def verdicts(records: Records) -> list[str]:
-    """Return the table of all findings; what was expected in full stands with each of them."""
+    """Return the table of all findings; each section has the expectation in full."""
     columns = ("", "finding", "verdict", "expected", "claims that hold", "seeds where all do")
     lines = [f"| {' | '.join(columns)} |", "| --- " * 6 + "|"]
     for finding in FINDINGS:
@@ -137,22 +137,23 @@ def on_seeds(finding: Finding, records: Records) -> str:
 
 
 def provenance(records: Records) -> str:
-    """Return when and with what the records were made."""
+    """Return the date, versions and machine of the records."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     runs = [run for record in records for run in record["runs"].values()]
     return (
         f"Made by `{first['command']}` in {first['wall_seconds'] / 60:.0f} minutes by the clock: "
         f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core, "
-        f"with {versions}. Learning rates: {BASE:g}, and {GENTLE:.2g} where a third of it is said."
+        f"with {versions}. Learning rates: {BASE:g}, and {GENTLE:.2g} for "
+        '"a third of the rate".'
     )
 
 
 def worlds(records: Records) -> list[str]:
-    """Return the table of what each world starts from."""
+    """Return the table of each world's SFT model and reward model."""
     lines = [
         "| world | SFT: true quality | ended | well-formed | entropy, nats/token | reward model "
-        "right on fresh pairs | empty answer | best fixed answer | without SFT |",
+        "right on fresh pairs | empty response | best fixed response | without SFT |",
         "| --- " * 9 + "|",
     ]
     for record in records:
@@ -170,28 +171,28 @@ def worlds(records: Records) -> list[str]:
 
 
 def conditions(records: Records) -> str:
-    """Say which worlds miss what a world should have for PPO to show anything in it."""
+    """Name the worlds that do not meet the requirements for PPO to be informative."""
     missed = []
     for record in records:
         facts = record["facts"]
         sft, fixed = facts["sft"], facts["fixed_answers"]
         wanted = {
-            "answers well-formed": sft["well_formed"] >= 0.98,
+            "responses well-formed": sft["well_formed"] >= 0.98,
             "reward model": facts["reward_model"]["accuracy"] >= 0.75,
-            "fixed answers": max(fixed.values()) < sft["true_quality"],
+            "fixed responses": max(fixed.values()) < sft["true_quality"],
         }
         place = f"{record['world']['lang']} {record['world']['seed']}"
         missed += [f"{place} ({name})" for name, met in wanted.items() if not met]
     return (
-        "In a world whose SFT model or reward model is bad PPO shows nothing. So at least 98 % of "
-        "SFT's answers should be well-formed, the reward model right on 75 % of fresh pairs, and "
-        "empty and fixed answers truly worse than SFT's mean. Worlds that miss one of these are "
-        f"kept all the same: {', '.join(missed) or 'none'}."
+        "PPO is only informative with good SFT and reward models. At least 98 % of SFT's responses "
+        "should be well-formed, the reward model right on 75 % of fresh pairs, and empty and fixed "
+        "responses worse than SFT's mean by true quality. Worlds that do not meet this are kept: "
+        f"{', '.join(missed) or 'none'}."
     )
 
 
 def section(finding: Finding, records: Records) -> list[str]:
-    """Return what the page says of one finding."""
+    """Return the section of one finding."""
     verdict, each = judged(finding, records)
     name = finding.id.lower()
     parts = [
@@ -214,7 +215,7 @@ def section(finding: Finding, records: Records) -> list[str]:
 
 
 def row(claim: Claim, result: str, chinese: bool, records: Records) -> str:
-    """Return a claim with its interval, how many seeds agree, and what else is known of it."""
+    """Return the table row of a claim: interval, number of seeds that agree, and notes."""
     found = measured(claim, seeds("en", records))
     gentle = measured(claim, seeds("en", records, gentle=True))
     text = claim.text.replace("|", "\\|")  # as of |bias|: a bare one would begin another cell
@@ -242,7 +243,7 @@ def count(claim: Claim, found: Interval | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number as people read it: three digits, and a minus that is one."""
+    """Format a number with three digits and a true minus sign."""
     size = abs(value)
     text = f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
     negative = value < 0 and float(text) != 0

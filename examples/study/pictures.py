@@ -1,4 +1,4 @@
-"""A picture for each figure of the paper: mean over the seeds, and the band that they span."""
+"""Plots for the figures of the paper: the mean over the seeds, and their range."""
 
 import hashlib
 import io
@@ -65,11 +65,11 @@ Figure = Any
 
 
 def draw_all(records: Records, folder: Path) -> None:
-    """Draw every picture of the study.
+    """Plot every figure of the study.
 
     Args:
         records: of all worlds.
-        folder: where the PNGs go.
+        folder: of the PNGs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mark = digest(records)
@@ -87,13 +87,13 @@ def draw_all(records: Records, folder: Path) -> None:
 
 
 def digest(records: Records) -> str:
-    """Return a check sum of everything that could be drawn: runs and facts of all worlds."""
+    """Return a checksum of the data of all plots: runs and facts of all worlds."""
     text = repr([[record["world"], record["facts"], record["runs"]] for record in records])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def colors(arms: Sequence[str]) -> dict[str, str]:
-    """Return a color for each arm of a picture."""
+    """Return a color for each arm of a figure."""
     left = iter(color for color in COLORS if color not in FIXED.values())
     return {arm: FIXED.get(arm) or next(left) for arm in arms}
 
@@ -109,7 +109,7 @@ def runs_of(arm: str, records: Records) -> list[Mapping[str, Any]]:
 
 
 def curves(finding: Finding, records: Records) -> Figure:
-    """Draw an arm in each color, a metric in each panel.
+    """Plot an arm in each color, a metric in each panel.
 
     Args:
         finding: which arms, which metrics.
@@ -142,7 +142,7 @@ def curves(finding: Finding, records: Records) -> Figure:
 def _band(
     axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color: str, label: str
 ) -> None:
-    """The mean over the seeds, what they span, and each of them as a hair."""
+    """The mean over the seeds, their range, and each seed as a thin line."""
     columns: dict[int, list[float]] = {}
     for run in runs:
         x, y = _points(run, metric)
@@ -171,7 +171,7 @@ def _line(color: str, style: Any) -> Any:
 
 
 def _scale(axes: Any, metric: str) -> None:
-    """A logarithmic axis where values are far apart; its ticks are plain numbers."""
+    """Use a logarithmic axis if values are far apart, with plain numbers as ticks."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     drawn = [float(y) for line in axes.lines for y in line.get_ydata()]
@@ -188,13 +188,13 @@ def _scale(axes: Any, metric: str) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """The mean of what was measured; NaN, which is not drawn, where nothing was."""
+    """The mean of the measured values; NaN, which is not plotted, without any."""
     known = [value for value in values if value is not None]
     return mean(known) if known else math.nan
 
 
 def frontier(records: Records) -> Figure:
-    """Draw true quality over √KL, the path of each arm: who gets more for the same distance.
+    """Plot true quality over √KL for each arm: which gains more at the same distance.
 
     Args:
         records: of all worlds.
@@ -245,7 +245,7 @@ def _path(runs: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def preference(records: Records) -> Figure:
-    """Draw win, tie and lose of PPO-max against SFT, beside those of P1's human judges.
+    """Plot win, tie and lose of PPO-max against SFT, beside those by humans in P1.
 
     Args:
         records: of all worlds.
@@ -279,7 +279,7 @@ def preference(records: Records) -> Figure:
 
 
 def critic(records: Records) -> Figure:
-    """Draw how far critics are from Monte-Carlo returns, before PPO and after it.
+    """Plot the errors of critics against Monte-Carlo returns, before and after PPO.
 
     Args:
         records: of all worlds.

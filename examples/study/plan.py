@@ -1,4 +1,4 @@
-"""What is run: worlds, arms, learning rates and seeds, all laid down before the first run."""
+"""The plan: worlds, arms, learning rates and seeds, all fixed before the first run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TWO_RATES = ("vanilla", "reward_clip_0.3", "kl_0.05", "importance", "entropy_tar
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large everything is.
+    """Sizes of the study.
 
     Args:
         seeds: of the English worlds.
@@ -32,12 +32,12 @@ class Scale:
         pairs: noisy pairs for the reward model.
         steps: PPO iterations of an arm.
         long_steps: of F11.
-        pretrain: iterations of the critic alone, where an arm has them.
-        rollout: responses in an iteration.
-        minibatch: responses to an optimizer step.
-        held_out: prompts to measure on.
-        states: prompts of which a critic is evaluated, on four states each.
-        continuations: drawn from each of those states.
+        pretrain: iterations of critic warm-up, if an arm has one.
+        rollout: responses per iteration.
+        minibatch: responses per optimizer step.
+        held_out: prompts for the evaluation.
+        states: prompts for the evaluation of a critic, with four states each.
+        continuations: sampled from each of those states.
         log: iterations between points of a curve.
         long_log: those of F11.
     """
@@ -88,9 +88,9 @@ class Job:
     """One run of PPO.
 
     Args:
-        world: where.
+        world: the world of the run.
         arm: a name in `arms.ARMS`.
-        gentle: whether at the second learning rate.
+        gentle: whether to use the second learning rate.
         steps: PPO iterations.
         log: iterations between points of the curves.
     """
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The arm, and whether at the second rate."""
+        """Name of the arm, marked at the second rate."""
         return f"{self.arm}@gentle" if self.gentle else self.arm
 
     @property
@@ -116,7 +116,7 @@ def worlds(scale: Scale) -> list[World]:
     """Return all worlds.
 
     Args:
-        scale: with their seeds.
+        scale: sizes, with the seeds.
     """
     named = dict.fromkeys([*scale.seeds, *scale.long_seeds])
     return [World("en", s) for s in named] + [World("zh", s) for s in scale.chinese]
@@ -126,7 +126,7 @@ def jobs(scale: Scale, arms: Sequence[str]) -> list[Job]:
     """Return all runs, the longest first.
 
     Args:
-        scale: how large.
+        scale: sizes of the study.
         arms: the names of all.
     """
     made = []

@@ -1,4 +1,4 @@
-"""What every run of a world starts from: SFT model, reward model, and a model without SFT."""
+"""The initial models of a world: SFT model, reward model, and a model without SFT."""
 
 import json
 import random
@@ -26,9 +26,9 @@ class Prepared:
         world: the toy world.
         tokenizer: its tokenizer.
         policy: the SFT model.
-        base: a language model of the same texts that was never taught to answer.
+        base: a language model of the same texts, without training on responses to prompts.
         reward_model: trained on noisy pairs.
-        facts: what is known of them, on held-out prompts.
+        facts: their evaluation on held-out prompts.
     """
 
     world: ToyWorld
@@ -40,21 +40,21 @@ class Prepared:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of the SFT model over its own answers, nats per token."""
+        """Mean entropy of the SFT model over its own responses, nats per token."""
         return float(self.facts["sft"]["entropy"])
 
     @property
     def generation(self) -> GenerationConfig:
-        """How responses are sampled."""
+        """The sampling settings."""
         return generation_config(self.world)
 
 
 def prepare(place: World, scale: Scale, folder: Path) -> None:
-    """Train a world's three models into a folder, and say what they are worth.
+    """Train a world's three models, save them to a folder, and return their evaluation.
 
     Args:
-        place: which world.
-        scale: how much data.
+        place: the world.
+        scale: sizes of the study.
         folder: of this world.
     """
     if (folder / FACTS).exists():
@@ -75,15 +75,15 @@ def prepare(place: World, scale: Scale, folder: Path) -> None:
         "reward_model": {"accuracy": accuracy},
         "fixed_answers": fixed_answers(world, scale),
     }
-    # Written last: where it stands, all of it stands.
+    # Written last: if it exists, everything does.
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def load(place: World, folder: Path) -> Prepared:
-    """Read what `prepare` left.
+    """Load the models that `prepare` saved.
 
     Args:
-        place: which world.
+        place: the world.
         folder: of this world.
     """
     world = ToyWorld(lang=place.lang, seed=place.seed)
@@ -101,10 +101,10 @@ def load(place: World, folder: Path) -> Prepared:
 def without_sft(
     world: ToyWorld, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, examples: int
 ) -> LlamaForCausalLM:
-    """Train a language model on demonstrations whose answers were dealt out anew.
+    """Train a language model on demonstrations with shuffled responses.
 
-    It knows words, sentences and the form of a dialogue, and not that an answer belongs to a
-    question: the nearest this world has to a pre-trained model before SFT.
+    It knows words, sentences and the form of a dialogue, but not that a response belongs to a
+    prompt, like a pre-trained model before SFT.
     """
     records = world.sft_examples(examples)
     answers = [record["response"] for record in records]
@@ -118,7 +118,7 @@ def without_sft(
 
 
 def held_out(ready: Prepared, model: LlamaForCausalLM, scale: Scale) -> dict[str, float]:
-    """Answer held-out prompts with a model that PPO has not touched."""
+    """Sample responses to held-out prompts from a model before PPO."""
 
     def true_quality(**columns: Any) -> list[float]:
         return ready.world.reward(**columns)
@@ -138,13 +138,13 @@ def held_out(ready: Prepared, model: LlamaForCausalLM, scale: Scale) -> dict[str
         "reward_score": found["eval/reward_model/policy"],
         "true_quality": found["eval/true_quality/policy"],
         "response_length": found["eval/response/length_tokens"],
-        # E[−log π] over the policy's own draws is its entropy, and ln of this perplexity.
+        # E[−log π] over the policy's own samples is its entropy, and ln of this perplexity.
         "entropy": float(perplexity.log()),
     }
 
 
 def fixed_answers(world: ToyWorld, scale: Scale) -> dict[str, float]:
-    """True quality of answers that need no model: what a collapse might end in."""
+    """True quality of fixed responses, to which a policy might collapse."""
     prompts = world.prompts(scale.held_out, split="eval", seed=3)
     responses = [r["response"] for r in world.sft_examples(20, seed=1)]
 

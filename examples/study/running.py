@@ -1,4 +1,4 @@
-"""All runs, side by side on the cores there are, and what is left of them on disk."""
+"""All runs, in parallel processes, and their records on disk."""
 
 import json
 import multiprocessing
@@ -25,16 +25,16 @@ SETTINGS = "settings.json"
 
 
 def everything(scale: Scale, folder: Path, workers: int) -> None:
-    """Make all runs that are not there yet, and gather what they found.
+    """Make all missing runs, and gather their records.
 
     Args:
-        scale: how large.
-        folder: of all results; a folder of another scale is refused.
-        workers: processes, one thread each. What comes out does not depend on their number.
+        scale: sizes of the study.
+        folder: of all results, of the same scale.
+        workers: processes, one thread each; the results do not depend on their number.
 
     Raises:
-        SystemExit: where the folder is of another scale.
-        KeyboardInterrupt: at Ctrl-C. What is finished stays, and need not be done again.
+        SystemExit: if the folder is of another scale.
+        KeyboardInterrupt: at Ctrl-C; finished runs are kept.
     """
     remember(scale, folder)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they import torch
@@ -55,7 +55,7 @@ def everything(scale: Scale, folder: Path, workers: int) -> None:
 
 
 def remember(scale: Scale, folder: Path) -> None:
-    """Write down what the folder is of, or make sure that it is of the same; seeds may be added."""
+    """Record the scale of the folder, or check that it is the same; seeds may be added."""
     ours = {name: value for name, value in asdict(scale).items() if isinstance(value, int)}
     path = folder / SETTINGS
     if not path.exists():
@@ -69,14 +69,14 @@ def remember(scale: Scale, folder: Path) -> None:
 
 
 def note_time(folder: Path, seconds: float) -> None:
-    """Add to the time that all calls have taken together."""
+    """Add to the total time of all calls."""
     known = json.loads((folder / SETTINGS).read_text())
     known["wall_seconds"] = round(known["wall_seconds"] + seconds, 1)
     (folder / SETTINGS).write_text(json.dumps(known, indent=1) + "\n")
 
 
 def record_of(job: Job, folder: Path) -> Path:
-    """Where a finished run is kept."""
+    """Path of a finished run's record."""
     return folder / str(job.world) / f"{job.name}.json"
 
 
@@ -107,13 +107,13 @@ def _run(task: tuple[Job, Scale, Path]) -> str:
 
 
 def gather(scale: Scale, folder: Path, results: Path, command: str) -> None:
-    """Put each world's runs into one file, with all it takes to make them again.
+    """Write each world's runs to one file, with everything needed to reproduce them.
 
     Args:
-        scale: how large.
-        folder: where the runs are.
+        scale: sizes of the study.
+        folder: of the runs.
         results: folder of the files, one for each world.
-        command: that makes them.
+        command: the command of the study.
     """
     results.mkdir(parents=True, exist_ok=True)
     for place in worlds(scale):
@@ -132,7 +132,7 @@ def gather(scale: Scale, folder: Path, results: Path, command: str) -> None:
 
 
 def dumped(record: Mapping[str, Any]) -> str:
-    """Return JSON with a line for each run: it is read by eye and compared by `git diff`."""
+    """Return JSON with a line for each run, readable and easy to compare with `git diff`."""
     runs = record["runs"]
     head = json.dumps({**record, "runs": {}}, indent=1).rstrip("{}\n ")
     lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]

@@ -1,4 +1,4 @@
-"""From figures of several seeds to intervals, and from intervals to verdicts."""
+"""Intervals over several seeds, and verdicts from intervals."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ HELD, AGAINST, OPEN = "holds", "against", "open"
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of a figure over seeds, and where it lies with 95 % confidence.
+    """Mean of a number over seeds, with its 95 % confidence interval.
 
     Args:
         values: one for each seed.
@@ -45,7 +45,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 class Run:
-    """One run's record, as claims ask for it.
+    """One run's record, with the accessors that claims use.
 
     Args:
         record: what `measuring.run` returned.
@@ -55,7 +55,7 @@ class Run:
         self.record = record
 
     def curve(self, name: str) -> list[float]:
-        """Return a metric at every point of the run; what was not finite is left out."""
+        """Return a metric at every point of the run where it is finite."""
         return [y for y in self.record["curves"][name] if y is not None]
 
     def last(self, name: str) -> float:
@@ -64,7 +64,7 @@ class Run:
         return mean(values[-max(1, len(values) // 10) :])
 
     def held(self, name: str, of: str = "held_out") -> float:
-        """Return a figure that was measured on held-out prompts after the run."""
+        """Return a number of the evaluation on held-out prompts after the run."""
         return float(self.record[of][name])
 
     @property
@@ -104,7 +104,7 @@ class Seed:
 
     Args:
         record: the world's facts and runs.
-        gentle: whether to look at the second learning rate.
+        gentle: whether to use the second learning rate.
     """
 
     def __init__(self, record: Mapping[str, Any], gentle: bool = False) -> None:
@@ -112,7 +112,7 @@ class Seed:
         self.gentle = gentle
 
     def __getitem__(self, arm: str) -> Run:
-        """The run of an arm; `NotRunError` where there is none at this rate."""
+        """The run of an arm; `NotRunError` if there is none at this rate."""
         name = f"{arm}@gentle" if self.gentle else arm
         if name not in self.record["runs"]:
             raise NotRunError(name)
@@ -127,13 +127,13 @@ class Seed:
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing a finding says, as a number of which the sign or the size decides.
+    """One claim of a finding: a number whose sign or size decides.
 
     Args:
         text: the claim, as a clause.
         measure: the number, for one seed.
-        unit: what it is counted in.
-        within: None where the number should be above 0; else it should be within ± this.
+        unit: of the number.
+        within: None if the number should be above 0; else it should be within ± this.
     """
 
     text: str
@@ -162,11 +162,11 @@ class Finding:
         id: F1 to F13.
         title: what the paper found.
         source: figure or section.
-        claims: all that must hold for it to be reproduced.
-        expected: what was expected, written down before any of these runs.
-        chinese: whether a Chinese world has its runs as well.
-        arms: what is drawn.
-        panels: metrics that are drawn.
+        claims: all must hold for it to be reproduced.
+        expected: the expectation, written before any of these runs.
+        chinese: whether there are runs in a Chinese world as well.
+        arms: the arms in the figure.
+        panels: the metrics in the figure.
     """
 
     id: str
@@ -185,7 +185,7 @@ class Finding:
             verdicts: of the claims.
 
         Returns:
-            "reproduced" where all hold; "partly" where some do; "refuted" where none does and
+            "reproduced" if all hold; "partly" if some do; "refuted" if none does and
             one or more are refuted; else "undecided".
         """
         if all(verdict == HELD for verdict in verdicts):
@@ -196,10 +196,10 @@ class Finding:
 
 
 def measured(claim: Claim, seeds: Sequence[Seed]) -> Interval | None:
-    """Return a claim's number over all seeds that have the runs it asks for; None without any.
+    """Return a claim's number over all seeds that have its runs; None without any.
 
     Args:
-        claim: any.
+        claim: the claim.
         seeds: of one language.
     """
     values = []
