@@ -151,7 +151,9 @@ def test_gamma_replaces_the_estimator_s(forked, monkeypatch):
     found = forked.evaluate_critic(**SMALL, gamma=1.0)
     assert found.overall.mean_absolute_error == pytest.approx(0, abs=1e-5)
     forked.advantage = lambda rewards, values, mask: None
-    with pytest.raises(ValueError, match=r"gamma: function has none.*evaluate_critic\(gamma=\)"):
+    with pytest.raises(
+        ValueError, match=r"gamma: got None, and function .*evaluate_critic\(gamma=\)"
+    ):
         forked.evaluate_critic(**SMALL)
 
 

@@ -160,7 +160,7 @@ def test_reward_model_of_another_vocabulary(make, policy):
     from mossrlhf import RewardModel
 
     other = RewardModel.from_language_model(policy(vocab_size=50))
-    with pytest.raises(ValueError, match="reward: its model knows 50 tokens"):
+    with pytest.raises(ValueError, match="reward: its model has 50 tokens"):
         make(reward=other)
 
 

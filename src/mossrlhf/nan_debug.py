@@ -142,13 +142,13 @@ def read_fault(folder: str | Path) -> Fault:
 
 def with_prompts(fault: Fault, rows: Sequence[int], dataset: Sequence[Mapping[str, Any]]) -> Fault:
     """Add to each suspect the row of its prompt, among the last `rows` read of the training set."""
-    asked = fault.rollout.columns.get("prompt")
-    known = [(row, dict(dataset[row]).get("prompt")) for row in rows] if asked else []
+    prompts = fault.rollout.columns.get("prompt")
+    known = [(row, dict(dataset[row]).get("prompt")) for row in rows] if prompts else []
 
     def row_of(suspect: Suspect) -> int | None:
-        if not asked or suspect.term.startswith("ptx"):
+        if not prompts or suspect.term.startswith("ptx"):
             return None
-        return next((row for row, prompt in known if prompt == asked[suspect.sample]), None)
+        return next((row for row, prompt in known if prompt == prompts[suspect.sample]), None)
 
     named = [replace(suspect, prompt=row_of(suspect)) for suspect in fault.suspects]
     return replace(fault, suspects=named)

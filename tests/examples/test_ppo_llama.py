@@ -57,7 +57,7 @@ def test_every_option_is_explained_within_80_columns(example, monkeypatch, capsy
         assert {spec.name for spec in fields(kind)} <= set(help_texts(kind)), kind
     assert "--critic_pretrain_steps N" in printed
     assert "step 1 [50]" in printed
-    assert "--learning_rate alone takes the critic's along: 3.3 times the policy's" in printed
+    assert "--learning_rate alone also sets the critic's, to 3.3 times the policy's" in printed
 
 
 def test_defaults_are_those_of_ppo_max(example):

@@ -182,7 +182,7 @@ def test_load_reference_copies_a_model_that_shares_trained_weights(policy):
 
 def test_load_reference_copies_a_policy_whose_base_was_rewritten(base):
     policy = load_policy(base, lora(init_lora_weights="pissa"))
-    with pytest.warns(UserWarning, match="init_lora_weights='pissa'.*leave init_lora_weights as"):
+    with pytest.warns(UserWarning, match="init_lora_weights='pissa'.*leave init_lora_weights at"):
         assert load_reference(None, policy) is not None
 
 

@@ -192,7 +192,7 @@ class PairModel(nn.Module):
     each padded to its own longest sequence; always as many, as sharded processes wait for others.
     """
 
-    accepts_loss_kwargs = True  # tells `Trainer` that the loss is divided by the whole step already
+    accepts_loss_kwargs = True  # for `Trainer`: the loss is already divided by the whole step
 
     def __init__(
         self, reward_model: RewardModel, lm_head: nn.Module | None = None, groups: int = 1
@@ -265,7 +265,7 @@ class PairModel(nn.Module):
         return self.reward_model.backbone.get_input_embeddings()
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Enable activation checkpointing in the backbone, as `TrainingArguments` ask for."""
+        """Enable activation checkpointing in the backbone, as `TrainingArguments` configure it."""
         self.reward_model.backbone.activation_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """Something a user may ask for.
+    """A subject of requests.
 
     Args:
         ask: the request, as it appears in a question ("make tea").

@@ -188,7 +188,7 @@ row(
 )
 row(
     "a reward model of another vocabulary, without its tokenizer",
-    "ValueError: reward: its model knows 50 tokens, the policy's tokenizer 185; pass "
+    "ValueError: reward: its model has 50 tokens, the policy's tokenizer 185; pass "
     "ModelReward(model=, tokenizer=)",
     lambda shop: shop.trainer(reward=shop.reward_model(vocab_size=50)),
 )
