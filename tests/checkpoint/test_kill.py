@@ -1,14 +1,11 @@
 """A run that is killed goes on as if it had not been; on more or fewer processes too."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, run
 
 from mossrlhf import last_checkpoint
 from mossrlhf.checkpoint.folders import STATE
@@ -21,10 +18,7 @@ def test_killed_runs_end_as_if_they_had_not_been(root, tmp_path, processes, runs
     """While sampling, while updating, while saving; all 25: tools/kill_runs.py."""
     figures = tmp_path / "figures.json"
     words = ["--runs", str(runs), "--processes", str(processes), "--json", str(figures), *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(root / "tools" / "kill_runs.py"), *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(root / "tools" / "kill_runs.py", *words, output=tmp_path / "output")
     [found] = json.loads(figures.read_text()).values()
     assert found["equal"] == runs
     assert set(found["killed_while"].values()) == {1}

@@ -86,5 +86,5 @@ def test_privates_of_accelerate_are_where_they_were(precision, tmp_path):
     assert AcceleratorState._shared_state == {}
     Accelerator(project_dir=str(tmp_path))
     assert AcceleratorState().mixed_precision == "no"
-    precision.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
+    AcceleratorState._shared_state["_mixed_precision"] = "bf16"
     assert AcceleratorState().mixed_precision == "bf16"

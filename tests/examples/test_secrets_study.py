@@ -243,6 +243,24 @@ def invoke(study, monkeypatch, *arguments):
     study.script.main()
 
 
+def test_arms_are_assembled_and_one_comes_out_alike(study, tmp_path):
+    """What breaks most easily of the whole study, which is marked slow."""
+    scale = study.plan.QUICK
+    jobs = study.plan.jobs(scale, list(study.arms.ARMS))
+    home = tmp_path / str(jobs[0].world)
+    study.running.preparing.prepare(jobs[0].world, scale, home)
+    ready = study.running.measuring.load(jobs[0].world, home)
+    for job in jobs:
+        trainer = study.running.measuring.assemble(job, ready, scale, home / job.name)
+        assert trainer.args.learning_rate == job.rate
+    (job,) = (job for job in jobs if job.name == "critic_pretrained")
+    once, again = (study.running.measuring.run(job, scale, home) for _ in range(2))
+    assert len(once["curves"]["score"]) == scale.steps
+    assert len(once["pretraining_value_loss"]) == scale.pretrain
+    assert {**once, "seconds": 0} == {**again, "seconds": 0}
+
+
+@pytest.mark.slow
 def test_quick_study(study, monkeypatch, tmp_path, capsys):
     """All arms run; what is finished stays; what is missing is made again, and comes out alike."""
     call = ("--quick", "--output_dir", tmp_path, "--workers", 1)
