@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import mossrlhf
 from mossrlhf import PPOMaxLoss, Rollout, ToyWorld, Trainer, TrainerConfig
-from mossrlhf.models import whole_logits
+from mossrlhf.models import full_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "ppo_memory.json"
@@ -113,7 +113,7 @@ def update(args: argparse.Namespace, path: str) -> dict[str, Any]:
         forgotten = forget_peak()
         before, highest = resident(), peak_resident()
         start = perf_counter()
-        with whole_logits() if path == "plain" else nullcontext():
+        with full_logits() if path == "plain" else nullcontext():
             metrics = trainer.step(rollout, scores=scores)
         seconds = perf_counter() - start
         peak = peak_resident()

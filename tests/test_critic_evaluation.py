@@ -179,7 +179,7 @@ def test_truncated_continuation_ends_in_the_bootstrapped_value(make, policy):
     )
     torch.nn.init.constant_(trainer.critic.score.weight, 0.5)
     found = trainer.evaluate_critic(prompts=6, positions=4, continuations=2)
-    rollout = trainer.annotate(trainer.answer([trainer.prompts.dataset[i] for i in range(40)]))
+    rollout = trainer.annotate(trainer.respond([trainer.prompts.dataset[i] for i in range(40)]))
     after = {record: float(rollout.bootstrap[record]) for record in found.prompts.tolist()}
     assert any(after.values())
     expected = [
@@ -201,7 +201,7 @@ def test_greedy_policy_has_no_noise(make, policy):
     )
     found = trainer.evaluate_critic(prompts=40, positions=LIMIT, continuations=2)
     assert found.overall.noise == 0
-    rollout = trainer.answer([trainer.prompts.dataset[i] for i in range(40)])
+    rollout = trainer.respond([trainer.prompts.dataset[i] for i in range(40)])
     rollout = trainer.estimate(trainer.annotate(trainer.score(rollout)))
     at = found.prompts, found.positions
     assert torch.allclose(found.values, rollout.values[at].double(), atol=1e-5)

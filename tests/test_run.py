@@ -161,12 +161,12 @@ def test_reference_variety_is_of_groups_like_the_rollouts(make, monkeypatch):
 def test_only_some_reference_answers_are_kept(make, world):
     trainer = make()
     datasets = [world.prompts(2, seed=seed) for seed in range(9)]
-    first = trainer.answer(datasets[0], reference=True)
-    assert trainer.answer(datasets[0], reference=True) is first
+    first = trainer.respond(datasets[0], reference=True)
+    assert trainer.respond(datasets[0], reference=True) is first
     for dataset in datasets[1:]:
-        trainer.answer(dataset, reference=True)
+        trainer.respond(dataset, reference=True)
     assert len(trainer._references) <= 4
-    again = trainer.answer(datasets[0], reference=True)
+    again = trainer.respond(datasets[0], reference=True)
     assert again is not first
     assert torch.equal(again.input_ids, first.input_ids)
 
@@ -410,10 +410,10 @@ def test_parts_that_would_be_ignored_or_fail_late(make, part, message):
 def test_reference_answers_follow_the_prompts_and_the_sampler(make, world):
     trainer = make()
     dataset = world.prompts(4)
-    first = trainer.answer(dataset, reference=True)
+    first = trainer.respond(dataset, reference=True)
     dataset.reverse()
-    assert trainer.answer(dataset, reference=True) is not first
+    assert trainer.respond(dataset, reference=True) is not first
     dataset.reverse()
-    assert trainer.answer(dataset, reference=True) is first
+    assert trainer.respond(dataset, reference=True) is first
     trainer.sampler = replace(trainer.sampler)
-    assert trainer.answer(dataset, reference=True) is not first
+    assert trainer.respond(dataset, reference=True) is not first

@@ -46,6 +46,7 @@ RENAMED = {
     "models.is_over": "models.shares_base",
     "models.speaking_as": "models.active_adapter",
     "models.trained_beneath": "models.trained_base_parameters",
+    "models.whole_logits": "models.full_logits",
     "reward_trainer.PairScores": "reward_modeling.pairs.PairRewards",
     "roles.is_adapted": "models.lora.is_peft_model",
     "roles.make_accelerator": "distributed.processes.make_accelerator",

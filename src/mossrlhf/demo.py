@@ -460,7 +460,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def response_texts(trainer: Trainer, prompts: Records, reference: bool = False) -> list[str]:
     """Return the policy's or the reference's responses to this process's share of prompts."""
-    ids = trainer.answer(prompts, reference).completions()
+    ids = trainer.respond(prompts, reference).completions()
     return list(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))
 
 

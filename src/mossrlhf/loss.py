@@ -423,7 +423,8 @@ SCALES = (0.1, 1.0, 4.0, 30.0)
 def coupling(loss: PPOMaxLoss) -> str | None:
     """Return why a policy's loss is not a sum over tokens, as a clause; None where it is one.
 
-    A sum over tokens is computed a chunk of logits at a time; otherwise all logits are needed.
+    A sum over tokens is differentiated in the forward pass, a chunk of logits at a time; any other
+    loss gets the log-probs of all tokens, and each chunk is computed again in the backward pass.
     `policy_loss` is called on six invented tokens at once and one by one, and losses and gradients
     compared, at several scales. What this cannot find a subclass declares: ``couples_tokens``.
     """

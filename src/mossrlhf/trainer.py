@@ -333,11 +333,11 @@ class Trainer:
         """Compute log-probs of policy and reference, and values, before any model is updated.
 
         Args:
-            rollout: B responses; what it holds of these already is replaced.
+            rollout: B responses; what it holds of the results already is replaced.
 
         Returns:
-            the rollout with `logprobs`, `entropies`, `ref_logprobs`, and with `values` and
-            `bootstrap` where there is a critic.
+            the rollout with `logprobs`, `entropies` and `ref_logprobs`; with `values` if there is
+            a critic, and with `bootstrap` if `args.bootstrap_truncated` is set as well.
         """
         self.model.eval()
         noted: dict[str, Tensor] = {}
@@ -536,8 +536,8 @@ class Trainer:
             return self._compare(dataset, reward_set)
 
     def _compare(self, dataset: Dataset, rewards: RewardSet) -> dict[str, float]:
-        ours = self.answer(dataset)
-        theirs = self.answer(dataset, reference=True)
+        ours = self.respond(dataset)
+        theirs = self.respond(dataset, reference=True)
         ours = self.annotate(ours)
         described = rollout_metrics(ours, self.engine.reduce)
         metrics = {f"eval/{name}": value for name, value in described.items()}
@@ -575,7 +575,7 @@ class Trainer:
         )
         return evaluate_critic(stages, dataset, **options)
 
-    def answer(self, dataset: Dataset, reference: bool = False) -> Rollout:
+    def respond(self, dataset: Dataset, reference: bool = False) -> Rollout:
         """Sample a response to every prompt of a dataset, with separate random numbers.
 
         Args:
@@ -587,17 +587,19 @@ class Trainer:
             this process's share of the responses, in order.
         """
         if not reference:
-            return self._answer(dataset, reference)
+            return self._respond_to_all(dataset, reference)
         # Keyed by prompts and sampler: either may have been changed in between.
         prompts = repr([dict(dataset[i])["prompt"] for i in range(len(dataset))]).encode()
         key = hashlib.blake2b(prompts).digest(), self.sampler
         for known, rollout in self._references:
             if known[0] == key[0] and known[1] is key[1]:
                 return rollout
-        self._references.append((key, self._answer(dataset, reference)))
+        self._references.append((key, self._respond_to_all(dataset, reference)))
         return self._references[-1][1]
 
-    def _answer(self, dataset: Dataset, reference: bool) -> Rollout:
+    answer = respond  # the old name, until the next release
+
+    def _respond_to_all(self, dataset: Dataset, reference: bool) -> Rollout:
         accelerator = self.accelerator
         mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         records = [dict(dataset[i]) for i in mine]
@@ -615,7 +617,7 @@ class Trainer:
         dataset, copies = self.prompts.dataset, self.args.samples_per_prompt
         size = self.args.rollout_size // copies
         records = [dict(dataset[i % len(dataset)]) for i in range(size) for _ in range(copies)]
-        completions = self._answer(records, reference=True).completions()
+        completions = self._respond_to_all(records, reference=True).completions()
         shares = torch.tensor([distinct_2(completions), 1.0], device=self.accelerator.device)
         total, processes = self.engine.reduce(shares).tolist()
         return total / processes
@@ -694,5 +696,5 @@ class Trainer:
         why = self.engine.why_not_fused(self.loss)
         if why is None and "as a module" in path.reason:
             why = "a module is run twice"
-        units = "three matrix units" if why is None else f"four matrix units, since {why}"
-        return f"{path.reason}; {units}; by {chosen.name}, since {chosen.reason}"
+        work = "three matrix products" if why is None else f"four matrix products, since {why}"
+        return f"{path.reason}; {work}; by {chosen.name}, since {chosen.reason}"

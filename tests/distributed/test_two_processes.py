@@ -9,7 +9,7 @@ from rollouts import recorded_rollout
 from transformers import LlamaForCausalLM
 
 from mossrlhf import ActorCritic, RewardModel, ToyWorld, micro_batches
-from mossrlhf.models import policy_stats, whole_logits
+from mossrlhf.models import full_logits, policy_stats
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_in_single_precision_two_processes_equal_one(folder):
     assert difference <= 1e-6 * torch.norm(one["parameters"])
 
 
-def test_kernels_on_two_processes_equal_whole_logits_on_one(folder):
+def test_kernels_on_two_processes_equal_full_logits_on_one(folder):
     """With accumulation, PTX, value loss, a tied head and recomputed activations all on."""
     everything = dict(TIED="1", CHECKPOINTS="1")
     whole = launch(folder, 1, WHOLE="1", **everything)
@@ -96,12 +96,12 @@ def test_kernels_on_two_processes_equal_whole_logits_on_one(folder):
 
 
 @pytest.mark.parametrize("units", ["fused", "recomputed"])
-def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_whole_logits(folder, units):
+def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_full_logits(folder, units):
     rollout = torch.load(folder / "rollout.pt", weights_only=False)
     mine = rollout.select(torch.arange(0, len(rollout), 2))
     got = launch(folder, 2, "fsdp_step.py", units)
     policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
-    with whole_logits():
+    with full_logits():
         stats = policy_stats(policy, rollout, 0.7, entropy=True)
         scored = policy_stats(policy, mine, 0.7, entropy=True)
     torch.testing.assert_close(got["scored"], torch.stack([scored.logprob, scored.entropy]))
@@ -111,7 +111,7 @@ def test_a_policy_sharded_by_fsdp_gets_the_gradient_of_whole_logits(folder, unit
     assert torch.norm(got["gradient"] - expected) <= 1e-12 * torch.norm(expected)
 
 
-def test_policies_sharded_by_zero_get_the_gradients_of_whole_logits(folder):
+def test_policies_sharded_by_zero_get_the_gradients_of_full_logits(folder):
     """Both ways of the weight, a head that is the embedding, and one that has an adapter."""
     pytest.importorskip("deepspeed")
     from zero_step import made
@@ -125,7 +125,7 @@ def test_policies_sharded_by_zero_get_the_gradients_of_whole_logits(folder):
         assert ("as a module" if "adapted" in kind else "by its weight") in got["path"], kind
         policy = made(folder, kind.split()[0])
         critic = RewardModel.from_language_model(folder / "policy")
-        with whole_logits():
+        with full_logits():
             stats = policy_stats(policy, rollout, 0.7, entropy=True)
             scored = policy_stats(policy, mine, 0.7, entropy=True)
         scored = torch.stack([scored.logprob, scored.entropy])

@@ -15,10 +15,10 @@ from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.models import (
     ActorCritic,
     RewardModel,
+    full_logits,
     language_model_loss,
     policy_stats,
     token_path,
-    whole_logits,
 )
 from mossrlhf.models.backbone import is_causal
 from mossrlhf.types import LossOutput, Rollout
@@ -144,7 +144,7 @@ class TestActorCritic:
         token_path(model.policy)  # one forward by full logits, one by hidden states
         ids, mask = padded([[1, 2, 3]], "right")
         data = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-        for path in (nullcontext(), whole_logits()):
+        for path in (nullcontext(), full_logits()):
             with path:
                 policy_stats(model.policy, batch)
                 language_model_loss(model.policy, data)

@@ -19,11 +19,11 @@ from mossrlhf.models import (
     IGNORED_LABEL,
     announce,
     backbone,
+    full_logits,
     language_model_loss,
     policy_loss,
     policy_stats,
     token_path,
-    whole_logits,
 )
 from mossrlhf.models.backbone import accepts
 from mossrlhf.models.token_logprobs import hidden_states
@@ -89,7 +89,7 @@ def three_units(model, batch):
 
 
 def by_logits(model, batch):
-    with whole_logits():
+    with full_logits():
         return four_units(model, batch)
 
 
@@ -167,7 +167,7 @@ def test_adapted_models_are_scored_by_hidden_states(options, how, batch):
 def require_equal_scores(model, batch):
     with torch.no_grad():
         ours = policy_stats(model, batch)
-        with whole_logits():
+        with full_logits():
             theirs = policy_stats(model, batch)
     torch.testing.assert_close(ours.logprob, theirs.logprob)
 
@@ -278,7 +278,7 @@ def test_language_model_loss_is_that_of_full_logits(batch):
     data = {"input_ids": batch.input_ids, "attention_mask": mask, "labels": labels}
 
     def whole(model, data):
-        with whole_logits():
+        with full_logits():
             return language_model_loss(model, data)[0]
 
     loss, gradient = loss_and_gradient(model, data, whole)
@@ -365,7 +365,7 @@ def test_the_head_is_not_applied_to_prompts(small):
     model.lm_head.register_forward_hook(lambda *call: widths.append(call[1][0].shape[-2]))
     short = small.select(torch.tensor([0]))
     hidden, full = policy_stats(model, short), policy_stats(Full(), short)
-    with whole_logits():
+    with full_logits():
         kept = policy_stats(model, short)
     # Two response tokens; all five positions; the tokens and the place before them.
     assert widths == [2, 5, 3]
@@ -392,7 +392,7 @@ def test_bf16_models_are_scored_in_float32(small):
     expected = token_stats(logits, small.response_ids[small.mask])
     assert got.logprob.dtype == got.entropy.dtype == torch.float32
     torch.testing.assert_close(vars(got), vars(expected))
-    with whole_logits():
+    with full_logits():
         rounded = policy_stats(model, small, entropy=True)
     assert rounded.logprob.dtype == torch.float32
     assert (rounded.logprob - expected.logprob).abs().max() > 1e-4

@@ -78,7 +78,7 @@ def two_ways_to_score(kept):
     held = [f"{one['gradients_and_optimizer_mb']:.0f}" for one in (ours, whole)]
     return [
         f"| hidden states, in chunks | {peaks[0]} MB | {held[0]} MB |",
-        f"| full logits (`models.whole_logits()`) | {peaks[1]} MB | {held[1]} MB |",
+        f"| full logits (`models.full_logits()`) | {peaks[1]} MB | {held[1]} MB |",
         "agree to seven digits",
         f"`{kept['command']}`",
     ]

@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     from mossrlhf import AdvantageEstimator, PPOMaxLoss, RewardShaper, ToyWorld, Trainer
     from mossrlhf.config import TrainerConfig
     from mossrlhf.kernels import chunked_head as head
-    from mossrlhf.models import whole_logits
+    from mossrlhf.models import full_logits
 
     head.CPU_CHUNK_BYTES, head.MIN_CHUNK_ROWS = 1, 16  # sixteen tokens
     world = ToyWorld()
@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
         return clip(roles)
 
     trainer.engine.step, trainer.engine._clip = recorded, clipped
-    with whole_logits() if on("WHOLE") else nullcontext():
+    with full_logits() if on("WHOLE") else nullcontext():
         metrics = trainer.step(rollout.select(mine))
     torch.save(steps, folder / f"steps{accelerator.process_index}.pt")
     if accelerator.is_main_process:

@@ -201,7 +201,7 @@ def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
     rollout = recorded.select(torch.arange(accelerator.process_index, 8, accelerator.num_processes))
     result["before"] = flat(trainer)
     # The reference before anyone else, and the critic alone first, as in its warm-up.
-    result["reference"] = trainer.answer(trainer.eval_dataset, reference=True).completions()
+    result["reference"] = trainer.respond(trainer.eval_dataset, reference=True).completions()
     estimated = trainer.estimate(trainer.annotate(trainer.score(rollout)))
     with held_gradients(trainer, case.kind) as result["held"]:
         result["warm-up"] = trainer.update(estimated, ("critic",))
@@ -211,7 +211,7 @@ def taken(folder: Path, case: Case, one: str | None) -> dict[str, Any]:
     names = ("logprobs", "ref_logprobs", "values", "entropies")
     result["scored"] = {name: getattr(again, name) for name in names}
     result["evaluated"] = trainer.evaluate()
-    result["drawn"] = trainer.answer(trainer.eval_dataset).completions()
+    result["drawn"] = trainer.respond(trainer.eval_dataset).completions()
     result["in_force_still"] = in_force(trainer, case.kind)
     result["parameters"] = flat(trainer)
     # Whole, and in the layout of one process; then that one's in place of what there is here.

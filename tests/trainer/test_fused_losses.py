@@ -7,7 +7,7 @@ from rollouts import recorded_rollout
 from mossrlhf import PPOMaxLoss
 from mossrlhf.kernels import chunked_head as head_module
 from mossrlhf.loss import coupling
-from mossrlhf.models import whole_logits
+from mossrlhf.models import full_logits
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_losses_that_couple_tokens_are_found(make, loss, reason):
 
 
 @pytest.mark.parametrize("kind", [PPOMaxLoss, Alone, Centered, Picky, Thresholded, Neutral, Whole])
-def test_all_losses_are_those_of_whole_logits(make, parameters, kind, batch):
+def test_all_losses_are_those_of_full_logits(make, parameters, kind, batch):
     """A loss that couples tokens sees all of them at once, however small the chunks."""
 
     def run(name):
@@ -108,7 +108,7 @@ def test_all_losses_are_those_of_whole_logits(make, parameters, kind, batch):
         return parameters(trainer.model)
 
     ours = run("ours")
-    with whole_logits():
+    with full_logits():
         theirs = run("theirs")
     assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
 

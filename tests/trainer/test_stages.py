@@ -47,8 +47,8 @@ def test_several_responses_to_a_prompt_stand_together(make):
 
 def test_an_answer_for_each_prompt(make, world):
     trainer = make()
-    assert len(trainer.answer(world.prompts(5))) == 5
-    assert len(trainer.answer(world.prompts(5), reference=True)) == 5
+    assert len(trainer.respond(world.prompts(5))) == 5
+    assert len(trainer.respond(world.prompts(5), reference=True)) == 5
 
 
 def test_responses_are_at_most_512_tokens_by_default(make, policy):

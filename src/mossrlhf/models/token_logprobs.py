@@ -1,7 +1,10 @@
 """Log-probabilities of tokens under a causal language model, and losses made of them.
 
-The output head is applied to the hidden states that are needed, a chunk at a time; models whose
-logits are something else than their head's are scored by full logits (`token_path`).
+The output head is applied to the hidden states that are needed, a chunk at a time
+(`kernels.chunked_head`). A loss that is a sum over tokens gets its gradient in the forward pass
+(`policy_loss`); one that couples tokens, or that `optimization` may not fuse, is computed from
+`policy_stats`, whose chunks are computed again in the backward pass. Full logits are made only
+for models whose logits are something else than their head's (`token_path`).
 """
 
 import warnings
@@ -35,7 +38,7 @@ _WITHIN_LAYERS = {
 }  # fmt: skip
 """Adapters that act within layers alone: the unwrapped model computes all that they do."""
 
-_full_logits: ContextVar[bool] = ContextVar("full_logits", default=False)
+_by_full_logits: ContextVar[bool] = ContextVar("full_logits", default=False)
 _known: WeakKeyDictionary[nn.Module, "TokenPath"] = WeakKeyDictionary()
 
 
@@ -167,7 +170,7 @@ def _stats_from_full_logits(
     skipped = batch.input_ids.shape[1] - logits.shape[1]
     rows, columns = batch.mask.nonzero(as_tuple=True)
     picked = logits[rows, batch.state_index[rows, columns] - skipped]
-    score = functional.token_stats if _full_logits.get() else kernels.token_stats
+    score = functional.token_stats if _by_full_logits.get() else kernels.token_stats
     return score(picked, batch.response_ids[rows, columns], temperature, entropy)
 
 
@@ -186,13 +189,13 @@ def hidden_states(
 
 
 @contextmanager
-def whole_logits() -> Iterator[None]:
+def full_logits() -> Iterator[None]:
     """Score by full logits and `functional` alone for the block, to compare the fast path with."""
-    before = _full_logits.set(True)
+    before = _by_full_logits.set(True)
     try:
         yield
     finally:
-        _full_logits.reset(before)
+        _by_full_logits.reset(before)
 
 
 def token_path(model: nn.Module) -> TokenPath:
@@ -201,8 +204,8 @@ def token_path(model: nn.Module) -> TokenPath:
     The result is remembered until `announce`, or until the configuration scales or caps logits
     differently. It is probed rather than looked up, since models scale, cap or bias their logits.
     """
-    if _full_logits.get():
-        return TokenPath(False, "by whole_logits()")
+    if _by_full_logits.get():
+        return TokenPath(False, "by full_logits()")
     known = _known.get(model)
     if known is None or (known.scale, known.softcap) != logit_scaling(unwrap_peft(model)):
         known = _known[model] = _probe(model)
@@ -219,7 +222,7 @@ def announce(model: nn.Module | None, name: str) -> None:
         return
     _known.pop(model, None)
     path = token_path(model)
-    if not path.by_hidden and not _full_logits.get():
+    if not path.by_hidden and not _by_full_logits.get():
         warnings.warn(
             f"{name}: its tokens are scored by full logits, whose memory grows with the "
             f"vocabulary, since {path.reason}",
