@@ -71,16 +71,17 @@ def test_demo_writes_summary_samples_curves_and_models(small, tmp_path, capsys):
 
 
 def test_true_preference_trains_nothing(small, tmp_path, monkeypatch):
-    def run(folder, name):
+    def run(folder):
         config = demo.DemoConfig(output_dir=str(tmp_path / folder), steps=2, arms=("ppo_max",))
-        return demo.main(config)["runs"]["ppo_max"][name]
+        return demo.main(config)["runs"]["ppo_max"]
 
-    score = run("true", "reward_score")
+    score = run("true")["reward_score"]
     monkeypatch.setattr(
         ToyWorld, "reward", lambda self, *, completions, **_: [7.0] * len(completions)
     )
-    assert run("false", "true_quality") == 7.0
-    assert run("again", "reward_score") == score
+    found = run("false")
+    assert found["true_quality"] == 7.0
+    assert found["reward_score"] == score
 
 
 def test_arms_differ_in_components_and_learning_rate(tmp_path):

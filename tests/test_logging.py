@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import run
 
 from mossrlhf.logging import COLUMNS, Completions, ConsoleTable, completion_table
 
@@ -120,16 +118,13 @@ def test_completion_table_skips_lines_that_are_not_records(tmp_path):
     assert completion_table(path) == [{"step": 1}]
 
 
-def test_standard_logging_is_not_hidden(root):
+def test_standard_logging_is_not_hidden(tmp_path):
     """Imports are absolute: `import logging` in the package is the standard library's."""
-    code = """
+    script = tmp_path / "log.py"
+    script.write_text("""
 import logging, mossrlhf.logging
 from mossrlhf import Trainer
 assert logging is not mossrlhf.logging
 logging.getLogger("any").warning("written by the standard library")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "written by the standard library" in done.stderr
+""")
+    assert "written by the standard library" in run(script, output=tmp_path / "output")

@@ -146,10 +146,10 @@ def test_trainers_do_not_share_a_presets_running_moments(make):
 def test_reference_variety_is_of_groups_like_the_rollouts(make, monkeypatch):
     trainer = make(args=dict(samples_per_prompt=4))
     asked = []
-    original = type(trainer)._answer
+    original = type(trainer)._respond_to_all
     monkeypatch.setattr(
         type(trainer),
-        "_answer",
+        "_respond_to_all",
         lambda self, d, reference: asked.append(d) or original(self, d, reference),
     )
     trainer.reference_distinct_2()
