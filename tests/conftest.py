@@ -29,7 +29,8 @@ SHAPED = [
     for path in sorted(SOURCES.rglob("*.py"))
     if "jaxtyping" in path.read_text(encoding="utf-8")
 ]
-jaxtyping.install_import_hook(SHAPED, "shapecheck.checker")
+# And the decorator that rejects unknown options, or the hook would check those before it does.
+jaxtyping.install_import_hook([*SHAPED, "mossrlhf.options"], "shapecheck.checker")
 
 torch.set_num_threads(1)  # the workers share the cores; small tensors gain nothing from more
 
