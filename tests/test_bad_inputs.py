@@ -5,30 +5,24 @@ all arguments are checked, which nobody's are who has the package installed.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from bad_inputs import ROOMS
 from bad_inputs.page import PAGE, text
 from bad_inputs.room import Room
 from bad_inputs.shop import Shop
+from launching import run
 
 ROWS = {f"{room.title}: {row.given}": row for room in ROOMS for row in room.rows}
 
 
 @pytest.fixture(scope="module")
-def outcomes(root, tmp_path_factory):
+def outcomes(tmp_path_factory):
     """What came of every row."""
-    path = tmp_path_factory.mktemp("outcomes") / "outcomes.json"
-    folders = ("src", "examples", "tests/support")
-    paths = os.pathsep.join(str(root / folder) for folder in folders)
-    done = subprocess.run(
-        [sys.executable, "-m", "bad_inputs", "--run", str(path)],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path_factory.mktemp("outcomes")
+    path, script = folder / "outcomes.json", folder / "script.py"
+    script.write_text("import runpy\nrunpy.run_module('bad_inputs', run_name='__main__')\n")
+    run(script, "--run", str(path), output=folder / "output")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

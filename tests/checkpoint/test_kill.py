@@ -12,7 +12,12 @@ from mossrlhf.checkpoint.folders import STATE
 
 
 @pytest.mark.parametrize(
-    ("processes", "runs", "more"), [(1, 3, []), (2, 3, []), (1, 3, ["--adapters"])]
+    ("processes", "runs", "more"),
+    [
+        pytest.param(1, 3, [], marks=pytest.mark.slow),
+        (2, 3, []),
+        (1, 3, ["--adapters"]),
+    ],
 )
 def test_killed_runs_end_as_if_they_had_not_been(root, tmp_path, processes, runs, more):
     """While sampling, while updating, while saving; all 25: tools/kill_runs.py."""

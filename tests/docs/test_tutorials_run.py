@@ -39,8 +39,9 @@ def code_of(path):
 
 
 SMALLER = {
-    r"sft_examples\(\d+\)": "sft_examples(200)",
+    r"sft_examples\(\d+\)": "sft_examples(64)",
     r"\bpairs\(2000\)": "pairs(200)",
+    r"\bprompts\(128": "prompts(16",
     r"\bsteps=\d+|\btotal_steps=\d+": lambda found: found[0].split("=")[0] + "=2",
     r"\bcritic_pretrain_steps=\d+": "critic_pretrain_steps=1",
 }

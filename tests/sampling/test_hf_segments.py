@@ -135,10 +135,10 @@ def test_segments_change_nothing(name, config):
     if config.get("do_sample", True):
         assert 0 < expected.response_lengths.min() < LIMIT
         assert len(set(expected.response_lengths.tolist())) > 2
-    for segment in (1, 3, 16):
+    for segment in (1, 3):
         require_same(draw(model, segment, **config), expected)
     if name not in PADDING_MATTERS:
-        for batch_size in (1, 2, 4):
+        for batch_size in (1, 4):
             require_same(draw(model, 3, batch_size, **config), expected)
 
 
@@ -150,7 +150,7 @@ def test_whatever_ends_and_pads(ends, pad, do_sample):
     expected = draw(model, None, ends=ends, pad=pad, do_sample=do_sample)
     plain = draw(model, None, ends=ends, pad=79, do_sample=do_sample)
     assert plain.completions() == expected.completions()
-    for segment in (1, 3, 16):
+    for segment in (1, 3):
         require_same(draw(model, segment, ends=ends, pad=pad, do_sample=do_sample), expected)
 
 

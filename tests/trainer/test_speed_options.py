@@ -11,7 +11,7 @@ from mossrlhf import HFSampler, RewardModel, ToyWorld, Trainer, TrainerConfig
 from mossrlhf.models import backbone
 
 WORLD = ToyWorld(lang="en", seed=0)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 SETTINGS = dict(
     total_steps=3,
     rollout_size=12,
@@ -116,7 +116,7 @@ def test_there_is_something_to_see(plain):
         assert len(lengths) >= 8
         assert 16 in lengths
         assert run.history[-1]["kl/ref_per_sequence"] > 1e-2
-    assert plain[0].said != plain[1].said != plain[2].said
+    assert plain[0].said != plain[1].said
 
 
 OPTIONS = {
