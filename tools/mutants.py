@@ -30,6 +30,12 @@ from faults import ROOT, SOURCE, Mutant, mutants, mutated
 ARGUED = ROOT / "tools" / "equivalent_mutants.json"
 FIGURES = ROOT / "benchmarks" / "results" / "mutants.json"
 
+FOUNDATIONS = (
+    "accelerate", "beartype", "datasets", "hypothesis", "jaxtyping", "peft", "torch._dynamo",
+    "transformers.models.llama.modeling_llama", "transformers.trainer",
+)  # fmt: skip
+"""What sources and tests import of other libraries: seconds of every child otherwise."""
+
 COPIES = tempfile.TemporaryDirectory(prefix="mutants-")
 
 TRAINER = (
@@ -108,8 +114,11 @@ def start(file: str, source: str, tests: Sequence[str], seconds: float) -> int:
     try:
         with tempfile.TemporaryDirectory(dir=COPIES.name) as copy:
             package = Path(copy) / SOURCE.name
-            shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
-            (package / file).write_text(source, encoding="utf-8")
+            shutil.copytree(SOURCE, package)
+            place = package / file
+            place.write_text(source, encoding="utf-8")
+            for compiled in place.parent.glob(f"__pycache__/{place.stem}.*"):
+                compiled.unlink()
             import pytest
 
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -124,7 +133,7 @@ def start(file: str, source: str, tests: Sequence[str], seconds: float) -> int:
 def import_foundations() -> None:
     """Import once, for every child, what the sources stand on; never the sources."""
     os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py has it, and before triton as well
-    for module in ("accelerate", "peft", "torch", "torch._dynamo", "transformers"):
+    for module in FOUNDATIONS:
         importlib.import_module(module)
 
 
