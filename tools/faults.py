@@ -148,8 +148,8 @@ def live(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
             silent = ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom
             if not isinstance(child, ast.AST) or isinstance(child, silent):
                 continue
-            if isinstance(child, ast.keyword) and child.arg == "strict":
-                continue  # of `zip`: an error where there would be another
+            if isinstance(child, ast.keyword) and child.arg in ("strict", "stacklevel"):
+                continue  # of `zip`: an error where there would be another; of warnings: a line
             union = isinstance(child, ast.BinOp) and isinstance(child.op, ast.BitOr)
             typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
             if typing or (union and not function):

@@ -24,7 +24,8 @@ from mossrlhf.types import Advantages
 class AdvantageEstimator:
     """Generalized advantage estimation over the tokens of each response.
 
-    Any callable of the same signature can stand in its place, for instance
+    Any callable of rewards, values and mask can stand in its place; it gets the other arguments
+    that it names. For instance
     ``lambda rewards, values, mask, bootstrap=None: Advantages(rewards - values, rewards)``.
 
     Args:
@@ -71,7 +72,7 @@ class AdvantageEstimator:
         Args:
             rewards: ``[B, T]``, in units of reward.
             values: ``[B, T]`` of the state before each token.
-            mask: ``[B, T]`` tokens that count; the recursion carries across holes.
+            mask: ``[B, T]`` states with a value; the recursion carries across holes.
             bootstrap: ``[B]`` value after the last token; None for 0.
             counted: ``[B, T]`` tokens that are whitened together; None for `mask`.
             reduce: sums a tensor over all processes.
@@ -129,8 +130,8 @@ class GroupRelative:
     ) -> Advantages:
         """Estimate one advantage per response, the same for all its tokens.
 
-        Args are those of `AdvantageEstimator`; groups are consecutive rows, which never span
-        processes, and ``values`` and ``bootstrap`` are ignored.
+        Args are those of `AdvantageEstimator` but `counted`; groups are consecutive rows, which
+        never span processes, and ``values`` and ``bootstrap`` are ignored.
         """
         returns = sequence_returns(rewards, mask)
         scale = {} if self.scale else {"eps": None}
@@ -167,8 +168,8 @@ class LeaveOneOut:
     ) -> Advantages:
         """Estimate one advantage per response, the same for all its tokens.
 
-        Args are those of `AdvantageEstimator`; groups are consecutive rows, which never span
-        processes, and ``values`` and ``bootstrap`` are ignored.
+        Args are those of `AdvantageEstimator` but `counted`; groups are consecutive rows, which
+        never span processes, and ``values`` and ``bootstrap`` are ignored.
         """
         returns = sequence_returns(rewards, mask)
         relative = leave_one_out(returns, self.group_size)

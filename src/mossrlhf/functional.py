@@ -217,9 +217,9 @@ def kl_k1(
 def kl_k2(
     logprob: Float[Tensor, "*shape"], ref_logprob: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """k2 = ½ (log π − log π_ref)²: biased, but its gradient is the KL divergence's.
+    """k2 = ½ (log π − log π_ref)²: biased, but its expected gradient is that of KL(π‖π_ref).
 
-    Use it in losses: k1's expected gradient is zero, k3's is that of the reverse divergence.
+    Use it in losses: k1's expected gradient is zero, k3's is that of KL(π_ref‖π).
     Source: Schulman (2020).
 
     Args: those of `kl_k1`.
@@ -278,7 +278,7 @@ def gae(
     Args:
         rewards: ``[B, T]``; entries outside the mask are ignored.
         values: ``[B, T]`` of the state before each token.
-        mask: ``[B, T]`` response tokens.
+        mask: ``[B, T]`` states with a value: response tokens, and in `Trainer` end states.
         gamma: discount γ, per token.
         lam: λ, per token.
         bootstrap: ``[B]`` value of the state after the last token; None for 0.

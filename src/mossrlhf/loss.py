@@ -113,8 +113,8 @@ class PPOMaxLoss:
         value_coef: factor on the value loss. Under Adam it matters only where gradients are
             clipped jointly or policy and critic share parameters.
         entropy_coef: factor on the entropy bonus; None for none.
-        entropy_target: δ_H, nats per token: the bonus becomes a pull of the mean entropy towards
-            it, coef·|H̄ − δ_H|. Above ln V it never binds. None for a plain bonus.
+        entropy_target: δ_H, nats per token: the loss gets coef·|H̄ − δ_H| of the mean entropy H̄
+            in place of the bonus. Above ln V it never binds. None for the bonus.
         kl_loss_coef: factor on a KL term towards the reference *in the loss*, by its k2 estimate;
             None for none. (The KL penalty in the reward is `RewardShaper.kl_coef`.)
         ptx_coef: λ_ptx, factor on the language-model loss of pre-training data; None for none.
@@ -182,8 +182,8 @@ class PPOMaxLoss:
             logprob: ``[N]`` under the policy being trained, nats.
             old_logprob: ``[N]`` in the ratio's denominator, nats.
             advantage: ``[N]``.
-            entropy: ``[N]`` nats, negated where a target asks for less of it; None without an
-                entropy term.
+            entropy: ``[N]`` nats, times −1 where it is above its target; None without an entropy
+                term.
         Source: P1 eq. 15.
         """
         loss = clipped_policy_loss(logprob, old_logprob, advantage, self.clip_range, self.dual_clip)
@@ -216,9 +216,9 @@ class PPOMaxLoss:
     def prepare(self, minibatch: Rollout, reduce: Reduce = lambda tensor: tensor) -> Rollout:
         """Compute what needs the whole minibatch, before it is split into micro-batches.
 
-        Whitens and clips advantages, and compares the mean entropy with its target: |H̄ − δ_H| is
-        not a sum over tokens, but its gradient is sign(H̄ − δ_H) times that of one, with H̄ from
-        when the rollout was annotated.
+        Whitens and clips advantages, and compares H̄, the mean entropy at annotation, with its
+        target: |H̄ − δ_H| is no sum over tokens, but its gradient is that of sign(H̄ − δ_H)·H̄,
+        which is one.
 
         Args:
             minibatch: the sequences of one optimizer step of this process.
@@ -421,10 +421,10 @@ SCALES = (0.1, 1.0, 4.0, 30.0)
 
 
 def coupling(loss: PPOMaxLoss) -> str | None:
-    """Return why a policy's loss is not a sum over tokens, as a clause; None where it is one.
+    """Return why a policy's loss may not be a sum over tokens, as a clause; None where it is one.
 
     A sum over tokens is differentiated in the forward pass, a chunk of logits at a time; any other
-    loss gets the log-probs of all tokens, and each chunk is computed again in the backward pass.
+    loss gets the log-probs of its micro-batch, and the backward pass computes each chunk again.
     `policy_loss` is called on six invented tokens at once and one by one, and losses and gradients
     compared, at several scales. What this cannot find a subclass declares: ``couples_tokens``.
     """

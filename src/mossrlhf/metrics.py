@@ -34,7 +34,7 @@ class Meter:
         self._weights: dict[str, Tensor] = {}
 
     def add(self, stats: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add means (scalars by name), weighted e.g. by the tokens of the optimizer step."""
+        """Add shares of means (scalars by name), of a weight such as the tokens of the step."""
         for name, value in stats.items():
             self._sums[name] = self._sums.get(name, 0.0) + widest(value) * weight
             self._weights[name] = self._weights.get(name, 0.0) + widest(weight)

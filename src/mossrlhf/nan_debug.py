@@ -27,7 +27,7 @@ PLAIN = ("terms", "roles", "loss", "denominators", "process")
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is not finite; no process has taken the step."""
+    """A gradient or statistic is not finite; no process has taken the step."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def read_fault(folder: str | Path) -> Fault:
             process with suspects.
 
     Returns:
-        the fault; ``trainer.engine.step(fault.rollout, trainer.loss)`` repeats the step.
+        the fault; ``trainer.engine.step(fault.rollout, trainer.loss)`` repeats it without PTX.
 
     Raises:
         FileNotFoundError: if there is no fault in the folder.

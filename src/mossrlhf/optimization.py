@@ -114,11 +114,12 @@ class TrainingEngine:
         """Take one optimizer step of the given roles.
 
         Every loss is a sum over tokens divided by the tokens of the whole step, over all
-        micro-batches and processes, so that neither changes anything but speed.
+        micro-batches and processes, so that neither changes anything but speed (unless the loss
+        couples tokens: then it couples those of a micro-batch).
 
         `minibatch` holds this process's sequences, annotated and estimated; `ptx` is a batch of
-        pre-training data for the policy. Raises `NonFiniteError` where a loss or gradient is not
-        finite: no process has taken the step, and the error names samples.
+        pre-training data for the policy. Raises `NonFiniteError` where a gradient or any statistic
+        is not finite: no process has taken the step; the error names samples where it finds them.
         """
         given, minibatch = minibatch, loss.prepare(minibatch, self.reduce)
         parts = self._parts(minibatch)
@@ -173,14 +174,14 @@ class TrainingEngine:
         return parts + [_weightless(parts[0])] * self._missing(len(parts))
 
     def _missing(self, count: int) -> int:
-        """How many micro-batches of weight zero this process adds to have as many as any other."""
+        """Return how many micro-batches this process lacks to have as many as any other."""
         if self.accelerator.num_processes == 1:
             return 0
         counts = torch.tensor([count], device=self.accelerator.device)
         return int(self.accelerator.gather(counts).max()) - count
 
     def in_step(self, parts: list[Any]) -> list[Any]:
-        """Repeat the first part until all processes have as many, where forwards are collective."""
+        """Repeat the first part until all processes have equally many, if models are sharded."""
         missing = self._missing(len(parts)) if is_sharded(self.bare) else 0
         return parts + parts[:1] * missing
 
@@ -232,7 +233,7 @@ class TrainingEngine:
 
     @property
     def _may_fuse(self) -> bool:
-        # A loss scale applied after the gradient was rounded to float16 is of no use.
+        # The loss must be scaled before its gradient is rounded; a fused one is rounded first.
         return bool(self.accelerator.mixed_precision != "fp16")
 
     def why_not_fused(self, loss: PPOMaxLoss) -> str | None:

@@ -132,10 +132,10 @@ class RollingReturnMoments(RunningMoments):
 @strict
 @dataclass(kw_only=True)
 class RewardShaper:
-    """Turns scores into rewards per token: r_t = −η(log π_old − log π_ref), + r̃ at the last token.
+    """Turns scores into rewards per token: −η(log π_old − log π_ref), plus r̃ at the last token.
 
     r̃ = clip((score − mean)/std, −δ, δ) by the running moments, to which the new scores are added
-    first. The penalty for an unfinished response comes after the clip, which cannot absorb it.
+    first. The penalty for an unfinished response is subtracted after the clip.
 
     Args:
         kl_coef: η, per nat; None for no penalty.
@@ -144,7 +144,8 @@ class RewardShaper:
         clip: δ, bound on |r̃|; None for none.
         missing_eos_penalty: subtracted from r̃ where the response hit the length limit, in
             units of r̃; None for none.
-        score_after_end: whether the score comes one step after the end of a response, as in TRL.
+        score_after_end: whether the score comes one step after the end of a response, as in TRL;
+            of rollouts that have such a step (`Rollout.with_end_states`, as `Trainer` makes them).
         moments: the running moments; of scores, or `RollingReturnMoments`.
 
     Raises:
@@ -217,7 +218,7 @@ class RewardShaper:
             reduce: sums a tensor over all processes.
 
         Returns:
-            ``[B, T]`` rewards, zero outside the mask but for a score after the end.
+            ``[B, T]`` rewards, zero outside the mask and the step after the end.
 
         Raises:
             ValueError: where a field of the rollout is missing, or it has rewards per token, for

@@ -79,8 +79,7 @@ Dataset = Sequence[Mapping[str, Any]]
 class Trainer:
     """PPO-max: collect → score → annotate → estimate → update, each a method to override.
 
-    Each stage takes a `Rollout` and returns a new one; through `self` travel models and counters
-    alone.
+    The stages pass data on as a `Rollout`; `self` holds models, settings, and how far the run is.
 
     Args:
         model: the policy: a causal language model, or its folder or hub name.
@@ -92,8 +91,8 @@ class Trainer:
         critic: a `RewardModel`; None for a copy of the reward model where it reads the policy's
             tokens, else the policy's backbone under a zero head; False for none. On the policy's
             own base: a `peft.PeftConfig` for a further adapter, or a `ValueHead` alone.
-        ref_model: the reference; None for a copy of the policy as it is now (or the policy with
-            its adapters off).
+        ref_model: the reference; None for a copy of the policy as it is now, or, where its
+            adapters are new, for the policy with its adapters off.
         args: lengths of the run, sizes of batches, learning rates.
         eval_dataset: held-out records, for `evaluate`.
         ptx_dataset: records of pre-training or SFT data for the PTX term.
@@ -333,7 +332,7 @@ class Trainer:
         """Compute log-probs of policy and reference, and values, before any model is updated.
 
         Args:
-            rollout: B responses; what it holds of the results already is replaced.
+            rollout: B responses; results that it has already are overwritten.
 
         Returns:
             the rollout with `logprobs`, `entropies` and `ref_logprobs`; with `values` if there is

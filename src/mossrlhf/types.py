@@ -30,8 +30,8 @@ from torch import Tensor
 class Rollout:
     """A batch of prompts with sampled responses, and everything computed about them.
 
-    Every stage of `Trainer` takes a rollout and returns a new one (`dataclasses.replace`) with
-    more of the optional fields; nothing is changed in place.
+    Stages of `Trainer` return a new rollout (`dataclasses.replace`) with more of the optional
+    fields; nothing is changed in place.
 
     Args:
         input_ids: ``[B, L]`` token ids, ``[prompt][response][pad]``.
@@ -52,7 +52,7 @@ class Rollout:
         entropies: ``[B, T]`` of the policy that sampled the response, nats per token.
         values: ``[B, T]`` the critic's value of the state before each token ("old").
         bootstrap: ``[B]`` the critic's value after a truncated response, 0 after a finished one.
-        rewards: ``[B, T]`` shaped score plus KL penalty.
+        rewards: ``[B, T]`` shaped scores minus the KL penalty.
         advantages: ``[B, T]``.
         returns: ``[B, T]`` the critic's targets.
         extra: further tensors whose first dimension is B, for custom losses. A second dimension

@@ -6,6 +6,8 @@ import warnings
 import pytest
 import released
 import torch
+from families import tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import CLASSIFIERS, LANGUAGE_MODELS, LLAMA, PAD, V, padded, small_batch
 from torch import nn
@@ -13,11 +15,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    GranitePreTrainedModel,
     LlamaConfig,
 )
 
+from mossrlhf import ToyWorld
 from mossrlhf.models import RewardModel, ValueHead, load_classifier
 from mossrlhf.models.backbone import is_causal
+from mossrlhf.models.reward_model import classifier_class
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 
@@ -102,6 +107,32 @@ class TestRewardModel:
         torch.testing.assert_close(scores, ours(ids, mask))
         again = RewardModel.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(again(ids, mask), ours(ids, mask), rtol=0, atol=0)
+
+    def test_a_family_without_a_classifier_gets_one(self, tmp_path):
+        """Transformers has none for Granite; it would load no checkpoint of one either."""
+        policy = tiny("granite", ToyWorld().tokenizer())
+        kind = classifier_class(policy.config)
+        assert kind.__name__ == "GraniteForSequenceClassification"
+        assert kind.__mro__[2] is GranitePreTrainedModel
+        ours = RewardModel.from_language_model(policy).eval()
+        nn.init.normal_(ours.score.weight)
+        ours.save_pretrained(tmp_path)
+        again = RewardModel.from_pretrained(tmp_path).eval()
+        ids, mask = padded(self.ROWS, "right")
+        torch.testing.assert_close(again(ids, mask), ours(ids, mask), rtol=0, atol=0)
+
+    def test_an_adapter_alone_is_merged_into_its_base(self, tmp_path):
+        RewardModel.from_language_model(LANGUAGE_MODELS["llama"]()).save_pretrained(
+            tmp_path / "base"
+        )
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        options = dict(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+        theirs = get_peft_model(base, LoraConfig(**options)).eval()
+        theirs.save_pretrained(tmp_path / "adapter")
+        ours = RewardModel.from_pretrained(tmp_path / "adapter").eval()
+        ids, mask = padded(self.ROWS, "right")
+        scores = theirs(ids, attention_mask=mask.long()).logits[:, 0]
+        torch.testing.assert_close(ours(ids, mask), scores)
 
     @pytest.mark.parametrize("ends", [PAD, [5, PAD]])
     def test_saving_warns_of_a_padding_token_that_ends_responses(self, ends, tmp_path):

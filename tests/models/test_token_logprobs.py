@@ -245,7 +245,7 @@ def test_adapters_beyond_layers_are_scored_by_full_logits(batch):
     model = peft.get_peft_model(tiny("llama", WORLD.tokenizer()), lora)
     path = token_path(model)
     assert not path.by_hidden
-    assert path.reason == "adapters of kind aLoRA do more than its layers tell"
+    assert path.reason == "adapters of kind aLoRA act outside of its layers, too"
     prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     prompted = peft.get_peft_model(tiny("llama", WORLD.tokenizer()), prompts)
     assert "PROMPT_TUNING" in token_path(prompted).reason

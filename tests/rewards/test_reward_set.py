@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -299,7 +300,9 @@ def test_to_moves_the_models(tokenizer, classifier):
     assert reward_set.same_tokenizer() == reward_set.models()
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(2), torch.tensor(1j), torch.ones(0)])
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(2), torch.tensor(1j), torch.ones(0), np.ones(1), np.complex64(1)]
+)
 def test_a_reward_is_one_real_number_per_response(tokenizer, rollout, wrong):
     with pytest.raises(ValueError, match="is no number"):
         RewardSet(lambda completions, **_: [torch.ones(1), wrong], tokenizer)(rollout)

@@ -41,11 +41,11 @@ from mossrlhf.version import __version__
 
 
 def save_checkpoint(run: RunState, folder: Path | None = None) -> Path:
-    """Write everything a run needs to resume to ``checkpoint-<step>``, and prune older ones.
+    """Write what a run changes to ``checkpoint-<step>``, and prune older ones.
 
     It holds the models as transformers loads them (``policy/``, ``critic/``), trained parameters,
     optimizers, schedules, running moments, the random state of every process, places in the
-    datasets, and the history.
+    datasets, settings, watches, callbacks and the history; of frozen weights a digest.
     """
     accelerator = run.accelerator
     path = (folder or run.output_dir) / run.checkpoint.name
@@ -124,7 +124,7 @@ def _exportable(run: RunState) -> dict[str, list[ExportableState]]:
 
 
 def _frozen_weights(run: RunState) -> dict[str, str | None]:
-    """Identify the weights that are not trained, and so are not in the checkpoint."""
+    """Return digests of the weights that are not trained, and that resuming does not load."""
     model = run.engine.bare
     adapters = {id(p) for p in adapter_parameters(model.policy).values()}
     frozen = {

@@ -23,7 +23,7 @@ from mossrlhf.serialization import CHECKSUM, read_json, require_checksums, with_
 from mossrlhf.version import __version__
 
 FORMAT = 1
-"""Format of checkpoints; raised when an older version cannot read a newer one's."""
+"""Format of checkpoints: a higher number where older versions cannot read what is written."""
 
 KINDS: dict[str, Any] = {
     "version": str,
@@ -116,7 +116,7 @@ class RunState:
         }
 
     def rewind(self, snapshot: dict[str, Any]) -> None:
-        """Restore a `snapshot`; right as long as no model has moved since."""
+        """Restore a `snapshot`; valid only while no optimizer step was taken since."""
         self.load_streams(snapshot)
         set_random_state(*snapshot["random"])
         self.generator.set_state(snapshot["minibatches"])
@@ -190,13 +190,13 @@ SETTINGS = frozenset([
     "max_grad_norm", "max_prompt_length", "minibatch_size", "num_ppo_epochs", "rollout_size",
     "samples_per_prompt", "seed", "warmup_steps", "weight_decay",
 ])  # fmt: skip
-"""Fields of `TrainerConfig` that change what is learned."""
+"""Fields of `TrainerConfig` that change what is learned, and that resuming compares."""
 
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 
 
 def settings_of(run: RunState) -> dict[str, Any]:
-    """Return the settings that decide what a run learns, by name."""
+    """Return the settings that resuming compares, by name."""
     values = {spec.name: getattr(run.args, spec.name) for spec in fields(run.args)}
     return {
         **{name: value for name, value in values.items() if name in SETTINGS},

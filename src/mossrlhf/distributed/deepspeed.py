@@ -21,7 +21,7 @@ from mossrlhf.types import Rollout
 def make_engine(
     model: ActorCritic, args: TrainerConfig, accelerator: Accelerator
 ) -> TrainingEngine:
-    """Return an `TrainingEngine`, or under DeepSpeed a `ZeroEngine`."""
+    """Return a `TrainingEngine`, or under DeepSpeed a `ZeroEngine`."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return TrainingEngine(model, args, accelerator)
     zero = accelerator.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})

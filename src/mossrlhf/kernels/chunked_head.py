@@ -1,8 +1,8 @@
 """The output head and a loss over tokens, a chunk of logits at a time.
 
-Full logits are never allocated: a chunk is computed, reduced to token statistics, overwritten by
-its gradient and multiplied by the weight and the hidden states. A loss that couples tokens computes
-each chunk twice (`linear_token_stats`).
+A chunk is computed, reduced to token statistics, overwritten by its gradient and multiplied by the
+weight and the hidden states. A loss that couples tokens computes each chunk twice
+(`linear_token_stats`). Full logits exist only of a sharded head that is no linear layer.
 """
 
 import math
@@ -29,7 +29,7 @@ from mossrlhf.types import LossOutput, TokenStats
 
 CPU_CHUNK_BYTES = 2**25
 CUDA_CHUNK_BYTES = 2**30
-"""Bytes of one chunk of float32 logits: few, to save memory, but enough for a fast product."""
+"""Most bytes of a chunk of float32 logits: little memory, but enough rows for a fast product."""
 
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
@@ -45,7 +45,7 @@ def chunks(count: int, width: int, cuda: bool) -> Iterator[slice]:
 
 
 def capped(logits: Tensor, scale: float, softcap: float | None, in_place: bool = False) -> Tensor:
-    """Return c·tanh(s·z / c), or s·z without c, in float32 at least (Gemma 2, arXiv 2408.00118)."""
+    """Return c·tanh(s·z / c), or s·z without c (Gemma 2, arXiv 2408.00118)."""
     if scale == 1.0 and softcap is None:
         return logits
     if not in_place:

@@ -174,7 +174,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def load_reference(ref_model: Any, policy: nn.Module) -> nn.Module | None:
-    """Return the given reference model, else a copy of the current policy, frozen.
+    """Return the given reference or a copy of the policy, frozen; None for its adapters off.
 
     Source: P1 §3.2: the reference is the SFT model.
     """

@@ -22,7 +22,7 @@ PACKED_ATTENTION = "mossrlhf_packed"
 """What transformers calls `packed_attention`, which is selected during a packed forward only."""
 
 MIN_PADDING = 0.05
-"""Share of padding from which packing pays."""
+"""Share of padding from which packing pays; on CPUs only."""
 
 _lock = RLock()
 """Threads may share a configuration, and would restore what another has set."""
@@ -43,7 +43,7 @@ def last_hidden_states(
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return _forward(backbone, input_ids, attention_mask=mask, position_ids=positions)
     tokens = attention_mask.bool()
-    # On CUDA the host would have to wait for the share of padding.
+    # Only on CPUs: elsewhere, reading the share of padding would synchronize.
     padded = tokens.device.type == "cpu" and float(tokens.float().mean()) < 1 - MIN_PADDING
     if padded and can_pack(backbone):
         return _packed_forward(backbone, input_ids, tokens)
@@ -77,9 +77,9 @@ def accepts(model: nn.Module, argument: str) -> bool:
 def needed_mask(
     backbone: nn.Module, attention_mask: Shaped[Tensor, "B L"], right_padded: bool | None = None
 ) -> Tensor | None:
-    """Return the mask to pass to a backbone: None for right padding under causal attention."""
+    """Return the mask to pass: None for what is known to be right padding and causal attention."""
     if right_padded is None:
-        # On CUDA the host would have to wait for the mask.
+        # Unknown on CUDA, where reading the mask would synchronize: it is passed then.
         right_padded = attention_mask.device.type == "cpu" and _is_right_padded(attention_mask)
     # Without a mask, attention runs its causal kernels, which do half of the work.
     return None if right_padded and is_causal(backbone) else attention_mask.long()
@@ -99,7 +99,7 @@ def is_causal(backbone: nn.Module) -> bool:
 def can_pack(backbone: Any) -> bool:
     """Whether packed sequences give the same hidden states; probed once and remembered."""
     # Layers that recompute their activations in the backward pass would no longer find
-    # `packed_attention` selected. Windows are looked up, since the probe fits into any of them.
+    # `packed_attention` selected. Windows are looked up: the probe is shorter than any of them.
     recomputes = any(
         isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
         for module in backbone.modules()
@@ -112,7 +112,7 @@ def can_pack(backbone: Any) -> bool:
 def _remembered(
     known: WeakKeyDictionary[nn.Module, bool], backbone: nn.Module, probe: Callable[[Any], bool]
 ) -> bool:
-    """Probe a backbone once; a sharded one is not probed, as all processes would have to."""
+    """Probe a backbone once; not a sharded one, whose probe would be a collective call."""
     if backbone not in known:
         if is_sharded(backbone):
             return False
@@ -160,7 +160,7 @@ def attends_to_everything(config: Any) -> bool:
     """Whether all layers use sdpa, and attend to all tokens up to the current one."""
     text = text_config(config)
     implementation = getattr(text, "_attn_implementation", None)
-    if implementation not in ("sdpa", PACKED_ATTENTION):  # the latter during another thread's pass
+    if implementation not in ("sdpa", PACKED_ATTENTION):  # by another thread
         return False
     if kinds := getattr(text, "layer_types", None):
         return set(kinds) == {"full_attention"}
@@ -200,7 +200,7 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each of the packed sequences: ``[1, H, N, d]`` → ``[1, N, H, d]``."""
-    if not lengths:  # another thread's, which shares the configuration
+    if not lengths:  # a padded pass of another thread, which shares the configuration
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     beyond = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
     given = [name for name in beyond if kwargs.get(name) is not None]
@@ -220,7 +220,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 def group_by_length(
     lengths: Int[Tensor, " B"], size: int | None = None, max_tokens: int | None = None
 ) -> list[Int[Tensor, " K"]]:
-    """Return the rows of groups of similar length: at most `size` rows, `max_tokens` with padding.
+    """Group rows of similar length: at most `size` rows and `max_tokens` tokens with padding.
 
     A row longer than `max_tokens` gets a group of its own.
     """

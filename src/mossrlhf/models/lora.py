@@ -97,7 +97,7 @@ def _adapter_parts(layer: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
-    """Return an adapter's parameters, its name left out of theirs; None for all adapters' own."""
+    """Return an adapter's parameters by names without its own; None for all, by full names."""
     found = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer in adapter_layers(model):
@@ -142,7 +142,7 @@ def rewriting_initialization(peft_config: Any) -> str | None:
 def active_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """Make one of a model's adapters the active one for the block, or none of them.
 
-    No `requires_grad` changes, which PEFT's own switches would do: within an optimizer step other
+    No `requires_grad` is changed. PEFT's own switches do, and within an optimizer step other
     adapters would lose their gradients.
 
     Args:
@@ -161,7 +161,7 @@ def active_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
     states = []
     for layer in adapter_layers(model):
         active = layer._active_adapter if adapter is None else [adapter]
-        # In wrappers that another adapter alone has, PEFT would look for this one's weights.
+        # A wrapper without this adapter is disabled: PEFT would look for weights it has not.
         has_it = any(name == adapter for _, name, _ in _adapter_parts(layer))
         states.append((layer, active, not has_it))
     with _activated(states):

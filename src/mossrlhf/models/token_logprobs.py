@@ -4,7 +4,7 @@ The output head is applied to the hidden states that are needed, a chunk at a ti
 (`kernels.chunked_head`). A loss that is a sum over tokens gets its gradient in the forward pass
 (`policy_loss`); one that couples tokens, or that `optimization` may not fuse, is computed from
 `policy_stats`, whose chunks are computed again in the backward pass. Full logits are made only
-for models whose logits are something else than their head's (`token_path`).
+of models whose logits cannot be computed from hidden states and head (`token_path`).
 """
 
 import warnings
@@ -92,9 +92,9 @@ def policy_loss(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> LossOutput:
-    """Compute a loss that is a sum over response tokens, and its gradient at the head with it.
+    """Compute a loss that is a sum over response tokens, and in the same pass its gradient.
 
-    It takes three matrix products at the output head; ``loss_fn(policy_stats(...))`` takes four.
+    A linear head then takes three matrix products; ``loss_fn(policy_stats(...))`` takes four.
 
     Args:
         policy: a causal language model.
@@ -238,7 +238,7 @@ def _probe(model: nn.Module) -> TokenPath:
         why = f"a {type(bare).__name__} does not say what its output head is"
         return TokenPath(False, why, scale, softcap)
     if adapter := _adapter_beyond_layers(model):
-        why = f"adapters of kind {adapter} do more than its layers tell"
+        why = f"adapters of kind {adapter} act outside of its layers, too"
         return TokenPath(False, why, scale, softcap)
     try:
         with evaluation_mode(model), torch.no_grad():
